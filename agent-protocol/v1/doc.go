@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agentv1 is version 1 of the protocol between shim and agent: messages and ttrpc stubs generated from
+// agent.proto, where each message is documented. Regenerate with `make proto`.
+package agentv1
+
+//go:generate protoc --proto_path=../.. --go_out=../.. --go_opt=paths=source_relative --go-ttrpc_out=../.. --go-ttrpc_opt=paths=source_relative agent-protocol/v1/agent.proto

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package hypervisor
+
+// Accelerator is what executes the guest's instructions.
+type Accelerator string
+
+// Accelerators.
+const (
+	AccelKVM Accelerator = "kvm"
+	AccelTCG Accelerator = "tcg"
+)
+
+// VsockKind says how vsock is carried.
+type VsockKind string
+
+// Vsock transports.
+const (
+	// VsockVhost is the kernel's /dev/vhost-vsock.
+	VsockVhost VsockKind = "vhost"
+	// VsockVhostUser is the device embedded in this process; it needs Memory.Shared.
+	VsockVhostUser VsockKind = "vhost-user"
+)
+
+// Document describes a VM before it starts. It is pure data.
+type Document struct {
+	// ID of the sandbox; a safe path element.
+	ID string `json:"id"`
+	// UUID of the VM, RFC 9562 text form.
+	UUID string `json:"uuid"`
+
+	Accelerator Accelerator `json:"accelerator"`
+	CPU         CPU         `json:"cpu"`
+	Memory      Memory      `json:"memory"`
+	Boot        Boot        `json:"boot"`
+	Vsock       Vsock       `json:"vsock"`
+	// Disks present at boot. More can be added to a running VM.
+	Disks []Disk `json:"disks,omitempty"`
+	NICs  []NIC  `json:"nics,omitempty"`
+	// SharedFolderPorts is the number of hot-plug places kept for shared folders (virtio-fs). Needs Memory.Shared.
+	SharedFolderPorts int `json:"shared_folder_ports,omitempty"`
+	// Sandboxed asks the VMM to give up what it does not need (seccomp).
+	Sandboxed bool `json:"sandboxed"`
+}
+
+// CPU of the VM.
+type CPU struct {
+	// Model as the hypervisor names it, "host" or "max" for example.
+	Model string `json:"model"`
+	// Count of virtual CPUs.
+	Count int `json:"count"`
+}
+
+// Memory of the VM.
+type Memory struct {
+	// Bytes of guest RAM; a multiple of 2 MiB.
+	Bytes uint64 `json:"bytes"`
+	// Shared makes the memory mappable by vhost-user devices.
+	Shared bool `json:"shared"`
+}
+
+// Boot is direct kernel boot.
+type Boot struct {
+	// Kernel is the path of a kernel image: an ELF with a PVH note, or a bzImage.
+	Kernel string `json:"kernel"`
+	Initrd string `json:"initrd"`
+	// Parameters of the kernel, in order; none contains white space.
+	Parameters []string `json:"parameters"`
+}
+
+// Vsock device.
+type Vsock struct {
+	Kind VsockKind `json:"kind"`
+	// CID of the guest, at least 3.
+	CID uint32 `json:"cid"`
+}
+
+// Disk is a raw image or block device of the host.
+type Disk struct {
+	// ID is unique in the VM: [A-Za-z0-9_-]{1,32}.
+	ID string `json:"id"`
+	// Path on the host.
+	Path string `json:"path"`
+	// Serial by which the guest finds the disk: [A-Za-z0-9_-]{1,20}.
+	Serial   string `json:"serial"`
+	ReadOnly bool   `json:"read_only"`
+}
+
+// NIC is a virtio-net device on a tap whose file is handed over at start (Resources.Taps).
+type NIC struct {
+	// ID is unique in the VM: [A-Za-z0-9_-]{1,32}.
+	ID  string `json:"id"`
+	MAC string `json:"mac"`
+	MTU int    `json:"mtu,omitempty"`
+	// VhostNet uses the kernel's vhost-net (Resources.VhostNet).
+	VhostNet bool `json:"vhost_net,omitempty"`
+}
+
+// SharedFolder is a virtio-fs device served by a vhost-user daemon.
+type SharedFolder struct {
+	// ID is unique in the VM.
+	ID string `json:"id"`
+	// Tag by which the guest mounts it, at most 36 bytes.
+	Tag string `json:"tag"`
+	// Socket is the path of the daemon's vhost-user socket.
+	Socket string `json:"socket"`
+}

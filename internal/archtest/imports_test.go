@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package archtest
+
+import (
+	"bufio"
+	"bytes"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+const module = "github.com/cloister-project/cloister/"
+
+// allowed lists for each room what it may import of the others (docs/architecture.md). A room is the first element of
+// the path below the module.
+var allowed = map[string][]string{
+	"agent-protocol": {},
+	"internal":       {},
+	"configs":        {},
+	"hypervisor":     {"internal"},
+	"virtcontainers": {"hypervisor", "agent-protocol", "configs", "internal"},
+	"shim":           {"virtcontainers", "hypervisor", "agent-protocol", "configs", "internal"},
+	"agent":          {"agent-protocol", "internal"},
+}
+
+// commands are held to one side of the trust boundary.
+var commands = map[string][]string{
+	"cmd/cloister-agent":              {"agent", "agent-protocol", "internal"},
+	"cmd/containerd-shim-cloister-v2": {"shim", "configs", "internal"},
+}
+
+func TestImportsPointOneWay(t *testing.T) {
+	out, err := exec.Command("go", "list", "-e", "-f", `{{.ImportPath}} {{join .Imports " "}}`, "../../...").Output()
+	require.NoError(t, err)
+	seen := 0
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Fields(line)
+		pkg := strings.TrimPrefix(fields[0], module)
+		room, _, _ := strings.Cut(pkg, "/")
+		may, ok := allowed[room]
+		if !ok {
+			if may, ok = commands[pkg]; !ok {
+				continue
+			}
+		}
+		seen++
+		for _, imported := range fields[1:] {
+			ours, found := strings.CutPrefix(imported, module)
+			if !found {
+				continue
+			}
+			other, _, _ := strings.Cut(ours, "/")
+			if other == room {
+				continue
+			}
+			require.Contains(t, may, other, "%s must not import %s", pkg, ours)
+		}
+	}
+	require.Greater(t, seen, 10, "the list of packages is too short for the test to mean anything")
+}
+
+// maxLines is the longest that a file of code may be; tests and generated files are not counted.
+const maxLines = 520
+
+func TestFilesStayShort(t *testing.T) {
+	root := filepath.Join("..", "..")
+	require.NoError(t, filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && strings.HasPrefix(d.Name(), ".") && path != root {
+			return fs.SkipDir
+		}
+		if !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") || strings.HasSuffix(path, ".pb.go") {
+			return nil
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		lines := 0
+		for s := bufio.NewScanner(bytes.NewReader(b)); s.Scan(); {
+			lines++
+		}
+		if lines > maxLines {
+			t.Errorf("%s has %d lines; split it (the limit is %d)", path, lines, maxLines)
+		}
+		return nil
+	}))
+}
