@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package configs
+
+import (
+	"maps"
+	"slices"
+	"time"
+)
+
+// Config is the whole configuration of one runtime handler, checked and immutable.
+type Config struct {
+	Hypervisor  Hypervisor
+	Sizing      Sizing
+	Timeouts    Timeouts
+	Rootfs      Rootfs
+	State       State
+	Annotations Annotations
+	Log         Log
+
+	// origins tells for each key which layer set it last; CheckFiles and cross-checks name it in their faults.
+	origins map[string]origin
+}
+
+type origin struct {
+	file string
+	line int
+}
+
+// Hypervisor is [hypervisor]: the VMM, how it runs, and what it boots.
+type Hypervisor struct {
+	// Kind is "qemu".
+	Kind string
+	// Path of the VMM's binary; empty: found in PATH. See Config.QEMU.
+	Path string
+	// Accel is one of the Accel constants.
+	Accel string
+	// CPUModel as the VMM's -cpu takes it; empty: chosen by accelerator.
+	CPUModel string
+	// Kernel and Initrd are absolute paths of the guest's boot files.
+	Kernel string
+	Initrd string
+	// KernelParams are added at the end of the guest's kernel command line, one parameter each.
+	KernelParams []string
+	// Vsock is one of the Vsock constants.
+	Vsock string
+	// Sandbox turns on the VMM's own seccomp filter.
+	Sandbox bool
+	// Virtiofsd is the path of virtiofsd; empty: found in the usual places. See Config.VirtiofsdPath.
+	Virtiofsd string
+}
+
+// Values of Hypervisor.Kind, Accel and Vsock.
+const (
+	KindQEMU = "qemu"
+
+	// AccelAuto takes KVM where the CPU offers hardware virtualization and /dev/kvm opens, else TCG.
+	AccelAuto = "auto"
+	AccelKVM  = "kvm"
+	AccelTCG  = "tcg"
+
+	// VsockAuto takes the kernel's vhost-vsock where /dev/vhost-vsock is, else the embedded vhost-user device.
+	VsockAuto      = "auto"
+	VsockVhost     = "vhost"
+	VsockVhostUser = "vhost-user"
+)
+
+// Sizing is [sizing]: how large a VM is.
+type Sizing struct {
+	// DefaultVCPUs and DefaultMemoryMiB are for a pod that states no limits. DefaultMemoryMiB is the guest's whole
+	// memory then, OverheadMemoryMiB is not added.
+	DefaultVCPUs     int
+	DefaultMemoryMiB int
+	// OverheadMemoryMiB is added to the pod's own memory limits for the guest's kernel and agent.
+	OverheadMemoryMiB int
+	// MaxVCPUs and MaxMemoryMiB bound a VM, hotplug included; 0: as much as the host has.
+	MaxVCPUs     int
+	MaxMemoryMiB int
+	// HotplugPorts is the number of PCIe root ports made at boot for devices that come later.
+	HotplugPorts int
+}
+
+// Timeouts is [timeouts]: how long each step may take before it is given up.
+type Timeouts struct {
+	// Boot: from the start of the VMM to the agent's ready call.
+	Boot time.Duration
+	// Stop: from asking the guest to power off until it is killed.
+	Stop time.Duration
+	// Kill: from SIGKILL to the end of a process of ours.
+	Kill time.Duration
+	// RPC: one call to the agent that is expected to answer at once.
+	RPC time.Duration
+	// CreateContainer: all of a container's creation, building of missing layer images included.
+	CreateContainer time.Duration
+	// Hotplug: one device added to or removed from a running guest.
+	Hotplug time.Duration
+	// Cleanup: undoing a set-up that failed, and deleting from disk state.
+	Cleanup time.Duration
+}
+
+// Rootfs is [rootfs]: layer images and the writable layer.
+type Rootfs struct {
+	// CacheDir holds the EROFS images made of overlayfs layers, shared by all pods of the node.
+	CacheDir string
+	// CacheMaxMiB bounds it; images in use are never removed. 0: no limit.
+	CacheMaxMiB int
+	// WritableLayerMaxMiB bounds a container's writable layer in the guest; 0: half of the guest's memory.
+	WritableLayerMaxMiB int
+}
+
+// State is [state].
+type State struct {
+	// Dir holds the state of running pods; it must not outlive a reboot.
+	Dir string
+}
+
+// Annotations is [annotations].
+type Annotations struct {
+	// Allowed lists the keys of pod annotations that have an effect.
+	Allowed []string
+}
+
+// Log is [log].
+type Log struct {
+	// Level is trace, debug, info, warn or error. containerd's own level, where it gives one, is the caller's matter.
+	Level string
+	// GuestConsoleMaxKiB bounds the console log kept of each guest.
+	GuestConsoleMaxKiB int
+	// DebugConsole makes the guest's kernel and agent write much to the console.
+	DebugConsole bool
+}
+
+// clone is a deep copy: the receiver is immutable, and the copy is about to be changed.
+func (c *Config) clone() *Config {
+	n := *c
+	n.Hypervisor.KernelParams = slices.Clone(c.Hypervisor.KernelParams)
+	n.Annotations.Allowed = slices.Clone(c.Annotations.Allowed)
+	n.origins = maps.Clone(c.origins)
+	return &n
+}
+
+// fault builds a Fault that names the layer which set the key.
+func (c *Config) fault(key, reason, fix string) Fault {
+	o := c.origins[key]
+	return Fault{File: o.file, Line: o.line, Key: key, Reason: reason, Fix: fix}
+}

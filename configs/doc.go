@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package configs holds Cloister's configuration: the commented base file cloister.toml (embedded in the binary), the
+// snippets for containerd and Kubernetes, and the code that merges and checks them.
+//
+// # Layers
+//
+// From weak to strong; a stronger layer replaces single keys, never whole tables, and a list replaces a list:
+//
+//  1. the embedded cloister.toml, which has every key;
+//  2. the file: containerd's ConfigPath, or /etc/cloister/cloister.toml where it exists;
+//  3. config.d/*.toml in the folder of that file, in lexical order;
+//  4. containerd's ConfigBody (the runtime handler's own [options] table), only where no ConfigPath is given;
+//  5. annotations of the pod, and of these only the keys that annotations.allowed lists.
+//
+// # States and locks
+//
+// A Config is made once, by Load, FromOptions or ApplyAnnotations, and is never changed afterwards: all goroutines may
+// read it without a lock. ApplyAnnotations returns a copy. Nobody may write to the slices inside.
+//
+// # Trust
+//
+// The files belong to the node's administrator, who is trusted on the host. Annotations are the pod author's: they
+// change nothing unless listed (design rule 2), none of their keys names a file or a command, and their values pass the
+// same checks as those in the files. Everything that is read has a limit of size.
+//
+// # Faults
+//
+// All faults of all layers are reported together, as the error value [Faults].
+package configs
