@@ -3,6 +3,7 @@
 package configs
 
 import (
+	"cmp"
 	_ "embed"
 	"errors"
 	"fmt"
@@ -34,12 +35,17 @@ var base []byte
 // file. The caller owns the copy.
 func Base() []byte { return slices.Clone(base) }
 
-// Load reads the file at path and its drop-ins over the embedded defaults. An empty path is DefaultPath where that
+// PathVariable is the environment variable that names a file in DefaultPath's place, for callers that cannot pass
+// options: nerdctl gives none to a runtime. Whoever sets it starts the shim, and so could start any other program.
+const PathVariable = "CLOISTER_CONFIG"
+
+// Load reads the file at path and its drop-ins over the embedded defaults. An empty path is what PathVariable names, or
+// where that is not set either, DefaultPath where that
 // file exists, and the defaults alone (still with the drop-ins of /etc/cloister/config.d) where it does not; any other
 // path must exist. Every fault is reported at once: the error is of type Faults. Load does not look at the files that
 // the configuration names; CheckFiles does.
 func Load(path string) (*Config, error) {
-	return load(path, DefaultPath, nil)
+	return load(cmp.Or(path, os.Getenv(PathVariable)), DefaultPath, nil)
 }
 
 // layer is one TOML document.

@@ -4,6 +4,7 @@ package configs
 
 import (
 	"fmt"
+	"os"
 
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/typeurl/v2"
@@ -24,12 +25,13 @@ const optionsFile = "containerd's runtime options"
 //
 // Options of another type (runc's, say) are refused. Errors are of type Faults.
 func FromOptions(options *anypb.Any) (*Config, error) {
-	return fromOptions(options, DefaultPath)
+	return fromOptions(options, os.Getenv(PathVariable), DefaultPath)
 }
 
-func fromOptions(options *anypb.Any, defaultPath string) (*Config, error) {
+// fromOptions is FromOptions; path, where not empty, is the node's file in defaultPath's place.
+func fromOptions(options *anypb.Any, path, defaultPath string) (*Config, error) {
 	if options == nil || options.GetTypeUrl() == "" {
-		return load("", defaultPath, nil)
+		return load(path, defaultPath, nil)
 	}
 	var o runtimeoptions.Options
 	if !typeurl.Is(options, &o) && !options.MessageIs(&o) {
@@ -49,7 +51,7 @@ func fromOptions(options *anypb.Any, defaultPath string) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	return load("", defaultPath, body)
+	return load(path, defaultPath, body)
 }
 
 // configBody takes out containerd's own keys, which stand in the same table as the runtime's. It decodes and encodes

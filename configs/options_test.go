@@ -3,6 +3,7 @@
 package configs
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -45,7 +46,7 @@ func TestFromOptions(t *testing.T) {
 		{"google's type URL", &anypb.Any{TypeUrl: "type.googleapis.com/runtimeoptions.v1.Options"}, "warn", 2},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c, err := fromOptions(tc.options, node)
+			c, err := fromOptions(tc.options, "", node)
 			require.NoError(t, err)
 			assert.Equal(t, tc.level, c.Log.Level)
 			assert.Equal(t, tc.vcpus, c.Sizing.DefaultVCPUs)
@@ -66,7 +67,7 @@ func TestFromOptions(t *testing.T) {
 		{"huge body", pack(&runtimeoptions.Options{ConfigBody: []byte("#" + strings.Repeat("x", maxFileBytes))}), optionsFile, "larger"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, err := fromOptions(tc.options, node)
+			_, err := fromOptions(tc.options, "", node)
 			fs := faultsOf(t, err)
 			require.Len(t, fs, 1, "%v", err)
 			assert.Equal(t, tc.file, fs[0].File)
@@ -140,4 +141,21 @@ func TestAnnotationsNameNoFiles(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestPathVariableStandsForTheDefaultFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "node.toml")
+	require.NoError(t, os.WriteFile(path, []byte("[sizing]\ndefault_vcpus = 3\n"), 0o600))
+	t.Setenv(PathVariable, path)
+	for _, load := range []func() (*Config, error){
+		func() (*Config, error) { return Load("") },
+		func() (*Config, error) { return FromOptions(nil) },
+	} {
+		c, err := load()
+		require.NoError(t, err)
+		require.Equal(t, 3, c.Sizing.DefaultVCPUs)
+	}
+	t.Setenv(PathVariable, path+".missing")
+	_, err := Load("")
+	require.ErrorContains(t, err, "node.toml.missing")
 }
