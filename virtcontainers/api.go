@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package virtcontainers
+
+import (
+	"context"
+	"time"
+
+	"github.com/containerd/containerd/api/types"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor/vsock"
+)
+
+// NetworkMode says where a pod's network comes from.
+type NetworkMode int
+
+// Network modes.
+const (
+	// NetworkPath: the network namespace at PodConfig.NetNSPath, set up by CNI.
+	NetworkPath NetworkMode = iota
+	// NetworkNew: a new network namespace that OCI hooks may fill; else loopback only.
+	NetworkNew
+	// NetworkHost: the host's own namespace. A VM cannot have it; Start refuses.
+	NetworkHost
+)
+
+// PodConfig is what a pod is made from. It is not changed after NewPod.
+type PodConfig struct {
+	// ID of the sandbox and its containerd namespace.
+	ID        string
+	Namespace string
+	// Bundle is containerd's folder for the sandbox; hooks get it as their bundle.
+	Bundle string
+	// Config of the node, annotations already applied.
+	Config *configs.Config
+
+	Hostname  string
+	Network   NetworkMode
+	NetNSPath string
+	DNS       DNS
+	// Sysctls of the pod.
+	Sysctls map[string]string
+	// SharePID gives the pod a pid namespace that containers can join.
+	SharePID bool
+	// ShmBytes is the size of the pod's /dev/shm; 0 means 64 MiB.
+	ShmBytes uint64
+	// Resources are the pod's limits, for sizing the VM; may be nil.
+	Resources *specs.LinuxResources
+	// CgroupsPath is the pod's own cgroup on the host, as in the OCI specification (linux.cgroupsPath); where it is
+	// empty the cgroup is made below CgroupParent, as CRI names it.
+	CgroupsPath  string
+	CgroupParent string
+	// Hooks to run around the pod's network, with State as their input; for pods of one container made without CRI.
+	Hooks       *specs.Hooks
+	Annotations map[string]string
+
+	// OnOOM is called when the OOM killer struck in a container, before the Wait of a process that it killed returns.
+	// It must not block. May be nil.
+	OnOOM func(containerID string)
+}
+
+// DNS of a pod.
+type DNS struct {
+	Servers, Searches, Options []string
+}
+
+// PodState is where a pod is in its life; see the package comment.
+type PodState string
+
+// Pod states.
+const (
+	PodCreated PodState = "created"
+	PodReady   PodState = "ready"
+	PodStopped PodState = "stopped"
+)
+
+// PodInfo is a snapshot of a pod.
+type PodInfo struct {
+	ID    string
+	State PodState
+	// PID of the VMM on the host; 0 before Start.
+	PID       uint32
+	CreatedAt time.Time
+	// Extra is for people: accelerator, guest kernel, boot timeline and so on.
+	Extra map[string]string
+}
+
+// Exit is the end of a process, or of a pod.
+type Exit struct {
+	// Status as a shell gives it: 128+signal for a signalled process. 137 when the VM was lost.
+	Status uint32
+	At     time.Time
+	// Err tells why, where there is more to say than the status: a VM that died, for example.
+	Err error
+}
+
+// ContainerConfig is what a container is made from.
+type ContainerConfig struct {
+	ID     string
+	Bundle string
+	// Spec as containerd wrote it for the host. Nothing of it reaches the guest before the allow-list.
+	Spec *specs.Spec
+	// Rootfs as in CreateTaskRequest.
+	Rootfs []*types.Mount
+	Stdio  Stdio
+	IO     ProcessIO
+	// HooksDone says that Spec.Hooks' create hooks ran with the pod (PodConfig.Hooks).
+	HooksDone bool
+}
+
+// Stdio says which streams a process has.
+type Stdio struct {
+	Stdin, Stdout, Stderr bool
+	Terminal              bool
+	// Width and Height of the terminal; zero if unknown.
+	Width, Height uint32
+}
+
+// ProcessIO moves a process's bytes between the guest and wherever its owner wants them.
+type ProcessIO interface {
+	// Attach is called once, before the process starts, with a stream for each that Stdio asked for, nil for the others.
+	// It takes the streams over and must not block.
+	Attach(stdin, stdout, stderr vsock.Conn)
+	// Drain waits until at least so many bytes of output were delivered, or all there will ever be, or ctx ends.
+	Drain(ctx context.Context, stdoutBytes, stderrBytes uint64)
+	// Close ends all relays and releases what they hold. Idempotent; also called when Attach never was.
+	Close() error
+}
+
+// ExecConfig is a further process in a container.
+type ExecConfig struct {
+	ID      string
+	Process *specs.Process
+	Stdio   Stdio
+	IO      ProcessIO
+}
+
+// ProcessStatus is where a process is in its life.
+type ProcessStatus string
+
+// Process states.
+const (
+	ProcessCreated ProcessStatus = "created"
+	ProcessRunning ProcessStatus = "running"
+	ProcessPaused  ProcessStatus = "paused"
+	ProcessStopped ProcessStatus = "stopped"
+)
+
+// ProcessState is a snapshot of a process.
+type ProcessState struct {
+	Status ProcessStatus
+	// PID that stands for the process on the host: the VMM's.
+	PID uint32
+	// Exit is valid when Status is ProcessStopped.
+	Exit  Exit
+	Stdio Stdio
+}
+
+// GuestPID is a process of a container.
+type GuestPID struct {
+	// PID in the guest's root pid namespace. It means nothing on the host.
+	PID uint32
+	// ExecID is set for the first process of an exec.
+	ExecID string
+}

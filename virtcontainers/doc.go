@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package virtcontainers is the host side of pods: one controller each for a pod, its containers and their processes.
+// It uses hypervisor and the agent's client and knows nothing of ttrpc servers or containerd's events; package shim
+// does that on top.
+//
+// # States of a pod
+//
+//	created --Start--> ready --Stop, VM lost--> stopped
+//	created --Start fails, Stop--> stopped
+//
+// NewPod only checks. Start makes network, boot files and VM, waits for the agent and configures it; if it fails
+// everything is undone. A pod in stopped holds nothing any more; its exit says why it ended.
+//
+// # States of a process
+//
+//	created --Start--> running <--Pause/Resume--> paused
+//	created, running, paused --exit, VM lost--> stopped --Delete--> gone
+//
+// A container's init is a process like others, but for its order: its exit is told after those of all other
+// processes of the container.
+//
+// # Locks
+//
+// Each controller has one mutex that guards fields only; it is never held across an RPC, a call of the VMM or any
+// I/O. Steps that must not overlap (two Starts) are kept apart by the state, which changes before the work begins.
+//
+// # Trust
+//
+// The guest is hostile to this side: what the agent answers is checked, bounded and translated, never forwarded. In
+// the other direction this package keeps host paths, ids and devices out of what goes to the guest, but a
+// confidential guest does not rely on that.
+package virtcontainers

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package virtcontainers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/virtcontainers/share"
+)
+
+// shareTag is the virtio-fs tag of the pod's one shared folder.
+const shareTag = "cloister"
+
+// attachMounts turns a container's mounts into what the agent mounts: filesystems of the guest's kernel, the pod's
+// /dev/shm, copies of the files that containerd writes for every container, and live folders and files of the host.
+// Everything that cannot be had is gathered into one RefusedError.
+func (p *Pod) attachMounts(ctx context.Context, c *Container, mounts []specs.Mount) ([]*agentv1.Mount, error) {
+	var (
+		out     []*agentv1.Mount
+		refused []string
+		copied  int
+	)
+	for _, m := range mounts {
+		g := &agentv1.Mount{Destination: m.Destination, Options: guestOptions(m.Options)}
+		switch {
+		case !isBind(m):
+			g.Source = &agentv1.Mount_Filesystem{Filesystem: &agentv1.GuestFilesystem{Type: m.Type}}
+		case filepath.Clean(m.Destination) == "/dev/shm":
+			g.Source = &agentv1.Mount_PodShm{PodShm: &agentv1.PodShm{}}
+		case strings.HasPrefix(filepath.Clean(m.Source), "/sys/fs/cgroup"):
+			g.Source = &agentv1.Mount_Filesystem{Filesystem: &agentv1.GuestFilesystem{Type: "cgroup"}}
+		case slices.Contains(podFiles, filepath.Clean(m.Destination)):
+			file, err := p.podFile(m)
+			if err != nil {
+				return nil, err
+			}
+			copied += len(file.Content)
+			g.Source = &agentv1.Mount_File{File: file}
+		default:
+			info, err := os.Stat(m.Source)
+			if err != nil {
+				return nil, fmt.Errorf("bind mount of %s at %s: %w", m.Source, m.Destination, err)
+			}
+			if !info.IsDir() && !info.Mode().IsRegular() {
+				refused = append(refused, fmt.Sprintf("%s of the host (%s) at %s: only files and folders can be shared with a VM, "+
+					"not devices, sockets or pipes", m.Source, info.Mode().Type(), m.Destination))
+				continue
+			}
+			shared, err := p.shareFolder(ctx, c, m.Source, slices.Contains(m.Options, "ro"))
+			if err != nil {
+				return nil, fmt.Errorf("share %s with the guest: %w", m.Source, err)
+			}
+			g.Source = &agentv1.Mount_Shared{Shared: shared}
+		}
+		out = append(out, g)
+	}
+	if copied > wire.MaxFileCopies {
+		refused = append(refused, fmt.Sprintf("%d bytes of files to copy; the limit is %d", copied, wire.MaxFileCopies))
+	}
+	if len(refused) > 0 {
+		return nil, &RefusedError{Reasons: refused}
+	}
+	return out, nil
+}
+
+// guestOptions leaves out the words that only say where a mount comes from.
+func guestOptions(options []string) []string {
+	return slices.DeleteFunc(slices.Clone(options), func(o string) bool {
+		return o == "bind" || o == "rbind" || o == "loop"
+	})
+}
+
+// podFiles are the files that containerd and nerdctl make for each container. They are small and copied: programs in
+// the guest may rewrite them as they may in any container.
+var podFiles = []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
+
+// podFile reads the host's file, or writes one from the pod's configuration: with the shim as sandboxer containerd
+// names the files but does not make them.
+func (p *Pod) podFile(m specs.Mount) (*agentv1.FileCopy, error) {
+	f, err := os.OpenFile(m.Source, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &agentv1.FileCopy{Content: p.generatedFile(filepath.Clean(m.Destination)), Mode: 0o644}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("mount at %s: %w", m.Destination, err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("mount at %s: %s is not a regular file: %w", m.Destination, m.Source, errdefs.ErrInvalidArgument)
+	}
+	content, err := io.ReadAll(io.LimitReader(f, wire.MaxFileCopy+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(content) > wire.MaxFileCopy {
+		return nil, fmt.Errorf("mount at %s: %s is larger than %d bytes: %w", m.Destination, m.Source, wire.MaxFileCopy, errdefs.ErrInvalidArgument)
+	}
+	file := &agentv1.FileCopy{Content: content, Mode: uint32(info.Mode().Perm())}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		file.Uid, file.Gid = st.Uid, st.Gid
+	}
+	return file, nil
+}
+
+func (p *Pod) generatedFile(destination string) []byte {
+	var b strings.Builder
+	switch destination {
+	case "/etc/hostname":
+		fmt.Fprintln(&b, p.cfg.Hostname)
+	case "/etc/resolv.conf":
+		if len(p.cfg.DNS.Servers)+len(p.cfg.DNS.Searches)+len(p.cfg.DNS.Options) == 0 {
+			// No DNS settings: the pod gets the node's, as with containerd's own sandboxes.
+			host, err := os.ReadFile("/etc/resolv.conf")
+			if err == nil && len(host) <= wire.MaxFileCopy {
+				return host
+			}
+		}
+		if len(p.cfg.DNS.Searches) > 0 {
+			fmt.Fprintf(&b, "search %s\n", strings.Join(p.cfg.DNS.Searches, " "))
+		}
+		for _, s := range p.cfg.DNS.Servers {
+			fmt.Fprintf(&b, "nameserver %s\n", s)
+		}
+		if len(p.cfg.DNS.Options) > 0 {
+			fmt.Fprintf(&b, "options %s\n", strings.Join(p.cfg.DNS.Options, " "))
+		}
+	case "/etc/hosts":
+		b.WriteString("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+		for _, addr := range p.addresses() {
+			fmt.Fprintf(&b, "%s\t%s\n", addr, p.cfg.Hostname)
+		}
+	}
+	return []byte(b.String())
+}
+
+// shareFolder puts a folder or file of the host into the pod's virtio-fs share, which is made with the first one.
+func (p *Pod) shareFolder(ctx context.Context, c *Container, path string, readonly bool) (*agentv1.SharedPath, error) {
+	s, err := p.sharing(ctx)
+	if err != nil {
+		return nil, err
+	}
+	name, err := s.Add(ctx, path, readonly)
+	if err != nil {
+		return nil, err
+	}
+	c.cleanup.add(func(ctx context.Context) {
+		if err := s.Remove(ctx, name); err != nil {
+			log.G(ctx).WithError(err).WithField("path", path).Debug("take a folder out of the share")
+		}
+	})
+	return &agentv1.SharedPath{Tag: shareTag, Name: name}, nil
+}
+
+// sharing starts virtiofsd and plugs the device in, once a pod. Other containers wait meanwhile; one that fails leaves
+// the next to try again.
+func (p *Pod) sharing(ctx context.Context) (*share.Share, error) {
+	select {
+	case p.shareTurn <- struct{}{}:
+		defer func() { <-p.shareTurn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if p.share != nil {
+		return p.share, nil
+	}
+	vm, g := p.machine(), p.agent()
+	if vm == nil || g == nil {
+		return nil, p.lostError()
+	}
+	virtiofsd, err := p.cfg.Config.VirtiofsdPath()
+	if err != nil {
+		return nil, err
+	}
+	s, err := share.Start(ctx, share.Config{Virtiofsd: virtiofsd, StateDir: p.stateDir})
+	if err != nil {
+		return nil, err
+	}
+	if p.cgroup != nil {
+		if err := p.cgroup.AddProcess(ctx, s.PID()); err != nil {
+			log.G(ctx).WithError(err).Warn("put virtiofsd into the pod's cgroup")
+		}
+	}
+	plug, cancel := context.WithTimeout(ctx, p.cfg.Config.Timeouts.Hotplug)
+	defer cancel()
+	err = vm.AddSharedFolder(plug, hypervisor.SharedFolder{ID: "share0", Tag: shareTag, Socket: s.Socket()})
+	if err == nil {
+		_, err = callLong(plug, g.rpc.MountShared, &agentv1.MountSharedRequest{Tag: shareTag})
+	}
+	if err != nil {
+		_ = s.Close(context.WithoutCancel(ctx))
+		return nil, err
+	}
+	p.share = s
+	return s, nil
+}

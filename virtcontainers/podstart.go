@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package virtcontainers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/pvh"
+	"github.com/cloister-project/cloister/hypervisor/qemu"
+	"github.com/cloister-project/cloister/hypervisor/vsock"
+	"github.com/cloister-project/cloister/virtcontainers/hooks"
+	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
+	"github.com/cloister-project/cloister/virtcontainers/network"
+)
+
+// Start boots the VM and returns when its agent is ready. A failed Start leaves nothing; the pod is stopped then.
+func (p *Pod) Start(ctx context.Context) error {
+	p.mu.Lock()
+	if p.state != PodCreated || p.starting {
+		state := p.state
+		p.mu.Unlock()
+		if state == PodStopped {
+			return p.lostError()
+		}
+		return fmt.Errorf("sandbox %s is %s already: %w", p.cfg.ID, state, errdefs.ErrFailedPrecondition)
+	}
+	p.starting = true
+	p.mu.Unlock()
+
+	ctx = log.WithLogger(ctx, log.G(ctx).WithField("sandbox", p.cfg.ID))
+	p.mark("start")
+	vm, g, err := p.start(ctx)
+
+	p.mu.Lock()
+	p.starting = false
+	select {
+	case <-p.ending:
+		if err == nil {
+			err = fmt.Errorf("sandbox %s was stopped while it started: %w", p.cfg.ID, errdefs.ErrUnavailable)
+		}
+	default:
+	}
+	p.vm, p.guest = vm, g
+	if err == nil {
+		p.state = PodReady
+	}
+	p.mu.Unlock()
+	if err != nil {
+		p.end(Exit{Status: statusLost, At: time.Now(), Err: err}, false)
+		<-p.done
+		return err
+	}
+	p.goTracked(func(ctx context.Context) { g.watchEvents(ctx, p.handleEvent) })
+	go p.watchVM(vm)
+	log.G(ctx).WithField("timeline", p.Info().Extra["bootTimeline"]).Info("sandbox ready")
+	return nil
+}
+
+// watchVM ends the pod when its VM does. It ends with the VM.
+func (p *Pod) watchVM(vm hypervisor.VM) {
+	<-vm.Done()
+	exit := vm.Exit()
+	e := Exit{Status: statusLost, At: time.Now()}
+	if exit.Reason != hypervisor.ExitStopped {
+		e.Err = exit
+		log.G(p.life).WithError(exit).WithField("sandbox", p.cfg.ID).Error("the sandbox's VM is gone")
+	}
+	p.end(e, false)
+}
+
+func (p *Pod) handleEvent(e *agentv1.Event) {
+	oom := e.GetOom()
+	if oom == nil {
+		return
+	}
+	if c, err := p.Container(e.GetContainerId()); err == nil {
+		c.noteOOM(oom.GetTotal())
+	}
+}
+
+// start does the work of Start. What it made is undone by the pod's end, whether it returns an error or not.
+func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		select {
+		case <-p.ending:
+			cancel()
+		case <-stop:
+		}
+	}()
+
+	if err := p.makeStateDir(); err != nil {
+		return nil, nil, err
+	}
+	// The kernel is unpacked (once a node) while the network is made.
+	var (
+		kernel string
+		netns  *os.File
+		work   errgroup.Group
+	)
+	work.Go(func() (err error) {
+		kernel, err = p.kernelImage(ctx)
+		return err
+	})
+	work.Go(func() (err error) {
+		netns, err = p.makeNetwork(ctx)
+		return err
+	})
+	if err := work.Wait(); err != nil {
+		return nil, nil, err
+	}
+	p.mark("prepared")
+	if err := p.makeCgroup(ctx); err != nil {
+		return nil, nil, err
+	}
+	driver, err := p.driver(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	host, vhost, err := p.probeHost(ctx, driver)
+	if err != nil {
+		return nil, nil, err
+	}
+	doc := buildDocument(p.cfg.Config, p.cfg, kernel, p.net, host)
+	p.mu.Lock()
+	p.doc = doc
+	p.mu.Unlock()
+
+	taps, err := p.tapFiles()
+	if err != nil {
+		closeFile(vhost)
+		return nil, nil, err
+	}
+	vm, err := driver.Start(ctx, *doc, hypervisor.Resources{
+		Taps: taps, VhostVsock: vhost, NetNS: netns, StateDir: p.stateDir,
+		OnStart: func(pid int) error {
+			p.vmmPID = pid
+			if err := p.saveRecord(); err != nil {
+				return err
+			}
+			return p.cgroup.AddProcess(ctx, pid)
+		},
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	p.mark("vmm")
+	g, err := p.boot(ctx, vm)
+	if err != nil {
+		vm.Kill()
+		if exit := vm.Exit(); exit.Reason != hypervisor.ExitStopped {
+			// The VM's own end says more than the call that failed because of it.
+			err = fmt.Errorf("start of the guest: %w", exit)
+		} else if errors.Is(err, context.DeadlineExceeded) {
+			err = fmt.Errorf("the guest's agent was not ready after %v (timeouts.boot); the last lines of the guest's console:\n%s\n%w",
+				p.cfg.Config.Timeouts.Boot, exit.Console, err)
+		}
+		return nil, nil, err
+	}
+	return vm, g, nil
+}
+
+// boot lets the guest run and waits for its agent.
+func (p *Pod) boot(ctx context.Context, vm hypervisor.VM) (*guest, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.Config.Timeouts.Boot)
+	defer cancel()
+	// A VM that dies ends the wait at once.
+	gone, giveUp := context.WithCancel(ctx)
+	defer giveUp()
+	go func() {
+		select {
+		case <-vm.Done():
+			giveUp()
+		case <-gone.Done():
+		}
+	}()
+	ready, err := vm.Vsock().Listen(wire.ReadyPort)
+	if err != nil {
+		return nil, err
+	}
+	if err := vm.Boot(gone); err != nil {
+		_ = ready.Close()
+		return nil, err
+	}
+	g, err := acceptGuest(gone, vm.Vsock(), ready, p.cfg.Config.Timeouts.RPC)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, err
+	}
+	p.mark("agent")
+	if _, err := call(gone, g, g.rpc.ConfigureSandbox, p.sandboxRequest()); err != nil {
+		g.close()
+		return nil, fmt.Errorf("configure the guest: %w", err)
+	}
+	p.mark("ready")
+	return g, nil
+}
+
+func (p *Pod) sandboxRequest() *agentv1.ConfigureSandboxRequest {
+	return &agentv1.ConfigureSandboxRequest{
+		SandboxId:          p.cfg.ID,
+		Hostname:           p.cfg.Hostname,
+		Sysctls:            p.cfg.Sysctls,
+		Network:            guestNetwork(p.net),
+		SharedPidNamespace: p.cfg.SharePID,
+		ShmBytes:           p.cfg.ShmBytes,
+	}
+}
+
+// driver finds QEMU and what it can do.
+func (p *Pod) driver(ctx context.Context) (*qemu.Driver, error) {
+	path, err := p.cfg.Config.QEMU()
+	if err != nil {
+		return nil, err
+	}
+	return qemu.New(ctx, qemu.Config{Path: path, CacheDir: filepath.Join(p.cfg.Config.Rootfs.CacheDir, "qemu")})
+}
+
+// vhostUserCID is the guest's CID on the embedded device: every guest has a device of its own, so that it need not be
+// unique.
+const vhostUserCID = 3
+
+// probeHost finds out what the document leaves to the host. With the kernel's vsock the file that holds the CID comes
+// with it.
+func (p *Pod) probeHost(ctx context.Context, driver *qemu.Driver) (hostFacts, *os.File, error) {
+	h := p.cfg.Config.Hypervisor
+	accel, err := driver.Accelerator(h.Accel)
+	if err != nil {
+		return hostFacts{}, nil, fmt.Errorf("hypervisor.accel = %q: %w", h.Accel, err)
+	}
+	facts := hostFacts{accel: accel, cpu: h.CPUModel, vsock: hypervisor.VsockVhostUser, cid: vhostUserCID}
+	if facts.cpu == "" {
+		facts.cpu = qemu.DefaultCPU(accel)
+	}
+	if h.Vsock == configs.VsockVhostUser || (h.Vsock == configs.VsockAuto && !exists("/dev/vhost-vsock")) {
+		return facts, nil, nil
+	}
+	cid, file, err := vsock.AllocateCID(ctx)
+	if err != nil {
+		return hostFacts{}, nil, fmt.Errorf("hypervisor.vsock = %q: %w", h.Vsock, err)
+	}
+	facts.vsock, facts.cid = hypervisor.VsockVhost, cid
+	return facts, file, nil
+}
+
+func closeFile(f *os.File) {
+	if f != nil {
+		_ = f.Close()
+	}
+}
+
+// kernelImage is the uncompressed kernel, taken out of the configured one once and kept.
+func (p *Pod) kernelImage(ctx context.Context) (string, error) {
+	return pvh.Extract(ctx, p.cfg.Config.Hypervisor.Kernel, filepath.Join(p.cfg.Config.Rootfs.CacheDir, "kernels"))
+}
+
+func (p *Pod) makeStateDir() error {
+	if err := os.MkdirAll(filepath.Dir(p.stateDir), 0o711); err != nil {
+		return fmt.Errorf("state folder (state.dir): %w", err)
+	}
+	if err := os.Mkdir(p.stateDir, 0o700); err != nil {
+		if errors.Is(err, os.ErrExist) {
+			return fmt.Errorf("the state folder %s of sandbox %s is there already: another shim runs it, or one died and "+
+				"`containerd-shim-cloister-v2 delete` has not run: %w", p.stateDir, p.cfg.ID, errdefs.ErrAlreadyExists)
+		}
+		return fmt.Errorf("state folder (state.dir): %w", err)
+	}
+	p.cleanup.add(func(ctx context.Context) {
+		if err := os.RemoveAll(p.stateDir); err != nil {
+			log.G(ctx).WithError(err).Warn("remove the sandbox's state folder")
+		}
+		removeRecord(p.cfg.Bundle)
+	})
+	return p.saveRecord()
+}
+
+// makeNetwork opens or makes the pod's network namespace, runs the hooks that fill it, and connects its interfaces to
+// taps. The namespace's file stays open until the pod's end.
+func (p *Pod) makeNetwork(ctx context.Context) (*os.File, error) {
+	var (
+		ns  *os.File
+		err error
+		pid = os.Getpid()
+	)
+	switch p.cfg.Network {
+	case NetworkPath:
+		if ns, err = network.Open(p.cfg.NetNSPath); err != nil {
+			return nil, err
+		}
+		p.cleanup.add(func(context.Context) { _ = ns.Close() })
+	default:
+		made, err := network.NewNetns()
+		if err != nil {
+			return nil, err
+		}
+		p.cleanup.add(func(context.Context) { _ = made.Close() })
+		ns, pid = made.File(), made.TID()
+	}
+	if h := p.cfg.Hooks; h != nil {
+		state := hookState(p.cfg.ID, p.cfg.Bundle, pid, p.cfg.Annotations)
+		// Poststop runs although a create hook failed half-way: it takes back what the others did.
+		p.cleanup.add(func(ctx context.Context) {
+			hooks.Poststop(ctx, h, hookState(p.cfg.ID, p.cfg.Bundle, 0, p.cfg.Annotations))
+		})
+		if err := hooks.CreateRuntime(ctx, h, state); err != nil {
+			return nil, err
+		}
+	}
+	attached, err := network.Attach(ctx, ns)
+	if err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	p.net = attached
+	p.mu.Unlock()
+	p.cleanup.add(func(ctx context.Context) {
+		if err := attached.Close(); err != nil {
+			log.G(ctx).WithError(err).Warn("disconnect the pod's network")
+		}
+	})
+	return ns, nil
+}
+
+// tapFiles are duplicates of the taps' files for the driver, which closes what it gets.
+func (p *Pod) tapFiles() (map[string]*os.File, error) {
+	files := map[string]*os.File{}
+	for i, ifc := range p.net.Interfaces {
+		fd, err := unix.FcntlInt(ifc.Tap.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			for _, f := range files {
+				_ = f.Close()
+			}
+			return nil, fmt.Errorf("duplicate the tap of %s: %w", ifc.HostName, err)
+		}
+		files[nicID(i)] = os.NewFile(uintptr(fd), ifc.TapName)
+	}
+	return files, nil
+}
+
+func (p *Pod) makeCgroup(ctx context.Context) error {
+	path, err := hostcgroup.Path(p.cfg.CgroupsPath, p.cfg.ID)
+	if p.cfg.CgroupsPath == "" {
+		path, err = hostcgroup.Parent(p.cfg.CgroupParent, p.cfg.ID)
+	}
+	if err != nil {
+		return err
+	}
+	group, err := hostcgroup.Create(ctx, path)
+	if err != nil {
+		return fmt.Errorf("host cgroup of the VMM: %w", err)
+	}
+	p.cgroup = group
+	p.cleanup.add(func(ctx context.Context) {
+		if err := group.Delete(ctx); err != nil {
+			log.G(ctx).WithError(err).Warn("remove the VMM's cgroup")
+		}
+	})
+	return p.saveRecord()
+}
+
+func nicID(i int) string { return fmt.Sprintf("net%d", i) }
+
+// guestNetwork is what the guest's own stack needs to take the place of the pod's on the host.
+func guestNetwork(n *network.Network) *agentv1.Network {
+	out := &agentv1.Network{}
+	for _, i := range n.Interfaces {
+		ifc := &agentv1.Interface{Mac: i.MAC.String(), Name: i.GuestName, Mtu: uint32(i.MTU)}
+		for _, a := range i.Addresses {
+			ifc.Addresses = append(ifc.Addresses, a.String())
+		}
+		out.Interfaces = append(out.Interfaces, ifc)
+	}
+	for _, r := range n.Routes {
+		route := &agentv1.Route{
+			Device: r.Interface, Scope: uint32(r.Scope), Metric: r.Metric, Mtu: uint32(r.MTU), Onlink: r.OnLink, Family: 4,
+		}
+		if r.Destination.Addr().Is6() {
+			route.Family = 6
+		}
+		if r.Destination.Bits() > 0 {
+			route.Destination = r.Destination.String()
+		}
+		if r.Gateway.IsValid() {
+			route.Gateway = r.Gateway.String()
+		}
+		if r.Source.IsValid() {
+			route.Source = r.Source.String()
+		}
+		out.Routes = append(out.Routes, route)
+	}
+	for _, e := range n.Neighbours {
+		out.Neighbours = append(out.Neighbours, &agentv1.Neighbour{Address: e.Address.String(), Mac: e.MAC.String(), Device: e.Interface})
+	}
+	return out
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package virtcontainers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+)
+
+// drainTime bounds the wait for a process's last output to be delivered to whoever reads it. A reader that has gone
+// away must not keep the exit back for ever.
+const drainTime = 10 * time.Second
+
+// statusLost is the exit status of a process whose VM was lost: as if by SIGKILL.
+const statusLost = 128 + 9
+
+// maxExitStatus bounds what a guest may tell.
+const maxExitStatus = 255
+
+// Process is one process of a container: its init, or a further one (exec).
+type Process struct {
+	container *Container
+	execID    string
+	io        ProcessIO
+	stdio     Stdio
+
+	// done is closed once exit is final and the output has been delivered.
+	done chan struct{}
+
+	mu     sync.Mutex
+	status ProcessStatus
+	exit   Exit
+}
+
+func newProcess(c *Container, execID string, stdio Stdio, io ProcessIO) *Process {
+	return &Process{container: c, execID: execID, io: io, stdio: stdio, done: make(chan struct{}), status: ProcessCreated}
+}
+
+// ID is the exec id, empty for a container's init.
+func (p *Process) ID() string { return p.execID }
+
+// State of the process now.
+func (p *Process) State() ProcessState {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	status := p.status
+	if status == ProcessRunning && p.container.isPaused() {
+		status = ProcessPaused
+	}
+	return ProcessState{Status: status, PID: p.container.pod.vmPID(), Exit: p.exit, Stdio: p.stdio}
+}
+
+// move changes the state from one to another; ErrFailedPrecondition when it is not in the first.
+func (p *Process) move(from, to ProcessStatus) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.status != from {
+		return fmt.Errorf("process %s is %s, not %s: %w", p.name(), p.status, from, errdefs.ErrFailedPrecondition)
+	}
+	p.status = to
+	return nil
+}
+
+func (p *Process) name() string {
+	if p.execID == "" {
+		return p.container.id
+	}
+	return p.container.id + "/" + p.execID
+}
+
+// Start lets the process run. A process that cannot be started is stopped with the status that a shell would give:
+// 127 for a command that is not there, 126 for one that cannot be executed.
+func (p *Process) Start(ctx context.Context) error {
+	if err := p.move(ProcessCreated, ProcessRunning); err != nil {
+		return err
+	}
+	g := p.container.pod.agent()
+	if g == nil {
+		return p.container.pod.lostError()
+	}
+	ctx, cancel := context.WithTimeout(ctx, p.container.pod.cfg.Config.Timeouts.CreateContainer)
+	defer cancel()
+	_, err := callLong(ctx, g.rpc.StartProcess, &agentv1.StartProcessRequest{ContainerId: p.container.id, ExecId: p.execID})
+	if err != nil {
+		if p.execID != "" {
+			p.finish(Exit{Status: failedStartStatus(err), At: time.Now(), Err: err}, 0, 0)
+			return err
+		}
+		_ = p.move(ProcessRunning, ProcessCreated)
+		return err
+	}
+	if p.execID != "" {
+		// The init's wait runs since its creation: it can be killed before it starts.
+		p.container.pod.goTracked(func(ctx context.Context) { p.watch(ctx) })
+	}
+	return nil
+}
+
+func failedStartStatus(err error) uint32 {
+	if errors.Is(err, errdefs.ErrNotFound) {
+		return 127
+	}
+	return 126
+}
+
+// watch waits for the process's end in the guest, or the guest's own.
+func (p *Process) watch(ctx context.Context) {
+	g := p.container.pod.agent()
+	if g == nil {
+		p.lost()
+		return
+	}
+	resp, err := callLong(ctx, g.waits.WaitProcess, &agentv1.WaitProcessRequest{ContainerId: p.container.id, ExecId: p.execID})
+	if err != nil {
+		if !errors.Is(err, errdefs.ErrUnavailable) && ctx.Err() == nil {
+			log.G(ctx).WithError(err).WithField("process", p.name()).Warn("wait for a process failed")
+		}
+		// Whatever the guest says now, the process is not known to end any other way than with its VM; the pod's own
+		// clean-up gives the exit then.
+		return
+	}
+	p.container.noteOOM(resp.GetOomKills())
+	at := time.Now()
+	if t := resp.GetExitedAt(); t.IsValid() {
+		at = t.AsTime()
+	}
+	p.finish(Exit{Status: min(resp.GetExitStatus(), maxExitStatus), At: at}, resp.GetStdoutBytes(), resp.GetStderrBytes())
+}
+
+// lost ends the process because its VM is gone.
+func (p *Process) lost() {
+	p.finish(Exit{Status: statusLost, At: time.Now(), Err: p.container.pod.lostError()}, 0, 0)
+}
+
+// finish makes the exit final, once: later calls change nothing. Output is delivered before anybody learns of the
+// exit.
+func (p *Process) finish(exit Exit, stdoutBytes, stderrBytes uint64) {
+	p.mu.Lock()
+	if p.status == ProcessStopped {
+		p.mu.Unlock()
+		return
+	}
+	p.status = ProcessStopped
+	p.exit = exit
+	p.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	p.io.Drain(ctx, stdoutBytes, stderrBytes)
+	if p.execID == "" {
+		// The init's exit is the last of its container (containerd relies on it).
+		for _, other := range p.container.execs() {
+			if other.started() {
+				<-other.done
+			}
+		}
+	}
+	close(p.done)
+}
+
+// started tells whether the process ran at some time.
+func (p *Process) started() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.status != ProcessCreated
+}
+
+// Wait returns when the process has ended and its output was delivered.
+func (p *Process) Wait(ctx context.Context) (Exit, error) {
+	select {
+	case <-p.done:
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.exit, nil
+	case <-ctx.Done():
+		return Exit{}, ctx.Err()
+	}
+}
+
+// Kill sends a signal to the process, or with all to every process of its container.
+func (p *Process) Kill(ctx context.Context, signal uint32, all bool) error {
+	if p.State().Status == ProcessStopped && !all {
+		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
+	}
+	g := p.container.pod.agent()
+	if g == nil {
+		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
+	}
+	_, err := call(ctx, g, g.rpc.SignalProcess, &agentv1.SignalProcessRequest{
+		ContainerId: p.container.id, ExecId: p.execID, Signal: signal, All: all,
+	})
+	return err
+}
+
+// Resize sets the terminal's size, kept until the start where that is still to come.
+func (p *Process) Resize(ctx context.Context, width, height uint32) error {
+	if !p.stdio.Terminal {
+		return fmt.Errorf("process %s has no terminal: %w", p.name(), errdefs.ErrFailedPrecondition)
+	}
+	g := p.container.pod.agent()
+	if g == nil {
+		return p.container.pod.lostError()
+	}
+	_, err := call(ctx, g, g.rpc.ResizeTerminal, &agentv1.ResizeTerminalRequest{
+		ContainerId: p.container.id, ExecId: p.execID, Width: width, Height: height,
+	})
+	return err
+}
+
+// Delete forgets a further process. One that runs gives ErrFailedPrecondition; one that never started can go.
+func (p *Process) Delete(ctx context.Context) (Exit, error) {
+	if p.execID == "" {
+		return Exit{}, fmt.Errorf("delete of an init process: %w", errdefs.ErrInvalidArgument)
+	}
+	state := p.State()
+	switch state.Status {
+	case ProcessRunning, ProcessPaused:
+		return Exit{}, fmt.Errorf("process %s is %s: %w", p.name(), state.Status, errdefs.ErrFailedPrecondition)
+	case ProcessCreated:
+		state.Exit = Exit{Status: 0, At: time.Now()}
+	}
+	if g := p.container.pod.agent(); g != nil {
+		_, err := call(ctx, g, g.rpc.DeleteProcess, &agentv1.DeleteProcessRequest{ContainerId: p.container.id, ExecId: p.execID})
+		if err != nil && !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
+			return Exit{}, err
+		}
+	}
+	p.container.forget(p)
+	if err := p.io.Close(); err != nil {
+		log.G(ctx).WithError(err).WithField("process", p.name()).Debug("close of stdio")
+	}
+	return state.Exit, nil
+}
