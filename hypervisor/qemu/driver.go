@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/pvh"
+	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/hypervisor/vsock"
+	"github.com/cloister-project/cloister/hypervisor/vsock/vhostuser"
+)
+
+// Names of the logs in Resources.StateDir. Each may have an older part with the suffix ".1"; together at most 1 MiB.
+const (
+	ConsoleLog = "console.log"
+	VMMLog     = "qemu.log"
+)
+
+// Config of a Driver.
+type Config struct {
+	// Path of the QEMU binary. Where empty, the usual places are searched.
+	Path string
+	// CacheDir keeps what is known of the binary; made if missing. Where empty, each New probes the binary (0.1 s or so).
+	CacheDir string
+}
+
+// Driver starts VMs with one QEMU binary. It has no state of its own.
+type Driver struct {
+	path     string
+	features Features
+	host     host
+}
+
+// New finds the QEMU binary and what it can do. Errors: os.ErrNotExist or errdefs.ErrNotFound, errdefs.ErrInvalidArgument
+// (not executable), or what the binary itself said if it is no QEMU.
+func New(ctx context.Context, c Config) (*Driver, error) {
+	path, err := findBinary(c.Path)
+	if err != nil {
+		return nil, err
+	}
+	f, err := featuresOf(ctx, path, c.CacheDir)
+	if err != nil {
+		return nil, err
+	}
+	return &Driver{path: path, features: f, host: host{kvm: "/dev/kvm", cpuinfo: "/proc/cpuinfo"}}, nil
+}
+
+// Path of the binary.
+func (d *Driver) Path() string { return d.path }
+
+// Features of the binary.
+func (d *Driver) Features() Features { return d.features }
+
+// Accelerator turns "auto" (or ""), "kvm" or "tcg" into what this host and binary can do. auto is KVM only where
+// /dev/kvm opens and the CPU has hardware virtualization. An accelerator that is asked for by name and not there is an
+// error, never replaced.
+func (d *Driver) Accelerator(want string) (hypervisor.Accelerator, error) {
+	return d.host.accelerator(want, d.features)
+}
+
+// Start starts QEMU for the document, with the virtual CPUs stopped until VM.Boot. ctx bounds the start only. It takes
+// over the files in res, also on errors. On an error nothing is left, no log either: the error quotes QEMU's own words.
+//
+// errdefs.ErrInvalidArgument: the document, with all its faults. errdefs.ErrNotImplemented: the binary lacks something.
+// errdefs.ErrResourceExhausted: more memory than the host has.
+func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervisor.Resources) (_ hypervisor.VM, err error) {
+	// QEMU gets copies.
+	defer func() { closeFiles(resourceFiles(res)) }()
+	if err := Validate(doc); err != nil {
+		return nil, err
+	}
+	drivers, err := preflight(doc, res)
+	if err != nil {
+		return nil, err
+	}
+	cmdline, err := NewCommandLine(doc, d.features, drivers)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	v, err := newVM(doc, res.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	if err := v.start(ctx, d.path, cmdline, res); err != nil {
+		return nil, errors.Join(err, v.discard())
+	}
+	return v, nil
+}
+
+// preflight checks what the document names on the host. It returns the block driver of each disk.
+func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]string, error) {
+	var f faults
+	if _, err := pvh.Inspect(doc.Boot.Kernel); err != nil {
+		f.add("boot.kernel: %w", err)
+	}
+	if fi, err := os.Stat(doc.Boot.Initrd); err != nil {
+		f.add("boot.initrd: %w", err)
+	} else if !fi.Mode().IsRegular() || fi.Size() == 0 {
+		f.add("boot.initrd: %s is empty or no regular file", doc.Boot.Initrd)
+	}
+	drivers := make(map[string]string, len(doc.Disks))
+	for _, disk := range doc.Disks {
+		driver, err := diskDriver(disk.Path)
+		if err != nil {
+			f.add("disk %s: %w", disk.ID, err)
+		}
+		drivers[disk.ID] = driver
+	}
+	for _, n := range doc.NICs {
+		if res.Taps[n.ID] == nil {
+			f.add("nic %s: no tap was given", n.ID)
+		}
+		if n.VhostNet && res.VhostNet[n.ID] == nil {
+			f.add("nic %s: no vhost-net was given", n.ID)
+		}
+	}
+	if doc.Vsock.Kind == hypervisor.VsockVhost && res.VhostVsock == nil {
+		f.add("vsock: no vhost-vsock device was given")
+	}
+	if fi, err := os.Stat(res.StateDir); err != nil || !fi.IsDir() || !filepath.IsAbs(res.StateDir) {
+		f.add("state folder %q: no absolute path of a folder", res.StateDir)
+	}
+	if err := f.err(); err != nil {
+		return nil, err
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return nil, fmt.Errorf("memory of the host: %w", err)
+	}
+	// A shared memory file is not accounted for when it is made: without this the host would run out of memory later.
+	if total := uint64(info.Totalram) * uint64(info.Unit); doc.Memory.Bytes > total {
+		return nil, fmt.Errorf("the VM is to have %d MiB of memory and the host has %d MiB; lower the pod's limits or the configured memory: %w",
+			doc.Memory.Bytes>>20, total>>20, errdefs.ErrResourceExhausted)
+	}
+	return drivers, nil
+}
+
+// start opens what the VM needs and starts QEMU. On an error the process is gone; the caller calls discard.
+func (v *vm) start(ctx context.Context, path string, cmdline CommandLine, res hypervisor.Resources) error {
+	given := map[string]*os.File{}
+	for id, f := range res.Taps {
+		given[fileTap+id] = f
+	}
+	for id, f := range res.VhostNet {
+		given[fileVhost+id] = f
+	}
+	// QEMU's ends, closed here once it has its copies.
+	var theirs []*os.File
+	defer func() { closeFiles(theirs) }()
+	open := func(name string) (net.Conn, error) {
+		conn, file, err := socketPair(name)
+		if err == nil {
+			theirs = append(theirs, file)
+			given[name] = file
+		}
+		return conn, err
+	}
+	switch v.doc.Vsock.Kind {
+	case hypervisor.VsockVhost:
+		k, err := vsock.NewKernel(v.doc.Vsock.CID)
+		if err != nil {
+			return err
+		}
+		v.transport, given[fileVsock] = k, res.VhostVsock
+	case hypervisor.VsockVhostUser:
+		dev, err := vhostuser.New(vhostuser.Config{GuestCID: v.doc.Vsock.CID})
+		if err != nil {
+			return err
+		}
+		v.transport, v.vsockDevice = dev, dev
+		given[fileVsock] = dev.QEMUFile()
+		theirs = append(theirs, dev.QEMUFile())
+	}
+	control, err := open(fileQMP)
+	if err != nil {
+		return err
+	}
+	console, err := open(fileConsole)
+	if err != nil {
+		control.Close()
+		return err
+	}
+	output, stderr, err := os.Pipe()
+	if err != nil {
+		control.Close()
+		console.Close()
+		return fmt.Errorf("pipe for QEMU's log: %w", err)
+	}
+	theirs = append(theirs, stderr)
+	files := make([]*os.File, len(cmdline.Files))
+	for i, name := range cmdline.Files {
+		files[i] = given[name]
+	}
+	v.proc, err = startProcess(processSpec{path: path, args: cmdline.Args, files: files, output: stderr, netns: res.NetNS})
+	if err != nil {
+		control.Close()
+		console.Close()
+		output.Close()
+		return err
+	}
+	closeFiles(theirs)
+	v.copyLogs(console, output)
+
+	// From here on, the end of the process ends everything else.
+	if res.OnStart != nil {
+		if err := res.OnStart(v.proc.pid()); err != nil {
+			control.Close()
+			v.abandon(0)
+			return fmt.Errorf("set up the host's side of QEMU: %w", err)
+		}
+	}
+	client, err := qmp.New(ctx, control, v.onEvent)
+	if err != nil {
+		grace := drainGrace
+		if ctx.Err() != nil {
+			grace = 0
+		}
+		if own := v.abandon(grace); own && ctx.Err() == nil {
+			err = v.exit // it says more than a connection that broke
+		} else {
+			err = fmt.Errorf("%w%s", err, v.quoteLog())
+		}
+		return fmt.Errorf("start QEMU: %w", err)
+	}
+	v.mu.Lock()
+	v.qmp = client
+	v.mu.Unlock()
+	go v.watch()
+	return nil
+}
+
+// socketPair gives our end and the one that QEMU inherits.
+func socketPair(name string) (net.Conn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("socket pair for QEMU's %s: %w", name, err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), name), os.NewFile(uintptr(fds[1]), name+" of QEMU")
+	conn, err := net.FileConn(ours) // a copy
+	ours.Close()
+	if err != nil {
+		theirs.Close()
+		return nil, nil, fmt.Errorf("socket pair for QEMU's %s: %w", name, err)
+	}
+	return conn, theirs, nil
+}
+
+func resourceFiles(res hypervisor.Resources) []*os.File {
+	files := []*os.File{res.VhostVsock}
+	for _, f := range res.Taps {
+		files = append(files, f)
+	}
+	for _, f := range res.VhostNet {
+		files = append(files, f)
+	}
+	return files
+}
+
+// closeFiles closes the files that are not nil; closing twice does no harm.
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		if f != nil {
+			f.Close()
+		}
+	}
+}

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/log"
+
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+)
+
+// endEvents is what QMP's events said about the VM's end.
+type endEvents struct {
+	// shutdown is SHUTDOWN's reason (ShutdownCause in QEMU's qapi/run-state.json).
+	shutdown string
+	// panicked is what GUEST_PANICKED said, for people.
+	panicked string
+}
+
+const (
+	// maxIOFaults bounds the log lines about broken disks: a guest can cause as many as it likes.
+	maxIOFaults   = 10
+	statusTimeout = 5 * time.Second
+	maxPanicLine  = 256
+)
+
+// onEvent is QMP's handler; it runs in the client's dispatcher, so it may execute commands.
+func (v *vm) onEvent(e qmp.Event) {
+	switch e.Name {
+	case "SHUTDOWN":
+		var d struct{ Reason string }
+		_ = json.Unmarshal(e.Data, &d) // an empty reason is one that is not known
+		v.mu.Lock()
+		// The first is the cause; QEMU may send more on its way out.
+		if v.end.shutdown == "" {
+			v.end.shutdown = d.Reason
+		}
+		v.mu.Unlock()
+	case "GUEST_PANICKED", "GUEST_CRASHLOADED":
+		v.mu.Lock()
+		v.end.panicked = describePanic(e.Data)
+		v.mu.Unlock()
+	case "DEVICE_DELETED":
+		var d struct{ Device string }
+		_ = json.Unmarshal(e.Data, &d)
+		v.mu.Lock()
+		if ch := v.deleted[d.Device]; ch != nil {
+			close(ch)
+			delete(v.deleted, d.Device)
+		}
+		v.mu.Unlock()
+	case "STOP":
+		v.onStop()
+	case "BLOCK_IO_ERROR":
+		v.onIOError(e.Data)
+	}
+}
+
+// onStop looks why the virtual CPUs stand still. Without a wish of ours it is KVM that gave up: the guest would hang
+// for ever.
+func (v *vm) onStop() {
+	v.mu.Lock()
+	client, wanted := v.qmp, v.paused || v.end != endEvents{}
+	v.mu.Unlock()
+	if wanted || client == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
+	defer cancel()
+	var s struct{ Status string }
+	if err := client.Execute(ctx, "query-status", nil, &s); err != nil {
+		return // it is on its way out
+	}
+	if s.Status == "internal-error" || s.Status == "io-error" {
+		v.fail("QEMU cannot execute the guest any more: " + s.Status)
+	}
+}
+
+func (v *vm) onIOError(data json.RawMessage) {
+	var d struct {
+		Node      string `json:"node-name"`
+		Operation string
+		Reason    string
+	}
+	_ = json.Unmarshal(data, &d)
+	v.mu.Lock()
+	v.ioFault++
+	n := v.ioFault
+	v.mu.Unlock()
+	if n <= maxIOFaults {
+		log.L.WithField("sandbox", v.doc.ID).WithField("disk", d.Node).WithField("operation", d.Operation).
+			Warnf("the host cannot serve a guest's disk: %s", d.Reason)
+	}
+}
+
+// describePanic turns GUEST_PANICKED's data into a line: TDX and SEV guests tell why they ended themselves.
+func describePanic(data json.RawMessage) string {
+	var d struct {
+		Info struct {
+			Type      string
+			ErrorCode *uint64 `json:"error-code"`
+			Message   string
+			Set       *uint64
+			Code      *uint64
+		}
+	}
+	_ = json.Unmarshal(data, &d)
+	s := "the guest reported a panic"
+	if d.Info.Type != "" {
+		s += " (" + clip(d.Info.Type)
+		if d.Info.ErrorCode != nil {
+			s += fmt.Sprintf(", error code %#x", *d.Info.ErrorCode)
+		}
+		if d.Info.Set != nil && d.Info.Code != nil {
+			s += fmt.Sprintf(", set %#x, code %#x", *d.Info.Set, *d.Info.Code)
+		}
+		if d.Info.Message != "" {
+			s += ", " + clip(d.Info.Message)
+		}
+		s += ")"
+	}
+	return s
+}
+
+// clip makes a guest's words fit for an error message.
+func clip(s string) string {
+	s = strings.Join(strings.Fields(string((&cleaner{}).filter([]byte(s)))), " ")
+	if len(s) > maxPanicLine {
+		s = strings.ToValidUTF8(s[:maxPanicLine], "")
+	}
+	return s
+}
+
+// classify tells why the VM ended. The process is gone and everything it wrote was read.
+func (v *vm) classify() hypervisor.Exit {
+	v.mu.Lock()
+	end, killed, cause := v.end, v.killed, v.cause
+	v.mu.Unlock()
+	e := hypervisor.Exit{VMMLog: v.log.quote(), Console: v.console.quote()}
+	text, _ := v.console.text()
+	status := v.proc.state.Sys().(syscall.WaitStatus)
+	switch {
+	case end.panicked != "" || end.shutdown == "guest-panic":
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
+		if e.Detail == "" {
+			e.Detail = end.panicked
+		}
+		if e.Detail == "" {
+			e.Detail = "the guest reported a panic"
+		}
+	case end.shutdown == "guest-reset":
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
+		if e.Detail == "" {
+			e.Detail = "the guest reset itself, without a kernel panic on its console"
+		}
+	case end.shutdown == "guest-shutdown":
+		e.Reason, e.Detail = hypervisor.ExitStopped, "the guest powered off"
+	case cause != "":
+		e.Reason, e.Detail = hypervisor.ExitVMM, cause
+	case killed:
+		e.Reason, e.Detail = hypervisor.ExitStopped, "stopped from outside"
+	case status.Signaled():
+		e.Reason = hypervisor.ExitVMM
+		e.Detail = fmt.Sprintf("QEMU was killed by signal %d (%v)", status.Signal(), status.Signal())
+		switch status.Signal() {
+		case syscall.SIGKILL:
+			e.Detail += ": by somebody on the host, or by the kernel for want of memory (see its log)"
+		case syscall.SIGSYS:
+			e.Detail += ": its seccomp sandbox forbids what it did; hypervisor.sandbox = false shows whether that is so"
+		}
+	case end.shutdown == "host-signal":
+		e.Reason, e.Detail = hypervisor.ExitVMM, "QEMU was ended by a signal of somebody on the host"
+	case end.shutdown != "":
+		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU ended itself (%s), exit status %d", clip(end.shutdown), status.ExitStatus())
+	default:
+		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU exited with status %d", status.ExitStatus())
+	}
+	return e
+}
+
+// panicLine finds the kernel's last words on the console.
+func panicLine(console string) string {
+	const mark = "Kernel panic - not syncing"
+	i := strings.LastIndex(console, "end "+mark) // "---[ end Kernel panic - not syncing: … ]---" repeats the first one
+	if i < 0 {
+		i = len(console)
+	}
+	if j := strings.LastIndex(console[:i], mark); j >= 0 {
+		line, _, _ := strings.Cut(console[j:], "\n")
+		return clip(line)
+	}
+	return ""
+}

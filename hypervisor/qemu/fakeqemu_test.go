@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cloister-project/cloister/hypervisor"
+)
+
+// fakeVariable makes the test binary a QEMU that misbehaves in the way its value says.
+const fakeVariable = "CLOISTER_TEST_FAKE_QEMU"
+
+// fakeQEMU never returns. It logs each command to stderr.
+func fakeQEMU(mode string) {
+	if mode == "dies" {
+		fmt.Fprintln(os.Stderr, "qemu: \x1b[31mno such thing\x07")
+		os.Exit(1)
+	}
+	conn := inherited("qmp")
+	if mode == "mute" {
+		select {}
+	}
+	fmt.Fprintln(conn, `{"QMP": {"version": {}, "capabilities": []}}`)
+	lines := bufio.NewScanner(conn)
+	deleted := map[string]int{}
+	for lines.Scan() {
+		var c struct {
+			Execute   string
+			Arguments map[string]any
+			ID        int
+		}
+		if err := json.Unmarshal(lines.Bytes(), &c); err != nil {
+			os.Exit(3)
+		}
+		fmt.Fprintln(os.Stderr, "command", c.Execute, c.Arguments["id"], c.Arguments["node-name"])
+		event := func(name, data string) {
+			fmt.Fprintf(conn, `{"timestamp": {"seconds": 1, "microseconds": 1}, "event": %q, "data": %s}`+"\n", name, data)
+		}
+		result := `"return": {}`
+		switch mode + "/" + c.Execute {
+		case "panics/cont":
+			event("GUEST_PANICKED", `{"action": "poweroff", "info": {"type": "tdx", "error-code": 66, "message": "evil \u001b[2J words", "gpa": 0}}`)
+			event("SHUTDOWN", `{"guest": true, "reason": "guest-panic"}`)
+			os.Exit(0)
+		case "stuck/cont":
+			event("STOP", "{}")
+		case "stuck/query-status":
+			result = `"return": {"status": "internal-error", "running": false}`
+		case "garbage/cont":
+			fmt.Fprintln(conn, "hello?")
+			continue
+		case "hangs/cont":
+			conn.Close()
+			select {}
+		case "exits/cont":
+			os.Exit(7)
+		case "silent/device_add":
+			continue
+		case "refuses/device_add":
+			result = `"error": {"class": "GenericError", "desc": "no such bus"}`
+		case "slow/device_del":
+			id := c.Arguments["id"].(string)
+			if deleted[id]++; deleted[id] > 1 {
+				result = `"error": {"class": "DeviceNotFound", "desc": "not found"}`
+			}
+		case "chatty/cont":
+			console := inherited("console")
+			for i := range 60000 {
+				fmt.Fprintf(console, "\x1b[1mline %d\x1b[0m\r\x08 of \xff nonsense\n", i)
+			}
+			console.Close()
+			os.Exit(0)
+		}
+		fmt.Fprintf(conn, `{%s, "id": %d}`+"\n", result, c.ID)
+	}
+	os.Exit(0)
+}
+
+// inherited opens the file behind -chardev socket,id=ID,fd=N.
+func inherited(id string) net.Conn {
+	for _, a := range os.Args {
+		var fd uintptr
+		if _, err := fmt.Sscanf(a, "socket,id="+id+",fd=%d", &fd); err == nil {
+			conn, err := net.FileConn(os.NewFile(fd, id))
+			if err != nil {
+				os.Exit(4)
+			}
+			return conn
+		}
+	}
+	os.Exit(5)
+	return nil
+}
+
+// fakeDriver starts fake QEMUs.
+func fakeDriver(t *testing.T, mode string) (*Driver, hypervisor.Document) {
+	t.Helper()
+	dir := t.TempDir()
+	self, err := os.Executable()
+	require.NoError(t, err)
+	wrapper := filepath.Join(dir, "qemu")
+	require.NoError(t, os.WriteFile(wrapper, fmt.Appendf(nil, "#!/bin/sh\nexec env %s=%s %s \"$@\"\n", fakeVariable, mode, self), 0o700))
+	kernel := make([]byte, 1024)
+	kernel[0x1fe], kernel[0x1ff] = 0x55, 0xaa
+	copy(kernel[0x202:], "HdrS")
+	path := filepath.Join(dir, "kernel")
+	require.NoError(t, os.WriteFile(path, kernel, 0o600))
+	return &Driver{path: wrapper, features: debianFeatures()}, testDocument(t, path, path, "idle")
+}
+
+func TestFaults(t *testing.T) {
+	for mode, want := range map[string]struct {
+		reason hypervisor.ExitReason
+		detail string
+	}{
+		"panics":  {hypervisor.ExitGuestPanic, "the guest reported a panic (tdx, error code 0x42, evil words)"},
+		"stuck":   {hypervisor.ExitVMM, "cannot execute the guest any more: internal-error"},
+		"garbage": {hypervisor.ExitVMM, "control connection broke"},
+		"hangs":   {hypervisor.ExitVMM, "did not end"},
+		"exits":   {hypervisor.ExitVMM, "QEMU exited with status 7"},
+	} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			d, doc := fakeDriver(t, mode)
+			v := startGuest(t, d, doc)
+			_ = v.Boot(context.Background()) // some end before they answer
+			exit := waitEnd(t, v)
+			require.Equal(t, want.reason, exit.Reason, exit.Error())
+			require.Contains(t, exit.Detail, want.detail)
+			require.Contains(t, exit.VMMLog, "command cont")
+			require.ErrorIs(t, v.Resume(context.Background()), errdefs.ErrFailedPrecondition)
+		})
+	}
+}
+
+func TestStartFaults(t *testing.T) {
+	t.Run("dies", func(t *testing.T) {
+		d, doc := fakeDriver(t, "dies")
+		dir := t.TempDir()
+		_, err := d.Start(context.Background(), doc, hypervisor.Resources{StateDir: dir})
+		require.ErrorContains(t, err, "QEMU exited with status 1")
+		require.ErrorContains(t, err, "qemu: no such thing")
+		left, err := os.ReadDir(dir)
+		require.NoError(t, err)
+		require.Empty(t, left)
+	})
+	t.Run("mute", func(t *testing.T) {
+		d, doc := fakeDriver(t, "mute")
+		ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+		defer cancel()
+		_, err := d.Start(ctx, doc, hypervisor.Resources{StateDir: t.TempDir()})
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorContains(t, err, "greeting")
+	})
+}
+
+func TestAddDiskRefused(t *testing.T) {
+	d, doc := fakeDriver(t, "refuses")
+	v := startGuest(t, d, doc)
+	disk := testDisk(t, t.TempDir(), 1)
+	for range 2 { // nothing is kept of the first
+		require.ErrorContains(t, v.AddDisk(context.Background(), disk), "no such bus")
+	}
+	log, _ := v.log.text()
+	require.Equal(t, 2, strings.Count(log, "command blockdev-del"), log)
+	require.ErrorIs(t, v.RemoveDisk(context.Background(), disk.ID), errdefs.ErrNotFound)
+	require.ErrorContains(t, v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"}), "no such bus")
+	log, _ = v.log.text()
+	require.Contains(t, log, "command chardev-remove chr-folder-a")
+}
+
+func TestAddDiskCancelled(t *testing.T) {
+	d, doc := fakeDriver(t, "none")
+	v := startGuest(t, d, doc)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	require.ErrorIs(t, v.AddDisk(ctx, testDisk(t, t.TempDir(), 1)), context.Canceled)
+	require.NoError(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)))
+}
+
+func TestAddDiskWhileQEMUEnds(t *testing.T) {
+	d, doc := fakeDriver(t, "silent")
+	v := startGuest(t, d, doc)
+	errs := make(chan error, 1)
+	go func() { errs <- v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)) }()
+	for log, changed := v.log.text(); !strings.Contains(log, "device_add"); log, changed = v.log.text() {
+		<-changed
+	}
+	require.ErrorIs(t, v.RemoveDisk(context.Background(), "layer-1"), errdefs.ErrUnavailable)
+	v.Kill()
+	require.ErrorIs(t, <-errs, errdefs.ErrFailedPrecondition)
+}
+
+func TestRemoveDiskRepeated(t *testing.T) {
+	d, doc := fakeDriver(t, "slow")
+	v := startGuest(t, d, doc)
+	disk := testDisk(t, t.TempDir(), 1)
+	require.NoError(t, v.AddDisk(context.Background(), disk))
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	require.ErrorIs(t, v.RemoveDisk(ctx, disk.ID), context.DeadlineExceeded)
+	require.NoError(t, v.RemoveDisk(context.Background(), disk.ID))
+	require.ErrorIs(t, v.RemoveDisk(context.Background(), disk.ID), errdefs.ErrNotFound)
+}
+
+func TestConsoleIsBounded(t *testing.T) {
+	d, doc := fakeDriver(t, "chatty")
+	dir := t.TempDir()
+	h, err := d.Start(context.Background(), doc, hypervisor.Resources{StateDir: dir})
+	require.NoError(t, err)
+	_ = h.Boot(context.Background())
+	<-h.Done()
+	exit := h.Exit()
+	require.LessOrEqual(t, len(exit.Console), quotedSize)
+	require.True(t, strings.HasSuffix(exit.Console, "line 59999 of ? nonsense"), exit.Console)
+	var size int64
+	for _, name := range []string{ConsoleLog, ConsoleLog + ".1"} {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		require.NoError(t, err)
+		require.NotContains(t, string(b), "\x1b")
+		size += int64(len(b))
+	}
+	require.LessOrEqual(t, size, int64(maxLogFile))
+}

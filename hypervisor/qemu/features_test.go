@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cloister-project/cloister/hypervisor"
+)
+
+func TestProbeAndCache(t *testing.T) {
+	path, err := findBinary(os.Getenv("CLOISTER_TEST_QEMU"))
+	if err != nil {
+		t.Skip(err)
+	}
+	dir := filepath.Join(t.TempDir(), "cache")
+	d, err := New(context.Background(), Config{Path: path, CacheDir: dir})
+	require.NoError(t, err)
+	t.Logf("%+v", d.Features())
+	require.NoError(t, d.Features().lacks(goldenDocument()))
+	require.NotEmpty(t, d.Features().Version)
+
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	require.NoError(t, err)
+	require.Len(t, files, 1)
+	// The second time it comes from the cache: a mark in it is seen.
+	id, err := identifyBinary(path)
+	require.NoError(t, err)
+	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion, Binary: id, Features: Features{Version: "mark"}}))
+	d, err = New(context.Background(), Config{Path: path, CacheDir: dir})
+	require.NoError(t, err)
+	require.Equal(t, "mark", d.Features().Version)
+
+	// Another binary at the same path, rubbish, and another format are not believed.
+	other := id
+	other.Mtime++
+	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion, Binary: other}))
+	_, ok := readFeatures(files[0], id)
+	require.False(t, ok)
+	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion + 1, Binary: id}))
+	_, ok = readFeatures(files[0], id)
+	require.False(t, ok)
+	require.NoError(t, os.WriteFile(files[0], []byte("{"), 0o600))
+	d, err = New(context.Background(), Config{Path: path, CacheDir: dir})
+	require.NoError(t, err)
+	require.NotEqual(t, "mark", d.Features().Version)
+}
+
+func TestAccelerator(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
+		return path
+	}
+	intel := file("intel", "processor\t: 0\nflags\t\t: fpu vme vmx sse\nvmx flags\t: x\n\nprocessor\t: 1\n")
+	amd := file("amd", "processor\t: 0\nflags\t\t: fpu svm\n")
+	s390 := file("s390", "vendor_id : IBM/S390\nfeatures\t: esan3 sie highgprs\n")
+	none := file("none", "processor\t: 0\nflags\t\t: fpu vmxnet svme hypervisor\nvmx flags\t: x\n")
+	kvm := file("kvm", "")
+	absent := filepath.Join(dir, "absent")
+	all := debianFeatures()
+	onlyTCG, onlyKVM := Features{Types: []string{"tcg-accel"}}, Features{Types: []string{"kvm-accel"}}
+
+	for _, tc := range []struct {
+		name string
+		host host
+		f    Features
+		want string
+		got  hypervisor.Accelerator
+		err  error
+	}{
+		{"auto, Intel", host{kvm, intel}, all, "auto", "kvm", nil},
+		{"auto, AMD", host{kvm, amd}, all, "", "kvm", nil},
+		{"auto, s390x", host{kvm, s390}, all, "auto", "kvm", nil},
+		{"auto, software KVM", host{kvm, none}, all, "auto", "tcg", nil},
+		{"auto, no device", host{absent, intel}, all, "auto", "tcg", nil},
+		{"auto, binary without KVM", host{kvm, intel}, onlyTCG, "auto", "tcg", nil},
+		{"auto, nothing at all", host{absent, intel}, onlyKVM, "auto", "", errdefs.ErrUnavailable},
+		{"kvm", host{kvm, intel}, all, "kvm", "kvm", nil},
+		{"kvm, no device", host{absent, intel}, all, "kvm", "", os.ErrNotExist},
+		{"kvm, software KVM", host{kvm, none}, all, "kvm", "", errdefs.ErrUnavailable},
+		{"kvm, binary without", host{kvm, intel}, onlyTCG, "kvm", "", errdefs.ErrNotImplemented},
+		{"tcg", host{kvm, intel}, all, "tcg", "tcg", nil},
+		{"tcg, binary without", host{kvm, intel}, onlyKVM, "tcg", "", errdefs.ErrNotImplemented},
+		{"unknown", host{kvm, intel}, all, "xen", "", errdefs.ErrInvalidArgument},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got, err := tc.host.accelerator(tc.want, tc.f)
+			require.Equal(t, tc.got, got)
+			if tc.err == nil {
+				require.NoError(t, err)
+			} else {
+				require.ErrorIs(t, err, tc.err)
+			}
+		})
+	}
+}

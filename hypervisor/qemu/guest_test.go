@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/stretchr/testify/require"
+	"github.com/u-root/u-root/pkg/cpio"
+	"github.com/ulikunitz/xz"
+	"go.uber.org/goleak"
+
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/pvh"
+)
+
+func TestMain(m *testing.M) {
+	if mode := os.Getenv(fakeVariable); mode != "" {
+		fakeQEMU(mode)
+	}
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		_ = os.RemoveAll(cachePath())
+		os.Exit(code)
+	}))
+}
+
+// The tests with a real guest boot the kernel CLOISTER_TEST_KERNEL (a bzImage) to testdata/init. Those that need
+// modules take them from CLOISTER_TEST_MODULES, a folder like lib/modules/<release>.
+const (
+	kernelVariable  = "CLOISTER_TEST_KERNEL"
+	modulesVariable = "CLOISTER_TEST_MODULES"
+
+	// bootTimeout is generous: emulation on a busy machine.
+	bootTimeout = 120 * time.Second
+)
+
+// scsiModules in the order in which they are loaded.
+var scsiModules = []string{"scsi_common", "scsi_mod", "virtio_scsi", "sd_mod"}
+
+func testDriver(t testing.TB) *Driver {
+	t.Helper()
+	if _, err := findBinary(os.Getenv("CLOISTER_TEST_QEMU")); err != nil {
+		t.Skipf("no QEMU: %v", err)
+	}
+	d, err := New(context.Background(), Config{Path: os.Getenv("CLOISTER_TEST_QEMU"), CacheDir: filepath.Join(cacheDir(t), "qemu")})
+	require.NoError(t, err)
+	return d
+}
+
+// cachePath is shared by the tests of one run of the test binary.
+func cachePath() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("cloister-qemu-test-%d", os.Getpid()))
+}
+
+func cacheDir(t testing.TB) string {
+	t.Helper()
+	require.NoError(t, os.MkdirAll(cachePath(), 0o700))
+	return cachePath()
+}
+
+func testKernel(t testing.TB) string {
+	t.Helper()
+	image := os.Getenv(kernelVariable)
+	if image == "" {
+		t.Skip(kernelVariable + " (the path of a Debian bzImage) is not set")
+	}
+	kernel, err := pvh.Extract(context.Background(), image, filepath.Join(cacheDir(t), "pvh"))
+	require.NoError(t, err)
+	return kernel
+}
+
+// testInitrd builds testdata/init and packs it, with modules.
+func testInitrd(t testing.TB, modules ...string) string {
+	t.Helper()
+	path := filepath.Join(cacheDir(t), "initrd-"+strings.Join(modules, "-"))
+	if _, err := os.Stat(path); err == nil {
+		return path
+	}
+	binary := filepath.Join(t.TempDir(), "init")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, "./testdata/init")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := build.CombinedOutput()
+	require.NoError(t, err, string(out))
+	init, err := os.ReadFile(binary)
+	require.NoError(t, err)
+
+	var buf bytes.Buffer
+	w := cpio.Newc.Writer(&buf)
+	require.NoError(t, w.WriteRecord(cpio.Directory("dev", 0o755)))
+	require.NoError(t, w.WriteRecord(cpio.CharDev("dev/console", 0o600, 5, 1)))
+	require.NoError(t, w.WriteRecord(cpio.StaticFile("init", string(init), 0o755)))
+	require.NoError(t, w.WriteRecord(cpio.Directory("modules", 0o755)))
+	for i, m := range modules {
+		require.NoError(t, w.WriteRecord(cpio.StaticFile(fmt.Sprintf("modules/%02d-%s.ko", i, m), string(testModule(t, m)), 0o644)))
+	}
+	require.NoError(t, cpio.WriteTrailer(w))
+	require.NoError(t, os.WriteFile(path, buf.Bytes(), 0o600))
+	return path
+}
+
+func testModule(t testing.TB, name string) []byte {
+	dir := os.Getenv(modulesVariable)
+	if dir == "" {
+		t.Skip(modulesVariable + " (a folder like lib/modules/<release>) is not set")
+	}
+	var found string
+	err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
+		if filepath.Base(path) == name+".ko.xz" {
+			found = path
+		}
+		return err
+	})
+	require.NoError(t, err)
+	require.NotEmpty(t, found, "module %s in %s", name, dir)
+	f, err := os.Open(found)
+	require.NoError(t, err)
+	defer f.Close()
+	r, err := xz.NewReader(f)
+	require.NoError(t, err)
+	b, err := io.ReadAll(r)
+	require.NoError(t, err)
+	return b
+}
+
+// testDocument is a VM with the embedded vsock device that does what says.
+func testDocument(t testing.TB, kernel, initrd, do string) hypervisor.Document {
+	t.Helper()
+	return hypervisor.Document{
+		ID:          "test",
+		UUID:        uuid.NewString(),
+		Accelerator: hypervisor.AccelTCG,
+		CPU:         hypervisor.CPU{Model: DefaultCPU(hypervisor.AccelTCG), Count: 1},
+		Memory:      hypervisor.Memory{Bytes: 256 << 20, Shared: true},
+		Boot: hypervisor.Boot{
+			Kernel: kernel, Initrd: initrd,
+			Parameters: append(KernelParameters(hypervisor.AccelTCG), "init.do="+do),
+		},
+		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
+		SharedFolderPorts: 2,
+		Sandboxed:         true,
+	}
+}
+
+// startGuest starts a VM without booting it, and checks in the end that nothing is left.
+func startGuest(t testing.TB, d *Driver, doc hypervisor.Document) *vm {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
+	defer cancel()
+	h, err := d.Start(ctx, doc, hypervisor.Resources{StateDir: t.TempDir()})
+	require.NoError(t, err)
+	v := h.(*vm)
+	t.Cleanup(func() {
+		v.Kill()
+		require.NoDirExists(t, fmt.Sprintf("/proc/%d", v.PID()))
+		if t.Failed() {
+			t.Log(v.Exit())
+		}
+	})
+	return v
+}
+
+// bootGuest starts a VM and waits for its init.
+func bootGuest(t testing.TB, d *Driver, doc hypervisor.Document) *vm {
+	t.Helper()
+	v := startGuest(t, d, doc)
+	require.NoError(t, v.Boot(context.Background()))
+	waitConsole(t, v, "INIT up")
+	return v
+}
+
+// waitConsole waits for a text on the console, and gives its line.
+func waitConsole(t testing.TB, v *vm, text string) string {
+	t.Helper()
+	return waitConsoleAfter(t, v, "", text)
+}
+
+// waitConsoleAfter waits for a text on the console after another one.
+func waitConsoleAfter(t testing.TB, v *vm, mark, text string) string {
+	t.Helper()
+	timer := time.NewTimer(bootTimeout)
+	defer timer.Stop()
+	for {
+		all, changed := v.console.text()
+		if i := strings.LastIndex(all, text); i >= 0 && (mark == "" || i > strings.LastIndex(all, mark)) {
+			if line, _, whole := strings.Cut(all[i:], "\n"); whole {
+				return line
+			}
+		}
+		select {
+		case <-changed:
+		case <-v.Done():
+			require.Failf(t, "the VM ended", "waiting for %q: %v", text, v.Exit())
+		case <-timer.C:
+			require.Failf(t, "timeout", "waiting for %q on the console:\n%s", text, all)
+		}
+	}
+}
+
+func waitEnd(t testing.TB, v *vm) hypervisor.Exit {
+	t.Helper()
+	select {
+	case <-v.Done():
+		return v.Exit()
+	case <-time.After(bootTimeout):
+		require.Fail(t, "the VM did not end")
+		return hypervisor.Exit{}
+	}
+}

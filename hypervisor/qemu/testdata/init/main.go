@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command init is PID 1 of the guest in the QEMU driver's tests. It writes what it sees to the console, one line each,
+// and does what the kernel parameter init.do says: idle, disks, folders, poweroff, reset, panic.
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	_ = os.MkdirAll("/proc", 0o755)
+	_ = os.MkdirAll("/sys", 0o755)
+	_ = unix.Mount("proc", "/proc", "proc", 0, "")
+	_ = unix.Mount("sysfs", "/sys", "sysfs", 0, "")
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts)
+	fmt.Printf("INIT up %d ms\n", ts.Nano()/1e6)
+
+	switch parameter("init.do") {
+	case "poweroff":
+		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	case "reset":
+		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+	case "panic":
+		_ = os.WriteFile("/proc/sys/kernel/sysrq", []byte("1"), 0)
+		_ = os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
+	case "disks":
+		loadModules()
+		watch("DISKS", disks)
+	case "folders":
+		watch("FOLDERS", folders)
+	}
+	for {
+		time.Sleep(time.Hour)
+	}
+}
+
+func parameter(name string) string {
+	b, _ := os.ReadFile("/proc/cmdline")
+	for _, f := range strings.Fields(string(b)) {
+		if v, ok := strings.CutPrefix(f, name+"="); ok {
+			return v
+		}
+	}
+	return ""
+}
+
+// loadModules loads /modules/*.ko in the order of their names.
+func loadModules() {
+	names, _ := filepath.Glob("/modules/*.ko")
+	slices.Sort(names)
+	for _, name := range names {
+		start := time.Now()
+		f, err := os.Open(name)
+		if err == nil {
+			err = unix.FinitModule(int(f.Fd()), "", 0)
+			f.Close()
+		}
+		fmt.Printf("MODULE %s %v %d ms\n", filepath.Base(name), err, time.Since(start).Milliseconds())
+	}
+}
+
+// watch prints a line each time that the list changes.
+func watch(what string, list func() []string) {
+	last := "?"
+	for {
+		now := list()
+		slices.Sort(now)
+		if s := strings.Join(now, ","); s != last {
+			last = s
+			fmt.Printf("%s %d: %s.\n", what, len(now), s)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// disks are serial:first bytes.
+func disks() []string {
+	paths, _ := filepath.Glob("/sys/block/sd*")
+	var out []string
+	for _, p := range paths {
+		vpd, err := os.ReadFile(filepath.Join(p, "device/vpd_pg80"))
+		if err != nil || len(vpd) < 4 {
+			continue
+		}
+		out = append(out, strings.TrimSpace(string(vpd[4:]))+"="+content(p))
+	}
+	return out
+}
+
+func content(sys string) string {
+	b, err := os.ReadFile(filepath.Join(sys, "dev"))
+	if err != nil {
+		return "?"
+	}
+	var major, minor uint32
+	_, _ = fmt.Sscanf(string(b), "%d:%d", &major, &minor)
+	node := "/" + filepath.Base(sys)
+	_ = unix.Mknod(node, unix.S_IFBLK|0o600, int(unix.Mkdev(major, minor)))
+	defer os.Remove(node)
+	f, err := os.Open(node)
+	if err != nil {
+		return "?"
+	}
+	defer f.Close()
+	var head [8]byte
+	if _, err := f.Read(head[:]); err != nil {
+		return "?"
+	}
+	ro, _ := os.ReadFile(filepath.Join(sys, "ro"))
+	return strings.TrimRight(string(head[:]), "\x00") + "/" + strings.TrimSpace(string(ro))
+}
+
+// folders are the PCI functions of virtio-fs (device id 0x105a).
+func folders() []string {
+	paths, _ := filepath.Glob("/sys/bus/pci/devices/*/device")
+	var out []string
+	for _, p := range paths {
+		if b, _ := os.ReadFile(p); strings.TrimSpace(string(b)) == "0x105a" {
+			if drv, err := filepath.Glob(filepath.Join(filepath.Dir(p), "virtio*/driver")); err == nil && len(drv) == 1 {
+				out = append(out, filepath.Base(filepath.Dir(p)))
+			}
+		}
+	}
+	return out
+}
