@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package container
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/specconv"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	pauseID     = "pause"
+	pauseCgroup = "/pause"
+	// pauseUser is nobody; the pause process needs no right at all.
+	pauseUser = 65534
+)
+
+// pod holds what containers share: the namespaces, each pinned by an open file. The agent itself stays outside of them.
+type pod struct {
+	ipc, uts, pid *os.File
+	mqueue        string // where the IPC namespace's message queues are mounted
+	pause         *libcontainer.Container
+	pauseDone     chan struct{}
+}
+
+// nsPath names a pinned namespace for libcontainer, which opens it in a child of this process.
+func nsPath(f *os.File) string {
+	if f == nil {
+		return ""
+	}
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())
+}
+
+// ConfigurePod makes the namespaces that containers share. It runs setup on a thread inside of them, where it sets the
+// hostname and the sysctls. With sharedPID there is a pid namespace too, with a pause process as its init.
+// It must be called once, before the first container; after an error it may be tried again.
+func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func() error) (err error) {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return errShutsDown()
+	}
+	if m.pod != nil || m.configuring {
+		m.mu.Unlock()
+		return fmt.Errorf("the pod is configured already: %w", errdefs.ErrFailedPrecondition)
+	}
+	m.configuring = true
+	m.mu.Unlock()
+	p := &pod{mqueue: filepath.Join(m.cfg.StateDir, "mqueue")}
+	defer func() {
+		if err != nil {
+			p.close()
+			p = nil
+		}
+		m.mu.Lock()
+		m.pod, m.configuring = p, false
+		m.mu.Unlock()
+	}()
+	if err := p.unshare(setup); err != nil {
+		return err
+	}
+	if sharedPID {
+		if err := p.startPause(filepath.Join(m.cfg.StateDir, "pod")); err != nil {
+			return fmt.Errorf("start the pause process of the pod's pid namespace: %w", err)
+		}
+	}
+	return ctx.Err()
+}
+
+// unshare makes the IPC and UTS namespaces on a thread of its own.
+func (p *pod) unshare(setup func() error) error {
+	result := make(chan error, 1)
+	go func() {
+		// Never unlocked: the thread is in the pod's namespaces and must not run anything else. It ends with the goroutine.
+		runtime.LockOSThread()
+		result <- func() (err error) {
+			if err := unix.Unshare(unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
+				return fmt.Errorf("make the pod's ipc and uts namespaces: %w", err)
+			}
+			if setup != nil {
+				if err := setup(); err != nil {
+					return err
+				}
+			}
+			if p.ipc, err = os.Open("/proc/thread-self/ns/ipc"); err != nil {
+				return err
+			}
+			if p.uts, err = os.Open("/proc/thread-self/ns/uts"); err != nil {
+				return err
+			}
+			if err := os.MkdirAll(p.mqueue, 0o755); err != nil {
+				return err
+			}
+			if err := unix.Mount("mqueue", p.mqueue, "mqueue", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+				// A kernel without POSIX message queues: containers that mount them get the kernel's error.
+				p.mqueue = ""
+			}
+			return nil
+		}()
+	}()
+	return <-result
+}
+
+// startPause runs the agent's executable as a container with an empty root and no rights: a container in the pod's pid
+// namespace sees it as PID 1 and must not find a way through it (/proc/1/root) into the guest.
+func (p *pod) startPause(stateDir string) error {
+	exe, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	root := filepath.Join(stateDir, "root")
+	if err := os.MkdirAll(filepath.Join(root, "dev"), 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(root, pausePath), nil, 0o444); err != nil {
+		return err
+	}
+	// Without an oom_score_adj it keeps the agent's: the pod does not outlive it.
+	process := &specs.Process{
+		Args:            []string{pausePath, pauseArg},
+		Cwd:             "/",
+		User:            specs.User{UID: pauseUser, GID: pauseUser},
+		Capabilities:    &specs.LinuxCapabilities{},
+		NoNewPrivileges: true,
+	}
+	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{CgroupName: pauseID, Spec: &specs.Spec{
+		Version: specs.Version,
+		Process: process,
+		Root:    &specs.Root{Path: root, Readonly: true},
+		Mounts: []specs.Mount{
+			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
+			{Destination: pausePath, Type: "bind", Source: exe, Options: []string{"bind", "ro", "nosuid", "nodev"}},
+		},
+		Linux: &specs.Linux{
+			CgroupsPath: pauseCgroup,
+			Resources:   &specs.LinuxResources{Devices: deviceRules(nil)},
+			Namespaces: []specs.LinuxNamespace{
+				{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.PIDNamespace},
+				{Type: specs.IPCNamespace, Path: nsPath(p.ipc)}, {Type: specs.UTSNamespace, Path: nsPath(p.uts)},
+			},
+		},
+	}})
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(root, "proc"), 0o755); err != nil {
+		return err
+	}
+	if p.pause, err = libcontainer.Create(stateDir, pauseID, config); err != nil {
+		return err
+	}
+	lp := libcontainerProcess(process)
+	lp.Init = true
+	if err := p.pause.Run(lp); err != nil {
+		return errors.Join(err, p.pause.Destroy())
+	}
+	p.pauseDone = make(chan struct{})
+	go func() {
+		defer close(p.pauseDone)
+		_, _ = lp.Wait()
+	}()
+	pid, err := lp.Pid()
+	if err != nil {
+		return err
+	}
+	p.pid, err = os.Open(fmt.Sprintf("/proc/%d/ns/pid", pid))
+	return err
+}
+
+// close undoes ConfigurePod.
+func (p *pod) close() {
+	if p.pauseDone != nil {
+		_ = p.pause.Signal(unix.SIGKILL)
+		<-p.pauseDone
+		_ = p.pause.Destroy()
+	}
+	for _, f := range []*os.File{p.ipc, p.uts, p.pid} {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+	if p.mqueue != "" {
+		_ = unix.Unmount(p.mqueue, unix.MNT_DETACH)
+	}
+}

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/agent/container"
+)
+
+const (
+	// handshakeBudget bounds Hello and its answer, headerBudget the header of a stdio stream.
+	handshakeBudget = 30 * time.Second
+	headerBudget    = 10 * time.Second
+	// closeBudget bounds the end of all containers.
+	closeBudget = 10 * time.Second
+	// lastWords is how long after the answer to Shutdown the guest stays up if the host does not hang up.
+	lastWords = 250 * time.Millisecond
+	// acceptPause keeps a failing accept (no descriptors left) from spinning.
+	acceptPause = 100 * time.Millisecond
+
+	// maxConns bounds ttrpc connections, maxHeaders stream connections that have not named themselves yet.
+	maxConns   = 32
+	maxHeaders = 128
+)
+
+// System is what the server asks of the guest (package agent/boot).
+type System interface {
+	Timeline() []*agentv1.BootMark
+	// WaitModules waits until the kernel modules for disks, file systems and network are there.
+	WaitModules(ctx context.Context) error
+	SetClock(unixNanos int64) error
+	SetHostname(name string) error
+	SetSysctls(values map[string]string) error
+	PowerOff()
+}
+
+// Storage is what the server asks of the guest's storage (package agent/storage).
+type Storage interface {
+	container.Storage
+	SetupShm(bytes uint64) error
+	MountShared(ctx context.Context, tag string) error
+}
+
+// Config is what a Server works with.
+type Config struct {
+	System  System
+	Storage Storage
+	// Network sets up the pod's network (package agent/network).
+	Network func(ctx context.Context, n *agentv1.Network) error
+	// Transport is Vsock() in a guest.
+	Transport Transport
+	// StateDir is a folder on tmpfs for the state of containers.
+	StateDir string
+	// Version is that of the build, for people.
+	Version string
+}
+
+// Server serves the agent protocol.
+type Server struct {
+	cfg     Config
+	streams *container.Streams
+	manager *container.Manager
+	// stop ends Run with a reason.
+	stop context.CancelCauseFunc
+	// hungUp is closed when the ready connection has ended.
+	hungUp chan struct{}
+}
+
+// Reasons for the end of Run.
+var (
+	errShutdown = errors.New("the host asked for the shutdown")
+	errHungUp   = errors.New("the host closed the ready connection")
+)
+
+// New makes a server. Nothing happens before Run.
+func New(cfg Config) *Server {
+	return &Server{cfg: cfg, streams: container.NewStreams(), hungUp: make(chan struct{})}
+}
+
+// Run serves the host until it asks for the shutdown (then it returns nil), hangs up, or ctx ends. Before it returns it
+// powers the guest off, which in a guest means that it does not return.
+func (s *Server) Run(ctx context.Context) error {
+	defer s.cfg.System.PowerOff()
+	ctx, s.stop = context.WithCancelCause(ctx)
+	defer s.stop(nil)
+	err := s.run(ctx)
+	if errors.Is(err, errShutdown) {
+		return nil
+	}
+	log.G(ctx).WithError(err).Error("the agent ends, the guest powers off")
+	return err
+}
+
+func (s *Server) run(ctx context.Context) (err error) {
+	if s.manager, err = container.NewManager(container.Config{StateDir: s.cfg.StateDir, Storage: s.cfg.Storage, Streams: s.streams}); err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeBudget)
+		defer cancel()
+		s.manager.Close(ctx)
+	}()
+	// Listen before Hello: the host may connect as soon as it has read it.
+	rpcs, err := s.cfg.Transport.Listen(wire.RPCPort)
+	if err != nil {
+		return err
+	}
+	defer rpcs.Close()
+	streams, err := s.cfg.Transport.Listen(wire.StreamPort)
+	if err != nil {
+		return err
+	}
+	defer streams.Close()
+	ready, err := s.hello(ctx)
+	if err != nil {
+		return err
+	}
+	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(guard))
+	if err != nil {
+		_ = ready.Close()
+		return err
+	}
+	agentv1.RegisterAgentService(server, &service{s})
+
+	conns := &feed{conns: make(chan net.Conn), done: ctx.Done()}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := server.Serve(ctx, conns); err != nil && !errors.Is(err, ttrpc.ErrServerClosed) && !isClosed(err) {
+			s.stop(fmt.Errorf("serve ttrpc: %w", err))
+		}
+	})
+	conns.put(&watchedConn{Conn: ready, ended: sync.OnceFunc(func() {
+		close(s.hungUp)
+		s.stop(errHungUp)
+	})})
+	wg.Go(func() { s.acceptRPCs(ctx, rpcs, conns) })
+	wg.Go(func() { s.acceptStreams(ctx, streams) })
+
+	<-ctx.Done()
+	_ = rpcs.Close()
+	_ = streams.Close()
+	_ = ready.Close()
+	_ = server.Close()
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// hello dials the host and exchanges versions.
+func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeBudget)
+	defer cancel()
+	conn, err := s.cfg.Transport.Dial(ctx, wire.ReadyPort)
+	if err != nil {
+		return nil, fmt.Errorf("tell the host that the guest is ready: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			_ = conn.Close()
+			err = fmt.Errorf("handshake with the host: %w", err)
+		}
+	}()
+	deadline, _ := ctx.Deadline()
+	if err := conn.SetDeadline(deadline); err != nil {
+		return nil, err
+	}
+	hello := &agentv1.Hello{
+		ProtocolMajor: wire.Major,
+		ProtocolMinor: wire.Minor,
+		AgentVersion:  s.cfg.Version,
+		KernelRelease: kernelRelease(),
+		BootId:        bootID(),
+		BootTimeline:  s.cfg.System.Timeline(),
+	}
+	if err := wire.WriteFrame(conn, hello); err != nil {
+		return nil, err
+	}
+	var reply agentv1.HelloReply
+	if err := wire.ReadFrame(conn, &reply); err != nil {
+		return nil, err
+	}
+	switch {
+	case reply.GetError() != "":
+		return nil, fmt.Errorf("the host refuses this agent (version %s, protocol %d.%d): %q", s.cfg.Version, wire.Major, wire.Minor, reply.GetError())
+	case reply.GetProtocolMajor() != wire.Major:
+		return nil, fmt.Errorf("the shim (version %q) speaks protocol %d.%d, this agent (version %s) %d.%d: use a guest image of the shim's release",
+			reply.GetShimVersion(), reply.GetProtocolMajor(), reply.GetProtocolMinor(), s.cfg.Version, wire.Major, wire.Minor)
+	}
+	if nanos := reply.GetUnixNanos(); nanos != 0 {
+		if err := s.cfg.System.SetClock(nanos); err != nil {
+			// The guest has the time of its machine's clock, more or less.
+			log.G(ctx).WithError(err).Warn("cannot set the clock to the host's time")
+		}
+	}
+	return conn, conn.SetDeadline(time.Time{})
+}
+
+// accept calls handle for each connection until the listener is closed. It holds at most limit connections at a time,
+// until their release is called.
+func (s *Server) accept(ctx context.Context, l net.Listener, limit int, handle func(conn net.Conn, release func())) {
+	free := make(chan struct{}, limit)
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			if ctx.Err() != nil || isClosed(err) {
+				return
+			}
+			log.G(ctx).WithError(err).Warn("accept a connection")
+			select {
+			case <-time.After(acceptPause):
+			case <-ctx.Done():
+			}
+			continue
+		}
+		select {
+		case free <- struct{}{}:
+			handle(conn, sync.OnceFunc(func() { <-free }))
+		default:
+			log.G(ctx).WithField("limit", limit).Warn("refused a connection: too many are open")
+			_ = conn.Close()
+		}
+	}
+}
+
+func (s *Server) acceptRPCs(ctx context.Context, l net.Listener, conns *feed) {
+	s.accept(ctx, l, maxConns, func(conn net.Conn, release func()) {
+		conns.put(&watchedConn{Conn: conn, ended: release})
+	})
+}
+
+func (s *Server) acceptStreams(ctx context.Context, l net.Listener) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	s.accept(ctx, l, maxHeaders, func(conn net.Conn, release func()) {
+		wg.Go(func() {
+			defer release()
+			if err := s.takeStream(conn); err != nil {
+				log.G(ctx).WithError(err).Warn("refused a stdio stream")
+				_ = conn.Close()
+			}
+		})
+	})
+}
+
+// takeStream reads a stream's header and hands the stream over. With an error the caller keeps the connection.
+func (s *Server) takeStream(conn net.Conn) error {
+	if err := conn.SetDeadline(time.Now().Add(headerBudget)); err != nil {
+		return err
+	}
+	id, err := wire.ReadStreamHeader(conn)
+	if err != nil {
+		return fmt.Errorf("read the header: %w", err)
+	}
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return err
+	}
+	// First the registry, then the answer: when the host has read it, StartProcess finds the stream. The host does not
+	// start the process before, so nothing overtakes this byte.
+	if err := s.streams.Offer(id, conn); err != nil {
+		_, _ = conn.Write([]byte{wire.StreamRefused})
+		return err
+	}
+	if _, err := conn.Write([]byte{wire.StreamAccepted}); err != nil {
+		// The connection is the registry's now, and broken: it is dropped when nobody asks for it.
+		log.L.WithError(err).Warn("answer to a stdio stream's header")
+	}
+	return nil
+}
+
+func kernelRelease() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(u.Release[:])
+}
+
+func bootID() string {
+	raw, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(raw))
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package storage gives containers their root file systems and mounts, in the guest.
+//
+// # Where things are
+//
+// A Store owns one folder, a tmpfs of its own; every name below it is chosen here:
+//
+//	layers/N    read-only EROFS images, one for each disk, shared by all containers that name it
+//	shares/N    virtio-fs devices, one for each tag, mounted until the guest ends
+//	shm         the pod's /dev/shm
+//	c/N         a container: rootfs (overlayfs of its layers), rw (its writable layer, a tmpfs), file copies and
+//	            binds of shared paths
+//
+// The Store's tmpfs has shared propagation. A container that is being built holds copies of all mounts in its new mount
+// namespace for a moment; unmounting here then unmounts there, else disks would stay in use. The mounts themselves are
+// private, so that nothing that a container mounts comes back.
+//
+// # States
+//
+// A container is unknown, or has any of a root file system and prepared mounts. MountRootfs and PrepareMounts add to it
+// once each and undo their own work if they fail; Remove takes everything back and forgets the container. An error of
+// Remove leaves what is still there on record, so that it can be called again.
+//
+// A layer is being mounted, mounted, or being unmounted. The first container that asks mounts it, others wait for the
+// outcome; the last one that goes unmounts it. A disk is released when no mounted layer uses it.
+//
+// # Locks
+//
+// Store.mu guards the tables and is never held over I/O. Operations on one container take turns (container.turn);
+// those on different containers run side by side.
+//
+// # Trust
+//
+// Requests and disks come from a hostile host. Disks are found by serial number alone, identifiers and options pass
+// allow-lists, counts and sizes have limits. A shared folder's entry is opened without following links and bind mounted
+// to a place of ours: no path of the host is ever resolved as a path. What an image of a file system holds is parsed by
+// the guest's kernel; images of confidential guests will be verified below it (dm-verity).
+package storage

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package storage
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/erofs/go-erofs"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// inside says that the process is in a mount namespace of its own.
+const inside = "CLOISTER_TEST_IN_MOUNT_NAMESPACE"
+
+// TestMain runs the tests in a mount namespace, so that nothing stays mounted whatever happens.
+func TestMain(m *testing.M) {
+	if os.Getuid() != 0 || os.Getenv(inside) != "" {
+		if os.Getenv(inside) != "" {
+			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+				panic(err)
+			}
+		}
+		os.Exit(m.Run())
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), inside+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// fakeDisks are files instead of disks: EROFS mounts both.
+type fakeDisks struct {
+	mu    sync.Mutex
+	files map[string]string // path by serial
+	found int
+}
+
+func (f *fakeDisks) close() {}
+
+func (f *fakeDisks) find(ctx context.Context, serial string) (*os.File, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	path, ok := f.files[serial]
+	if !ok {
+		return nil, fmt.Errorf("disk with serial number %s: %w", serial, context.DeadlineExceeded)
+	}
+	f.found++
+	return os.Open(path)
+}
+
+// add makes a disk with a file system of the files; values are contents.
+func (f *fakeDisks) add(t *testing.T, serial string, files map[string]string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), serial+".erofs")
+	writeImage(t, path, files)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.files[serial] = path
+}
+
+func writeImage(t *testing.T, path string, files map[string]string) {
+	t.Helper()
+	tree := t.TempDir()
+	for name, content := range files {
+		full := filepath.Join(tree, name)
+		require.NoError(t, os.MkdirAll(filepath.Dir(full), 0o755))
+		require.NoError(t, os.WriteFile(full, []byte(content), 0o644))
+	}
+	require.NoError(t, os.Chmod(tree, 0o751))
+	out, err := os.Create(path)
+	require.NoError(t, err)
+	w := erofs.Create(out)
+	require.NoError(t, w.CopyFrom(os.DirFS(tree)))
+	require.NoError(t, w.Close())
+	require.NoError(t, out.Close())
+}
+
+// newStore makes a Store and checks in the end that it left nothing.
+func newStore(t *testing.T) (*Store, *fakeDisks) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root to mount")
+	}
+	kinds, err := os.ReadFile("/proc/filesystems")
+	require.NoError(t, err)
+	for _, kind := range []string{"erofs", "overlay"} {
+		if !strings.Contains(string(kinds), "\t"+kind+"\n") {
+			t.Skipf("this machine's kernel has no %s", kind)
+		}
+	}
+	root := filepath.Join(t.TempDir(), "store")
+	s, err := New(root)
+	require.NoError(t, err)
+	disks := &fakeDisks{files: map[string]string{}}
+	s.newDisks = func() (diskFinder, error) { return disks, nil }
+	t.Cleanup(func() {
+		require.Empty(t, s.containers)
+		require.Empty(t, s.images)
+		require.Empty(t, s.diskUsers)
+		require.Empty(t, below(t, root, "c"), "folders of containers are left")
+		require.Empty(t, below(t, root, "layers"), "folders of layers are left")
+		_ = unix.Unmount(s.shmPath(), 0)
+		require.NoError(t, unix.Unmount(root, 0), "mounts are left")
+	})
+	return s, disks
+}
+
+func below(t *testing.T, root, dir string) (names []string) {
+	entries, err := os.ReadDir(filepath.Join(root, dir))
+	require.NoError(t, err)
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}

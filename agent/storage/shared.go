@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+)
+
+// maxTag is the room for a tag in a virtio-fs device's configuration, bytes.
+const maxTag = 36
+
+// maxShares bounds the virtio-fs devices.
+const maxShares = 64
+
+// Mounts of live folders of the host honour neither devices nor set-user-ID bits: the host could make either.
+const sharedAttrs = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV
+
+// share is a virtio-fs device. path and err are valid once mounted is closed.
+type share struct {
+	path    string
+	mounted chan struct{}
+	err     error
+}
+
+// MountShared mounts the virtio-fs device with the tag; containers' SharedPath mounts then find it. It waits for the
+// device until ctx ends. A device that is mounted already stays so.
+func (s *Store) MountShared(ctx context.Context, tag string) error {
+	if len(tag) > maxTag || !wire.ValidID(tag) {
+		return fmt.Errorf("tag of a shared folder %.40q is not 1 to %d of [A-Za-z0-9_.-], the first alphanumeric: %w", tag, maxTag, errdefs.ErrInvalidArgument)
+	}
+	s.mu.Lock()
+	if sh := s.shares[tag]; sh != nil {
+		s.mu.Unlock()
+		if err := waitFor(ctx, sh.mounted); err != nil {
+			return fmt.Errorf("wait until shared folder %s is mounted: %w", tag, err)
+		}
+		return sh.err
+	}
+	if len(s.shares) >= maxShares {
+		s.mu.Unlock()
+		return fmt.Errorf("there are %d shared folders, the limit: %w", maxShares, errdefs.ErrResourceExhausted)
+	}
+	sh := &share{mounted: make(chan struct{})}
+	s.shares[tag] = sh
+	s.mu.Unlock()
+
+	sh.path = s.place("shares")
+	sh.err = s.mountShare(ctx, tag, sh.path)
+	if sh.err != nil {
+		s.mu.Lock()
+		delete(s.shares, tag)
+		s.mu.Unlock()
+	}
+	close(sh.mounted)
+	return sh.err
+}
+
+func (s *Store) mountShare(ctx context.Context, tag, path string) error {
+	events, err := openUevents()
+	if err != nil {
+		return err
+	}
+	defer events.close()
+	err = events.await(ctx, "virtiofs", func() (bool, error) {
+		tags, err := filepath.Glob(filepath.Join(s.virtiofs, "*", "tag"))
+		if err != nil {
+			return false, err
+		}
+		for _, file := range tags {
+			if text, err := readLimited(file); err == nil && strings.TrimSpace(string(text)) == tag {
+				return true, nil
+			}
+		}
+		return false, nil
+	})
+	if err != nil {
+		return fmt.Errorf("wait for the virtio-fs device with tag %s: %w", tag, err)
+	}
+	if err := os.Mkdir(path, 0o711); err != nil {
+		return err
+	}
+	if err := mountFS("virtiofs", path, sharedAttrs, option{"source", tag}); err != nil {
+		return errors.Join(err, os.Remove(path))
+	}
+	return nil
+}
+
+// bindShared bind mounts an entry of a shared folder to a place of the container and gives that place.
+func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (string, error) {
+	if !wire.ValidID(p.GetName()) {
+		return "", fmt.Errorf("name in a shared folder %.140q is not one element of a path: %w", p.GetName(), errdefs.ErrInvalidArgument)
+	}
+	s.mu.Lock()
+	sh := s.shares[p.GetTag()]
+	s.mu.Unlock()
+	mounted := false
+	if sh != nil {
+		select {
+		case <-sh.mounted:
+			mounted = sh.err == nil
+		default:
+		}
+	}
+	if !mounted {
+		return "", fmt.Errorf("shared folder %.40q is not mounted: %w", p.GetTag(), errdefs.ErrFailedPrecondition)
+	}
+
+	// The host decides what the entry is at every moment. It is opened once, as it is, and only the opened thing used.
+	dir, err := unix.Open(sh.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("open shared folder %s: %w", p.GetTag(), err)
+	}
+	defer unix.Close(dir)
+	fd, err := unix.Openat2(dir, p.GetName(), &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
+	})
+	if err != nil {
+		return "", fmt.Errorf("open %s in shared folder %s: %w", p.GetName(), p.GetTag(), err)
+	}
+	defer unix.Close(fd)
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return "", err
+	}
+	place := filepath.Join(c.dir, fmt.Sprintf("s%d", index))
+	switch stat.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		err = os.Mkdir(place, 0o711)
+	case unix.S_IFREG:
+		err = os.WriteFile(place, nil, 0o600)
+	default:
+		return "", fmt.Errorf("%s in shared folder %s is neither a file nor a folder (mode %#o): %w", p.GetName(), p.GetTag(), stat.Mode, errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
+		return "", err
+	}
+	c.done = append(c.done, step{path: place})
+	tree, err := unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
+	if err != nil {
+		return "", fmt.Errorf("bind %s in shared folder %s: %w", p.GetName(), p.GetTag(), err)
+	}
+	defer unix.Close(tree)
+	if err := attach(tree, place); err != nil {
+		return "", fmt.Errorf("bind %s in shared folder %s to %s: %w", p.GetName(), p.GetTag(), place, err)
+	}
+	c.done = append(c.done, step{mount: place})
+	return place, nil
+}

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/ulikunitz/xz"
+)
+
+// Phases of loading, as package agent/boot knows them.
+const (
+	phaseEarly = "early"
+	phaseLater = "later"
+)
+
+// wanted lists the modules that the agent needs, in the order in which they are wanted. Early ones stand between the
+// kernel's start and the agent's first word to the host; the rest loads while the host answers.
+var wanted = []struct{ phase, name string }{
+	{phaseEarly, "vmw_vsock_virtio_transport"},
+	// Pods' networks are set up first, then come root file systems.
+	{phaseLater, "virtio_net"},
+	{phaseLater, "virtio_scsi"},
+	{phaseLater, "sd_mod"},
+	{phaseLater, "erofs"},
+	{phaseLater, "overlay"},
+	{phaseLater, "virtio_blk"},
+	// Tells the VMM of a panic.
+	{phaseLater, "pvpanic_pci"},
+}
+
+// parameters that modules are loaded with.
+var parameters = map[string]string{
+	// Else virtio_scsi's load does not return before all of a controller's 256 targets were asked, which takes longer
+	// than everything else the agent does. Package boot has them asked in the background.
+	"scsi_mod": "scan=manual",
+}
+
+// maxModule bounds one unpacked module, bytes.
+const maxModule = 64 << 20
+
+// module is a kernel module that goes into the image.
+type module struct {
+	name  string // as in .modinfo: with _ for every -
+	phase string
+	// params are given to the kernel at loading; empty for most.
+	params string
+	data   []byte // unpacked
+}
+
+// tree is a lib/modules/RELEASE folder.
+type tree struct {
+	release        string
+	keepSignatures bool
+	files          map[string]string // module name → path
+	builtin        map[string]bool
+}
+
+// moduleName turns a file name into the module's name: the kernel knows no difference between - and _.
+func moduleName(path string) string {
+	base := filepath.Base(path)
+	base, _, _ = strings.Cut(base, ".ko")
+	return strings.ReplaceAll(base, "-", "_")
+}
+
+func openTree(dir, release string) (*tree, error) {
+	t := &tree{release: release, files: map[string]string{}, builtin: map[string]bool{}}
+	f, err := os.Open(filepath.Join(dir, "modules.builtin"))
+	if err != nil {
+		return nil, fmt.Errorf("-modules must be a lib/modules/RELEASE folder: %w", err)
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		t.builtin[moduleName(lines.Text())] = true
+	}
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		if strings.HasSuffix(path, ".ko") || strings.HasSuffix(path, ".ko.xz") {
+			name := moduleName(path)
+			if other, ok := t.files[name]; ok {
+				return fmt.Errorf("module %s is there twice: %s and %s", name, other, path)
+			}
+			t.files[name] = path
+		}
+		return nil
+	})
+	return t, err
+}
+
+// resolve gives the wanted modules and all that they need, each once, needed ones first.
+func (t *tree) resolve() ([]module, error) {
+	var out []module
+	state := map[string]int{} // 1 being resolved, 2 done
+	var add func(name, phase, wantedBy string, must bool) error
+	add = func(name, phase, wantedBy string, must bool) error {
+		if t.builtin[name] || state[name] == 2 {
+			return nil
+		}
+		if state[name] == 1 {
+			return fmt.Errorf("modules need each other in a circle at %s", name)
+		}
+		path, ok := t.files[name]
+		if !ok {
+			if !must {
+				return nil // a soft dependency may be an alias, or left out of the build
+			}
+			return fmt.Errorf("module %s (for %s) is neither in the folder of modules nor built into the kernel", name, wantedBy)
+		}
+		state[name] = 1
+		data, err := readModule(path)
+		if err != nil {
+			return err
+		}
+		info, err := parseModinfo(data)
+		if err != nil {
+			return fmt.Errorf("module %s: %w", path, err)
+		}
+		if info.release != t.release {
+			return fmt.Errorf("module %s was built for kernel %q, the kernel is %q", path, info.release, t.release)
+		}
+		for _, d := range info.depends {
+			if err := add(d, phase, name, true); err != nil {
+				return err
+			}
+		}
+		for _, d := range info.softPre {
+			if err := add(d, phase, name, false); err != nil {
+				return err
+			}
+		}
+		state[name] = 2
+		if !t.keepSignatures {
+			if data, err = stripSignature(data); err != nil {
+				return fmt.Errorf("module %s: %w", path, err)
+			}
+		}
+		out = append(out, module{name: name, phase: phase, params: parameters[name], data: data})
+		return nil
+	}
+	for _, w := range wanted {
+		if err := add(w.name, w.phase, "the agent", true); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+func readModule(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var r io.Reader = bufio.NewReader(f)
+	if strings.HasSuffix(path, ".xz") {
+		if r, err = xz.NewReader(r); err != nil {
+			return nil, fmt.Errorf("unpack %s: %w", path, err)
+		}
+	}
+	data, err := io.ReadAll(io.LimitReader(r, maxModule+1))
+	if err != nil {
+		return nil, fmt.Errorf("unpack %s: %w", path, err)
+	}
+	if len(data) > maxModule {
+		return nil, fmt.Errorf("module %s has more than %d bytes", path, maxModule)
+	}
+	return data, nil
+}
+
+type modinfo struct {
+	release string // kernel that the module was built for
+	depends []string
+	softPre []string
+}
+
+// stripSignature takes off what scripts/sign-file of Linux appended: signature, struct module_signature, magic text.
+//
+// Checking it costs the guest 30 to 80 ms a module under emulation and adds nothing: the initrd as a whole is what the
+// launch measures, or what the host gave to the VM. The kernel notes the lack as taint E. A kernel locked down by its
+// command line (lockdown=, module.sig_enforce) takes only signed modules: -keep-signatures.
+func stripSignature(data []byte) ([]byte, error) {
+	const (
+		magic      = "~Module signature appended~\n"
+		headerSize = 12
+	)
+	rest, found := bytes.CutSuffix(data, []byte(magic))
+	if !found {
+		return data, nil
+	}
+	if len(rest) < headerSize {
+		return nil, errors.New("its signature is cut off")
+	}
+	size := uint64(binary.BigEndian.Uint32(rest[len(rest)-4:]))
+	rest = rest[:len(rest)-headerSize]
+	if size > uint64(len(rest)) {
+		return nil, errors.New("its signature is longer than the module")
+	}
+	return rest[:uint64(len(rest))-size], nil
+}
+
+// parseModinfo reads the .modinfo section of a module: NUL-terminated key=value texts.
+func parseModinfo(data []byte) (modinfo, error) {
+	var info modinfo
+	file, err := elf.NewFile(bytes.NewReader(data))
+	if err != nil {
+		return info, err
+	}
+	section := file.Section(".modinfo")
+	if section == nil {
+		return info, errors.New("has no .modinfo section")
+	}
+	text, err := section.Data()
+	if err != nil {
+		return info, fmt.Errorf("read .modinfo: %w", err)
+	}
+	for entry := range bytes.SplitSeq(text, []byte{0}) {
+		key, value, found := strings.Cut(string(entry), "=")
+		if !found {
+			continue
+		}
+		switch key {
+		case "vermagic":
+			info.release, _, _ = strings.Cut(value, " ")
+		case "depends":
+			for d := range strings.SplitSeq(value, ",") {
+				if d != "" {
+					info.depends = append(info.depends, strings.ReplaceAll(d, "-", "_"))
+				}
+			}
+		case "softdep":
+			pre := false
+			for _, word := range strings.Fields(value) {
+				switch {
+				case word == "pre:":
+					pre = true
+				case word == "post:":
+					pre = false
+				case pre:
+					info.softPre = append(info.softPre, strings.ReplaceAll(word, "-", "_"))
+				}
+			}
+		}
+	}
+	if info.release == "" {
+		return info, errors.New("its .modinfo names no kernel (vermagic)")
+	}
+	return info, nil
+}
+
+func sortedByName(in []module) []module {
+	out := slices.Clone(in)
+	slices.SortFunc(out, func(a, b module) int { return strings.Compare(a.name, b.name) })
+	return out
+}
