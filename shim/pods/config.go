@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pods
+
+import (
+	"context"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/shim/criv1"
+	vc "github.com/cloister-project/cloister/virtcontainers"
+)
+
+// Annotations that containerd's CRI plugin writes into specifications (containerd/internal/cri/annotations).
+const (
+	AnnotationContainerType   = "io.kubernetes.cri.container-type"
+	AnnotationSandboxID       = "io.kubernetes.cri.sandbox-id"
+	annotationSandboxCPUQuota = "io.kubernetes.cri.sandbox-cpu-quota"
+	annotationSandboxCPUPer   = "io.kubernetes.cri.sandbox-cpu-period"
+	annotationSandboxCPUShare = "io.kubernetes.cri.sandbox-cpu-shares"
+	annotationSandboxMemory   = "io.kubernetes.cri.sandbox-memory"
+
+	ContainerTypeSandbox   = "sandbox"
+	ContainerTypeContainer = "container"
+)
+
+// Request is what is common to all ways of asking for a pod.
+type Request struct {
+	ID, Namespace, Bundle string
+	// Options are the runtime's; nil for the node's defaults.
+	Options *anypb.Any
+	OnOOM   func(containerID string)
+}
+
+// loadConfig gives the node's configuration with the pod's annotations applied.
+func loadConfig(ctx context.Context, options *anypb.Any, annotations map[string]string) (*configs.Config, error) {
+	c, err := configs.FromOptions(options)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if ignored := c.IgnoredAnnotations(annotations); len(ignored) > 0 {
+		log.G(ctx).WithField("annotations", ignored).Warn("annotations of the pod have no effect: annotations.allowed does not list them")
+	}
+	if c, err = c.ApplyAnnotations(annotations); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return c, nil
+}
+
+func (r Request) base(config *configs.Config, annotations map[string]string) vc.PodConfig {
+	return vc.PodConfig{
+		ID: r.ID, Namespace: r.Namespace, Bundle: r.Bundle, Config: config, Annotations: annotations, OnOOM: r.OnOOM,
+	}
+}
+
+// FromCRI makes a pod's configuration out of CreateSandbox's.
+func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPath string, annotations map[string]string) (vc.PodConfig, error) {
+	merged := make(map[string]string, len(annotations)+len(c.GetAnnotations()))
+	for _, m := range []map[string]string{annotations, c.GetAnnotations()} {
+		for k, v := range m {
+			merged[k] = v
+		}
+	}
+	config, err := loadConfig(ctx, r.Options, merged)
+	if err != nil {
+		return vc.PodConfig{}, err
+	}
+	namespaces := c.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	p := r.base(config, merged)
+	p.Hostname = c.GetHostname()
+	p.DNS = vc.DNS{
+		Servers: c.GetDnsConfig().GetServers(), Searches: c.GetDnsConfig().GetSearches(), Options: c.GetDnsConfig().GetOptions(),
+	}
+	p.Sysctls = c.GetLinux().GetSysctls()
+	// hostPID cannot see the host's processes in a VM; the nearest thing is the pod's.
+	p.SharePID = namespaces.GetPid() != criv1.NamespaceMode_CONTAINER
+	p.Resources = Resources(c.GetLinux().GetResources())
+	p.CgroupsPath = cgroupsPath(c.GetLinux().GetCgroupParent(), r.ID)
+	switch {
+	case namespaces.GetNetwork() == criv1.NamespaceMode_NODE:
+		p.Network = vc.NetworkHost
+	case netnsPath == "":
+		p.Network = vc.NetworkNew
+	default:
+		p.Network, p.NetNSPath = vc.NetworkPath, netnsPath
+	}
+	return p, nil
+}
+
+// FromSpec makes a pod's configuration out of the specification of the pause container or of a container that is alone
+// in its pod.
+func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.PodConfig, error) {
+	config, err := loadConfig(ctx, r.Options, spec.Annotations)
+	if err != nil {
+		return vc.PodConfig{}, err
+	}
+	p := r.base(config, spec.Annotations)
+	p.Hostname = spec.Hostname
+	// Without a network namespace in it, a specification means the host's.
+	p.Network = vc.NetworkHost
+	if l := spec.Linux; l != nil {
+		p.Sysctls = l.Sysctl
+		p.CgroupsPath = l.CgroupsPath
+		p.Resources = l.Resources
+		for _, ns := range l.Namespaces {
+			if ns.Type != specs.NetworkNamespace {
+				continue
+			}
+			p.Network, p.NetNSPath = vc.NetworkNew, ns.Path
+			if ns.Path != "" {
+				p.Network = vc.NetworkPath
+			}
+		}
+	}
+	if mode == ModePause {
+		// The specification is the same whether containers will share the pod's processes or not.
+		p.SharePID = true
+		if p.Resources, err = annotatedResources(spec.Annotations); err != nil {
+			return vc.PodConfig{}, err
+		}
+	} else {
+		p.Hooks = spec.Hooks
+	}
+	return p, nil
+}
+
+// cgroupsPath is where containerd would put the pause container (internal/cri/server/podsandbox: getCgroupsPath).
+func cgroupsPath(parent, id string) string {
+	switch {
+	case parent == "":
+		return ""
+	case strings.HasSuffix(path.Base(parent), ".slice"):
+		// systemd's form, slice:prefix:name
+		return strings.Join([]string{path.Base(parent), "cri-containerd", id}, ":")
+	default:
+		return path.Join(parent, id)
+	}
+}
+
+// annotatedResources are the pod's limits as CRI writes them beside the pause container's own; nil if it wrote none.
+func annotatedResources(annotations map[string]string) (*specs.LinuxResources, error) {
+	c := &criv1.LinuxContainerResources{}
+	for key, to := range map[string]*int64{
+		annotationSandboxCPUQuota: &c.CpuQuota, annotationSandboxCPUPer: &c.CpuPeriod,
+		annotationSandboxCPUShare: &c.CpuShares, annotationSandboxMemory: &c.MemoryLimitInBytes,
+	} {
+		s, ok := annotations[key]
+		if !ok {
+			continue
+		}
+		n, err := strconv.ParseInt(s, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("annotation %s: %q is not a whole number: %w", key, s, errdefs.ErrInvalidArgument)
+		}
+		*to = n
+	}
+	return Resources(c), nil
+}
+
+// Resources turns CRI's limits into OCI's; nil if there is no limit. Zero means that a limit is not set.
+func Resources(c *criv1.LinuxContainerResources) *specs.LinuxResources {
+	r := &specs.LinuxResources{}
+	some := false
+	set := func(dst **int64, v int64) {
+		if v != 0 {
+			*dst, some = &v, true
+		}
+	}
+	var cpu specs.LinuxCPU
+	var memory specs.LinuxMemory
+	set(&cpu.Quota, c.GetCpuQuota())
+	set(&memory.Limit, c.GetMemoryLimitInBytes())
+	set(&memory.Swap, c.GetMemorySwapLimitInBytes())
+	for _, u := range []struct {
+		dst **uint64
+		v   int64
+	}{{&cpu.Period, c.GetCpuPeriod()}, {&cpu.Shares, c.GetCpuShares()}} {
+		if u.v > 0 {
+			v := uint64(u.v)
+			*u.dst, some = &v, true
+		}
+	}
+	cpu.Cpus, cpu.Mems = c.GetCpusetCpus(), c.GetCpusetMems()
+	some = some || cpu.Cpus != "" || cpu.Mems != ""
+	for _, h := range c.GetHugepageLimits() {
+		r.HugepageLimits = append(r.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: h.GetPageSize(), Limit: h.GetLimit()})
+		some = true
+	}
+	if len(c.GetUnified()) > 0 {
+		r.Unified, some = c.GetUnified(), true
+	}
+	if !some {
+		return nil
+	}
+	r.CPU, r.Memory = &cpu, &memory
+	return r
+}
