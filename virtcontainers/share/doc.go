@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package share gives live folders and files of the host to a plain VM, over virtio-fs. It is not for confidential guests: what it
+// serves is the host's.
+//
+// One virtiofsd serves all shares of a pod as one filesystem. Its root holds a directory or file with a random name for each, on
+// which the host's folder is mounted. That root exists in mount namespaces of its own only:
+//
+//   - one that a thread of this process has. It begins as a copy of the host's, gets a small tmpfs with the served root in it, and
+//     then drops the host's tree (pivot_root). Shares are attached and detached there, by that thread.
+//   - virtiofsd's, which starts as a copy of it, and in which virtiofsd itself pivots to the served root (sandbox=namespace) before
+//     it reads anything from the guest. Attached shares reach it because the served root is a shared mount.
+//
+// So virtiofsd can reach what is shared and nothing else, whatever the guest makes of it, and no mount outlives the processes:
+// virtiofsd is the first process of a PID namespace and dies with the thread (PDEATHSIG), thus with this process, however that ends.
+// The served root itself is read-only.
+//
+// A share is a copy of the host's mounts at a path (open_tree), with all that is mounted below. A writable one follows the host
+// where the host's mounts are shared: what is mounted or unmounted below it there shows here (rslave). A read-only one does not,
+// because a later mount would not be read-only. Unmounting a shared folder on the host works at once in both cases; its
+// filesystem stays busy until Remove, and until the guest has let go of open files.
+//
+// Nothing is cached in the guest beyond what it revalidates on each use: changes on either side show at once on the other. Only
+// pages that the guest has mapped to memory can be behind, and (with the program in C) a file that the guest keeps open while the
+// host overwrites it twice within one tick of its clock with as many bytes. POSIX and BSD locks work among the guest's processes, not across.
+//
+// # Locks and goroutines
+//
+// Share.mu guards the table of names and is never held over I/O. Three goroutines belong to a Share and end with Close: the one
+// locked to the thread of the namespace, one that waits for virtiofsd, one that reads what it logs.
+//
+// # Trust
+//
+// Paths come from containerd and are followed as the host would follow them. virtiofsd is exposed to the guest; nothing it says is
+// interpreted, only logged, with a bound.
+package share
