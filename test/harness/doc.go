@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package harness runs a private containerd for end-to-end tests, the main job and the benchmarks.
+//
+// A [Node] is one containerd 2.4 with everything that belongs to it (root, state, sockets, CNI configuration, logs,
+// Cloister's own configuration and state) below one folder, /var/tmp/clXXXXXX, and with a network namespace of the same
+// name in which containerd, its shims and its CNI plugins run. Nothing of the machine's own containerd, network or
+// configuration is touched. Four runtime handlers are there:
+//
+//	cloister          sandboxer = "shim", overlayfs
+//	cloister-erofs    sandboxer = "shim", the EROFS snapshotter
+//	cloister-classic  sandboxer = "podsandbox", overlayfs
+//	runc              the baseline
+//
+// Images are made here from Debian's busybox-static ([Busybox], [Empty], [Deep], or an [Image] of one's own) and
+// imported; no registry is needed. [CRI] is a thin client of containerd's CRI; [Node.Ctr], [Node.Crictl] and
+// [Node.Nerdctl] prepare the command line tools to talk to the node.
+//
+// [Node.Leaks] compares what a node has now (processes, links, mounts, network namespaces, cgroups, sockets, files,
+// loop devices) with what it had when it was started; every end-to-end test ends with it. See leaks.go for what counts.
+//
+// States: a Node is started by [Start], containerd in it may be stopped and started again any number of times
+// ([Node.StopContainerd], [Node.StartContainerd]), and [Node.Stop] ends it: every process it started is killed by pid,
+// mounts and the namespace are undone, the folder is removed. Stop may be repeated. Each node is registered in the
+// cache's nodes folder while it lives, so that `make stop` finds nodes that were kept or whose owner was killed.
+//
+// A Node is for one goroutine where it starts and stops; everything else may be used concurrently.
+package harness

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package harness
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+const modulePath = "github.com/cloister-project/cloister"
+
+// Artifacts are the files that a node is made of: all paths are absolute.
+type Artifacts struct {
+	// Repository is the folder of Cloister's go.mod.
+	Repository string
+	// Cache is where tools/setup and tools/conformance keep what they got and built.
+	Cache string
+	// Conformance holds containerd, ctr, runc, crictl, nerdctl and the CNI plugins.
+	Conformance string
+	// Bin holds Cloister's own binaries.
+	Bin string
+	// Kernel and Initrd are the guest's boot files.
+	Kernel, Initrd string
+	// QEMU, Virtiofsd and MkfsErofs as tools/setup found them.
+	QEMU, Virtiofsd, MkfsErofs string
+	// Busybox is Debian's static busybox.
+	Busybox string
+}
+
+// Locate finds the artifacts of the repository that the working directory is in. CLOISTER_CACHE, CLOISTER_BIN and
+// CLOISTER_GUEST replace the places of the cache, of Cloister's binaries and of its boot files. It fails if tools/setup
+// has not run; whether the single files are there is checked when a node needs them, see [Artifacts.Check].
+func Locate() (Artifacts, error) {
+	repository, err := findRepository()
+	if err != nil {
+		return Artifacts{}, err
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return Artifacts{}, err
+	}
+	env, err := readEnv(filepath.Join(cache, "env"))
+	if err != nil {
+		return Artifacts{}, fmt.Errorf("this machine is not set up (%w): run `make setup`", err)
+	}
+	bin := envOr("CLOISTER_BIN", filepath.Join(repository, "bin"))
+	guest := envOr("CLOISTER_GUEST", filepath.Join(repository, "bin", "guest"))
+	a := Artifacts{
+		Repository:  repository,
+		Cache:       cache,
+		Conformance: env["CLOISTER_CONFORMANCE_BIN"],
+		Bin:         bin,
+		Kernel:      filepath.Join(guest, "vmlinuz"),
+		Initrd:      filepath.Join(guest, "initrd.img"),
+		QEMU:        env["CLOISTER_QEMU"],
+		Virtiofsd:   env["CLOISTER_VIRTIOFSD"],
+		MkfsErofs:   env["CLOISTER_MKFS_EROFS"],
+		Busybox:     "/bin/busybox",
+	}
+	return a, nil
+}
+
+// Shim is the path of Cloister's shim.
+func (a Artifacts) Shim() string { return filepath.Join(a.Bin, "containerd-shim-cloister-v2") }
+
+// Check reports every file that a node needs and that is not there. Cloister's own files count only if cloister is set:
+// a node can serve runc alone.
+func (a Artifacts) Check(cloister bool) error {
+	type need struct{ path, how string }
+	needs := []need{
+		{a.QEMU, "make setup"}, {a.MkfsErofs, "make setup"}, {a.Busybox, "make setup"},
+	}
+	for _, tool := range []string{"containerd", "ctr", "containerd-shim-runc-v2", "runc", "bridge", "host-local", "loopback", "portmap"} {
+		needs = append(needs, need{filepath.Join(a.Conformance, tool), "make conformance"})
+	}
+	if cloister {
+		needs = append(needs, need{a.Shim(), "make build"}, need{a.Kernel, "make guest"}, need{a.Initrd, "make guest"})
+	}
+	var faults []error
+	for _, n := range needs {
+		if _, err := os.Stat(n.path); err != nil {
+			faults = append(faults, fmt.Errorf("%w: run `%s`", err, n.how))
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// CacheDir is ${CLOISTER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/cloister}, as in tools/setup.
+func CacheDir() (string, error) {
+	if dir := os.Getenv("CLOISTER_CACHE"); dir != "" {
+		return filepath.Abs(dir)
+	}
+	if dir := os.Getenv("XDG_CACHE_HOME"); dir != "" {
+		return filepath.Join(dir, "cloister"), nil
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", fmt.Errorf("no place for the cache: set CLOISTER_CACHE: %w", err)
+	}
+	return filepath.Join(home, ".cache", "cloister"), nil
+}
+
+func envOr(key, otherwise string) string {
+	if v := os.Getenv(key); v != "" {
+		return v
+	}
+	return otherwise
+}
+
+// findRepository walks up from the working directory: `go test` runs in the package's folder.
+func findRepository() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for start := dir; ; dir = filepath.Dir(dir) {
+		data, err := os.ReadFile(filepath.Join(dir, "go.mod"))
+		if err == nil && strings.HasPrefix(string(data), "module "+modulePath+"\n") {
+			return dir, nil
+		}
+		if dir == "/" {
+			return "", fmt.Errorf("%s is not inside a clone of %s", start, modulePath)
+		}
+	}
+}
+
+// SetupValue is one of the values that tools/setup wrote, by its key, for example CLOISTER_MODULES.
+func SetupValue(key string) (string, error) {
+	cache, err := CacheDir()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(cache, "env")
+	env, err := readEnv(path)
+	if err != nil {
+		return "", err
+	}
+	if env[key] == "" {
+		return "", fmt.Errorf("%s does not have %s: run `make setup`", path, key)
+	}
+	return env[key], nil
+}
+
+// readEnv reads the KEY='value' lines that tools/setup writes.
+func readEnv(path string) (map[string]string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	env := map[string]string{}
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		key, value, ok := strings.Cut(lines.Text(), "=")
+		if !ok {
+			return nil, fmt.Errorf("%s: %q is not KEY='value'", path, lines.Text())
+		}
+		env[key] = strings.Trim(value, "'")
+	}
+	return env, lines.Err()
+}
