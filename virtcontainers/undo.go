@@ -30,10 +30,3 @@ func (u *undo) run(ctx context.Context) {
 		last(ctx)
 	}
 }
-
-// release forgets the steps: what was done stays. It returns them for a later owner.
-func (u *undo) release() undo {
-	rest := *u
-	u.steps = nil
-	return rest
-}

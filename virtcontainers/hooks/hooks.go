@@ -116,7 +116,8 @@ func Validate(h *specs.Hooks) error {
 
 // prestart is deprecated in runtime-spec, but nvidia's and other tools still write it.
 func prestart(h *specs.Hooks) []specs.Hook {
-	return h.Prestart //nolint:staticcheck // SA1019
+	//lint:ignore SA1019 see above
+	return h.Prestart
 }
 
 // CreateRuntime runs the prestart and then the createRuntime hooks, in order, with status "creating". The first failure

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+//lint:file-ignore SA1019 deprecated prestart hooks are still supported, and tested
+
 package hooks
 
 import (

@@ -13,17 +13,16 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// What a shim that uses this package announces to containerd, so that mounts reach it before anything is done for them on the
-// host (containerd docs/shim-capabilities.md). A transform is only left to the shim together with all that follow it in a chain
-// such as "format/mkdir/overlay", and mkfs makes files that nobody would use, so all three are claimed.
-var (
-	// MountTypes and MountTransforms are the fields of MountCapabilities (containerd 2.4).
-	MountTypes      = [...]string{"erofs"}
-	MountTransforms = [...]string{"format", "mkdir", "mkfs"}
-)
+// MountCapabilities is what a shim that uses this package announces to containerd 2.4 as an extension of its bootstrap result, so
+// that mounts reach it before anything is done for them on the host (containerd docs/shim-capabilities.md). A transform is only
+// left to the shim together with all that follow it in a chain such as "format/mkdir/overlay", and mkfs makes files that nobody
+// would use, so all three are claimed.
+func MountCapabilities() *types.MountCapabilities {
+	return &types.MountCapabilities{Types: []string{"erofs"}, Transforms: []string{"format", "mkdir", "mkfs"}}
+}
 
-// RuntimeAllowMounts is the value of the annotation "containerd.io/runtime-allow-mounts" in the answer to -info
-// (containerd 2.2 and 2.3).
+// RuntimeAllowMounts says the same to containerd 2.2 and 2.3: it is the value of the annotation
+// "containerd.io/runtime-allow-mounts" in the answer to -info.
 const RuntimeAllowMounts = "erofs,format/*,mkdir/*,mkfs/*"
 
 // FilesystemEROFS is the only type of filesystem that layers have.
