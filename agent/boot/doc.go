@@ -23,7 +23,7 @@
 // agent waits for (os/exec, libcontainer). Linux tells the two apart by thread: a child belongs to the thread that
 // forked it, also if CLONE_PARENT was used below it (libcontainer's nsexec), but orphans go to the main thread of
 // PID 1. The Reaper therefore runs on the main thread, which never forks, and waits with __WNOTHREAD: it can only see
-// orphans. See Reaper for the one exception and its guard.
+// orphans. See Reaper for what else comes to the main thread, and how that is told apart.
 //
 // # Trust
 //

@@ -64,10 +64,11 @@ func beInit() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	r := newReaper()
+	r.grace = time.Second
 	result := make(chan error, 1)
 	go func() {
 		defer cancel()
-		result <- errors.Join(manyProcesses(), noZombies(ctx), registered(ctx, r))
+		result <- errors.Join(manyProcesses(), noZombies(ctx), lateWait(ctx))
 	}()
 	if err := r.Run(ctx); err != nil {
 		return err
@@ -80,7 +81,7 @@ func manyProcesses() error {
 	errs := make(chan error, 1000)
 	for range 8 {
 		wg.Go(func() {
-			for range 12 {
+			for range 6 {
 				var exit *exec.ExitError
 				if err := start("child").Run(); !errors.As(err, &exit) || exit.ExitCode() != 7 {
 					errs <- fmt.Errorf("exit status lost: %w", err)
@@ -116,42 +117,30 @@ func noZombies(ctx context.Context) error {
 	}
 }
 
-// registered starts a process from a thread that ends, so that it comes to the main thread.
-func registered(ctx context.Context, r *Reaper) error {
-	type started struct {
-		cmd     *exec.Cmd
-		release func()
-		err     error
-	}
-	c := make(chan started)
+// lateWait starts a process from a thread that ends, so that it comes to the main thread, and waits for it late.
+func lateWait(ctx context.Context) error {
+	started := make(chan error)
+	cmd := start("child")
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = append(os.Environ(), role+"=child")
-		err := cmd.Start()
-		if err != nil {
-			c <- started{err: err}
-			return
-		}
-		c <- started{cmd: cmd, release: r.Register(cmd.Process.Pid)}
+		started <- cmd.Start()
 	}()
-	s := <-c
-	if s.err != nil {
-		return s.err
-	}
-	// Give the reaper every chance to be wrong: wait until the process has exited.
-	if err := unix.Waitid(unix.P_PID, s.cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
-		return fmt.Errorf("registered process: %w", err)
-	}
-	if err := start("orphan").Run(); err != nil {
+	if err := <-started; err != nil {
 		return err
 	}
-	var exit *exec.ExitError
-	if err := s.cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 7 {
-		return fmt.Errorf("exit status of a registered process lost: %w", err)
+	// Give the reaper a chance to be wrong: wait until the process has exited, and then until orphans were looked at.
+	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+		return fmt.Errorf("child of a thread that ended: %w", err)
 	}
-	s.release()
-	s.release() // safe to repeat
+	for range 10 {
+		if err := start("orphan").Run(); err != nil {
+			return err
+		}
+	}
+	var exit *exec.ExitError
+	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 7 {
+		return fmt.Errorf("exit status of a child of a thread that ended is lost: %w", err)
+	}
 	return noZombies(ctx)
 }
 

@@ -74,7 +74,7 @@ func newContainer(m *Manager, id string) *container {
 	return &container{
 		id:    id,
 		m:     m,
-		dir:   filepath.Join(cgroupMount, cgroupParent, id),
+		dir:   filepath.Join(cgroupMount, m.cfg.Cgroup, id),
 		lane:  make(chan struct{}, 1),
 		execs: map[string]*process{},
 	}
@@ -182,7 +182,9 @@ func (c *container) create(ctx context.Context, spec *specs.Spec, stdio stdioSpe
 	}
 	if c.unwatch, err = c.m.oom.add(c.dir, c.checkOOM); err != nil {
 		// Without the memory controller there are no OOM kills of this container to tell of.
-		log.G(ctx).WithError(err).WithField("container", c.id).Warn("OOM kills are not watched")
+		if !errors.Is(err, os.ErrNotExist) {
+			log.G(ctx).WithError(err).WithField("container", c.id).Warn("OOM kills are not watched")
+		}
 		c.unwatch, err = func() {}, nil
 	}
 	undo = append(undo, func(context.Context) error { c.unwatch(); return nil })

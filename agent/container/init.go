@@ -38,6 +38,8 @@ func pause() {
 	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM)
 	exits := make(chan os.Signal, 1)
 	signal.Notify(exits, unix.SIGCHLD)
+	_, _ = os.Stdout.Write([]byte{0}) // startPause waits for it
+	_ = os.Stdout.Close()
 	for {
 		for {
 			pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)

@@ -33,9 +33,14 @@ type Config struct {
 	// StateDir is a folder on tmpfs that nobody else writes into.
 	StateDir string
 	Storage  Storage
+	// Cgroup is the parent of the containers' cgroups, DefaultCgroup if empty.
+	Cgroup string
 	// Streams are the stdio connections of the host.
 	Streams *Streams
 }
+
+// DefaultCgroup holds one child for each container. It is absolute from the root of the cgroup hierarchy.
+const DefaultCgroup = "/pod"
 
 // Manager runs the pod's containers. See the package's documentation for states and locks.
 type Manager struct {
@@ -55,6 +60,9 @@ type Manager struct {
 
 // NewManager makes a manager without containers.
 func NewManager(cfg Config) (*Manager, error) {
+	if cfg.Cgroup == "" {
+		cfg.Cgroup = DefaultCgroup
+	}
 	if err := os.MkdirAll(filepath.Join(cfg.StateDir, "containers"), 0o711); err != nil {
 		return nil, fmt.Errorf("make the state folder of containers: %w", err)
 	}
@@ -62,7 +70,9 @@ func NewManager(cfg Config) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch for OOM kills: %w", err)
 	}
-	return &Manager{cfg: cfg, guest: inspectGuest(), events: newEventLog(), oom: oom, containers: map[string]*container{}}, nil
+	g := inspectGuest()
+	g.cgroup = cfg.Cgroup
+	return &Manager{cfg: cfg, guest: g, events: newEventLog(), oom: oom, containers: map[string]*container{}}, nil
 }
 
 // reserve puts a new container's place into the map.
@@ -302,12 +312,12 @@ func (m *Manager) Stats(id string) (*stats.Metrics, error) {
 	if _, err := m.get(id); err != nil {
 		return nil, err
 	}
-	return cgroupStats(filepath.Join(cgroupParent, id))
+	return cgroupStats(filepath.Join(m.cfg.Cgroup, id))
 }
 
 // PodStats sums up all containers, and the CPU time of the whole guest.
 func (m *Manager) PodStats() (*stats.Metrics, error) {
-	sum, err := cgroupStats(cgroupParent)
+	sum, err := cgroupStats(m.cfg.Cgroup)
 	if err != nil {
 		return nil, err
 	}

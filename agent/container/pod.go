@@ -18,8 +18,9 @@ import (
 )
 
 const (
-	pauseID     = "pause"
-	pauseCgroup = "/pause"
+	pauseID = "pause"
+	// pauseSuffix makes the name of the pause process's cgroup from that of the containers' parent.
+	pauseSuffix = "-pause"
 	// pauseUser is nobody; the pause process needs no right at all.
 	pauseUser = 65534
 )
@@ -69,7 +70,7 @@ func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func()
 		return err
 	}
 	if sharedPID {
-		if err := p.startPause(filepath.Join(m.cfg.StateDir, "pod")); err != nil {
+		if err := p.startPause(filepath.Join(m.cfg.StateDir, "pod"), m.cfg.Cgroup+pauseSuffix); err != nil {
 			return fmt.Errorf("start the pause process of the pod's pid namespace: %w", err)
 		}
 	}
@@ -112,7 +113,7 @@ func (p *pod) unshare(setup func() error) error {
 
 // startPause runs the agent's executable as a container with an empty root and no rights: a container in the pod's pid
 // namespace sees it as PID 1 and must not find a way through it (/proc/1/root) into the guest.
-func (p *pod) startPause(stateDir string) error {
+func (p *pod) startPause(stateDir, cgroup string) error {
 	exe, err := os.Executable()
 	if err != nil {
 		return err
@@ -141,7 +142,7 @@ func (p *pod) startPause(stateDir string) error {
 			{Destination: pausePath, Type: "bind", Source: exe, Options: []string{"bind", "ro", "nosuid", "nodev"}},
 		},
 		Linux: &specs.Linux{
-			CgroupsPath: pauseCgroup,
+			CgroupsPath: cgroup,
 			Resources:   &specs.LinuxResources{Devices: deviceRules(nil)},
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.PIDNamespace},
@@ -158,19 +159,31 @@ func (p *pod) startPause(stateDir string) error {
 	if p.pause, err = libcontainer.Create(stateDir, pauseID, config); err != nil {
 		return err
 	}
+	ready, stdout, err := newPipe(true, 0, 0)
+	if err != nil {
+		return errors.Join(err, p.pause.Destroy())
+	}
+	defer ready.Close()
+	defer stdout.Close()
 	lp := libcontainerProcess(process)
-	lp.Init = true
+	lp.Init, lp.Stdout = true, stdout
 	if err := p.pause.Run(lp); err != nil {
 		return errors.Join(err, p.pause.Destroy())
 	}
-	p.pauseDone = make(chan struct{})
+	done := make(chan struct{})
+	p.pauseDone = done
 	go func() {
-		defer close(p.pauseDone)
+		defer close(done)
 		_, _ = lp.Wait()
 	}()
 	pid, err := lp.Pid()
 	if err != nil {
 		return err
+	}
+	// It says so when it runs; its end closes the pipe. Nothing can be started in the namespace of a dead init.
+	_ = stdout.Close()
+	if _, err := ready.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("it ended at once (is the agent linked statically?): %w", err)
 	}
 	p.pid, err = os.Open(fmt.Sprintf("/proc/%d/ns/pid", pid))
 	return err

@@ -144,6 +144,13 @@ func (p *process) release(ctx context.Context, fifo string) error {
 	})
 	close(finished)
 	watcher.Wait()
+	if n <= 0 && errors.Is(err, os.ErrDeadlineExceeded) && f.SetReadDeadline(time.Time{}) == nil {
+		// It may have written, run and ended before this goroutine looked.
+		_ = raw.Read(func(fd uintptr) bool {
+			n, _ = unix.Read(int(fd), buf[:])
+			return true
+		})
+	}
 	switch {
 	case n > 0:
 		// libcontainer knows by its absence that the container runs.

@@ -15,9 +15,6 @@ import (
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
-// cgroupParent is the cgroup below the root of the hierarchy that holds one child for each container.
-const cgroupParent = "/pod"
-
 // guest is what the allow-list knows about the machine that it runs in. It never learns it from a request.
 type guest struct {
 	// cpus is the number of the highest online CPU plus one.
@@ -26,6 +23,8 @@ type guest struct {
 	nrOpen uint64
 	// device finds a character device of the guest by its path.
 	device func(path string) (major, minor int64, ok bool)
+	// cgroup is the parent of the containers' cgroups.
+	cgroup string
 	// The pod's shared namespaces, empty when the pod has none.
 	ipc, uts, pid string
 }
@@ -104,7 +103,7 @@ func (g *guest) linuxSpec(id string, in *specs.Linux) (*specs.Linux, error) {
 		return nil, refused("linux.timeOffsets: the guest has no time namespaces")
 	}
 	out := &specs.Linux{
-		CgroupsPath: path.Join(cgroupParent, id), // the host's path names the host's cgroup
+		CgroupsPath: path.Join(g.cgroup, id), // the host's path names the host's cgroup
 		Personality: in.Personality,
 	}
 	var err error

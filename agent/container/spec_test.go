@@ -17,7 +17,7 @@ import (
 
 func testGuest() *guest {
 	return &guest{
-		cpus: 2, nrOpen: 1 << 20, ipc: "/ns/ipc", uts: "/ns/uts", pid: "/ns/pid",
+		cgroup: "/pod", cpus: 2, nrOpen: 1 << 20, ipc: "/ns/ipc", uts: "/ns/uts", pid: "/ns/pid",
 		device: func(path string) (int64, int64, bool) { return 10, 229, path == "/dev/fuse" },
 	}
 }

@@ -68,7 +68,7 @@ func TestLimitsAndStats(t *testing.T) {
 		Unified: map[string]string{"memory.high": "60000000"},
 	})), nil)
 	file := func(name string) string {
-		raw, err := os.ReadFile(filepath.Join(cgroupMount, cgroupParent, "c", name))
+		raw, err := os.ReadFile(filepath.Join(cgroupMount, testCgroup(), "c", name))
 		require.NoError(t, err)
 		return string(raw)
 	}

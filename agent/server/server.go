@@ -65,6 +65,8 @@ type Config struct {
 	Transport Transport
 	// StateDir is a folder on tmpfs for the state of containers.
 	StateDir string
+	// Cgroup is the parent of the containers' cgroups, container.DefaultCgroup if empty.
+	Cgroup string
 	// Version is that of the build, for people.
 	Version string
 }
@@ -106,7 +108,7 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 func (s *Server) run(ctx context.Context) (err error) {
-	if s.manager, err = container.NewManager(container.Config{StateDir: s.cfg.StateDir, Storage: s.cfg.Storage, Streams: s.streams}); err != nil {
+	if s.manager, err = container.NewManager(container.Config{StateDir: s.cfg.StateDir, Storage: s.cfg.Storage, Streams: s.streams, Cgroup: s.cfg.Cgroup}); err != nil {
 		return err
 	}
 	defer func() {

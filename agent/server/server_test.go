@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -32,8 +33,17 @@ import (
 
 func TestMain(m *testing.M) {
 	container.MaybeInit()
-	os.Exit(m.Run())
+	code := m.Run()
+	for _, pattern := range []string{"/c", ""} {
+		left, _ := filepath.Glob("/sys/fs/cgroup/*" + testCgroup() + pattern)
+		for _, dir := range left {
+			_ = os.Remove(dir)
+		}
+	}
+	os.Exit(code)
 }
+
+func testCgroup() string { return fmt.Sprintf("/cloister-test-%d", os.Getpid()) }
 
 // sockets is a Transport of unix sockets in a folder, named by port.
 type sockets string
@@ -111,7 +121,7 @@ func boot(t *testing.T, reply *agentv1.HelloReply) *host {
 	defer l.Close()
 	ctx, cancel := context.WithCancel(context.Background())
 	s := New(Config{
-		System: h.system, Storage: fakeStorage{filepath.Join(dir, "roots")}, Transport: h.dir, StateDir: filepath.Join(dir, "state"), Version: "v-test",
+		System: h.system, Storage: fakeStorage{filepath.Join(dir, "roots")}, Transport: h.dir, StateDir: filepath.Join(dir, "state"), Version: "v-test", Cgroup: testCgroup(),
 		Network: func(context.Context, *agentv1.Network) error { return nil },
 	})
 	go func() { h.result <- s.Run(ctx) }()
@@ -342,7 +352,6 @@ func TestContainer(t *testing.T) {
 	require.Error(t, err)
 	require.NoError(t, h.ended())
 	require.EqualValues(t, 1, h.system.powerOff.Load())
-	_ = os.Remove("/sys/fs/cgroup/pod/c")
 }
 
 func TestMeminfo(t *testing.T) {

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/erofs/go-erofs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -218,4 +220,41 @@ func TestGate(t *testing.T) {
 	s.After(func(context.Context) error { return errdefs.ErrUnavailable })
 	_, err := s.MountRootfs(t.Context(), "c", &agentv1.Rootfs{}, false)
 	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+}
+
+func TestFurtherDisks(t *testing.T) {
+	s, disks := newStore(t)
+	// An image whose files' content is on a second disk.
+	dir := t.TempDir()
+	for _, name := range []string{"meta", "data"} {
+		disks.files[name] = filepath.Join(dir, name)
+	}
+	meta, err := os.Create(disks.files["meta"])
+	require.NoError(t, err)
+	data, err := os.Create(disks.files["data"])
+	require.NoError(t, err)
+	w := erofs.Create(meta, erofs.WithDataFile(data))
+	f, err := w.Create("/file")
+	require.NoError(t, err)
+	content := strings.Repeat("0123456789abcdef", 1000)
+	_, err = f.Write([]byte(content))
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	require.NoError(t, w.Close())
+	require.NoError(t, meta.Close())
+	require.NoError(t, data.Close())
+
+	r := layers("meta")
+	r.Layers[0].ExtraSerials = []string{"data"}
+	path, err := s.MountRootfs(t.Context(), "c", r, false)
+	require.NoError(t, err)
+	require.Equal(t, content, read(t, path, "file"))
+
+	_, err = s.MountRootfs(t.Context(), "other", layers("meta"), false)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "the same image with other disks")
+	require.ErrorContains(t, err, "data")
+
+	released, err := s.Remove(t.Context(), "c")
+	require.NoError(t, err)
+	require.ElementsMatch(t, []string{"meta", "data"}, released)
 }

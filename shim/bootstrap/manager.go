@@ -111,7 +111,7 @@ func bundleOf(ctx context.Context, id string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if id == "" || filepath.Base(id) != id {
+	if id == "" || id == "." || id == ".." || filepath.Base(id) != id {
 		return "", fmt.Errorf("delete of id %q: %w", id, errdefs.ErrInvalidArgument)
 	}
 	return filepath.Join(filepath.Dir(cwd), id), nil

@@ -42,6 +42,8 @@ type Command struct {
 	Dir   string
 	Env   []string
 	Stdin io.Reader
+	// DefaultSocketDir is for callers that give none; empty for containerd's own default.
+	DefaultSocketDir string
 	// Capabilities are announced to containerd 2.4 and later.
 	Capabilities *types.MountCapabilities
 
@@ -74,6 +76,9 @@ func Start(ctx context.Context, c Command) (_ []byte, err error) {
 		return nil, err
 	}
 	dir := p.socketDir
+	if dir == "" {
+		dir = c.DefaultSocketDir
+	}
 	if dir == "" {
 		dir = filepath.Join(defaults.DefaultStateDir, "s")
 	}

@@ -5,6 +5,7 @@ package task
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
@@ -54,9 +55,13 @@ func (r *results) add(id, execID string, resp *taskapi.DeleteResponse) {
 	}
 }
 
-// forget a task's result: its id is used anew.
-func (r *results) forget(id string) {
-	delete(r.byKey, resultKey(id, ""))
+// forget a result: its id is used anew.
+func (r *results) forget(id, execID string) {
+	key := resultKey(id, execID)
+	if _, ok := r.byKey[key]; ok {
+		delete(r.byKey, key)
+		r.order = slices.DeleteFunc(r.order, func(k string) bool { return k == key })
+	}
 }
 
 func (s *Service) result(id, execID string) *taskapi.DeleteResponse {

@@ -88,7 +88,7 @@ func (s *Service) Exec(ctx context.Context, r *taskapi.ExecProcessRequest) (*emp
 		return nil, err
 	}
 	s.mu.Lock()
-	delete(s.deleted.byKey, resultKey(t.id, p.execID))
+	s.deleted.forget(t.id, p.execID)
 	s.mu.Unlock()
 	// Queued before the process can be found and started.
 	s.Events.Publish(&eventstypes.TaskExecAdded{ContainerID: t.id, ExecID: p.execID})

@@ -152,7 +152,7 @@ func (s *Service) reserve(r *taskapi.CreateTaskRequest) (*task, error) {
 		return nil, fmt.Errorf("container %s: %w", t.id, errdefs.ErrAlreadyExists)
 	}
 	s.tasks[t.id] = t
-	s.deleted.forget(t.id)
+	s.deleted.forget(t.id, "")
 	return t, nil
 }
 

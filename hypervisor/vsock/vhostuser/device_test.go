@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/sirupsen/logrus"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
@@ -38,6 +39,9 @@ func newRig(t testing.TB, cfg Config) *rig {
 	t.Helper()
 	t.Cleanup(func() { goleak.VerifyNone(t) })
 	cfg.GuestCID = testCID
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	cfg.Logger = logrus.NewEntry(quiet)
 	d, err := New(cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, d.Close()) })

@@ -40,9 +40,13 @@ func mapMemory(specs []regionSpec, fds []int) (_ *memory, err error) {
 			return nil, fmt.Errorf("memory region %d ends at %d in a file of %d bytes", i, end, st.Size)
 		}
 		seals, err := unix.FcntlInt(uintptr(fds[i]), unix.F_GET_SEALS, 0)
-		if err != nil || seals&unix.F_SEAL_SHRINK == 0 {
-			return nil, fmt.Errorf("memory region %d is not a memory file sealed against shrinking (seals %#x, %v): "+
-				"the VM's memory must be a memory-backend-memfd with share=on,seal=on", i, seals, err)
+		if err != nil {
+			return nil, fmt.Errorf("memory region %d is no memory file (%w): "+
+				"the VM's memory must be a memory-backend-memfd with share=on", i, err)
+		}
+		if seals&unix.F_SEAL_SHRINK == 0 {
+			return nil, fmt.Errorf("memory region %d is not sealed against shrinking (seals %#x): "+
+				"the VM's memory-backend-memfd must have seal=on, the default", i, seals)
 		}
 		// From the start of the file, since an offset in huge pages would have to be aligned to those. Address space
 		// is all that this costs.

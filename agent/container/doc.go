@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package container runs the pod's containers and their processes with libcontainer, in this very binary: a container's
+// process starts as a copy of the agent (MaybeInit), which becomes the container's command.
+//
+// # States of a container
+//
+//	creating ──► created ──► running ◄──► paused
+//	    │            │          │            │
+//	    ▼            └──────────┼────────────┘
+//	 (gone)                     ▼ the init has been reaped
+//	                         stopped ──► deleting ──► (gone)
+//	                            ▲            │ an error: delete can be repeated
+//	                            └────────────┘
+//
+// In creating the id is taken, and nothing else is known of the container to others. In created the init process exists,
+// and waits at libcontainer's exec fifo; whatever can go wrong, a command that does not exist for example, has gone wrong
+// before. In stopped the cgroup is still there, for statistics and the count of OOM kills.
+//
+// # States of a process
+//
+//	created ──► starting ──► running ──► exited
+//	    └──────────┴────────────────────────▲ could not be started, or was deleted before
+//
+// An init is starting from CreateContainer on. A further process (exec) is only recorded until it is started. Between
+// the death of the kernel's process (reaped, after which signals give NotFound) and exited its output is drained.
+//
+// # Order of exits
+//
+// A container's init exits last: with a pid namespace of its own the kernel kills the others, in the pod's shared one
+// the agent kills the container's cgroup; then their exits are recorded, then the init's. Before any of them, OOM kills
+// are counted and told (NextEvents, and oom_kills of the exit itself).
+//
+// # Standard streams
+//
+// Streams holds the host's connections until a process asks for them. EOF is in band both ways: a stream that the host
+// half-closes closes the process's stdin, a pipe's end half-closes the stream. A terminal gets no EOF, see input. An exit
+// is reported when what the process wrote has been read (output), or when the host has taken nothing for 10 seconds.
+// Children in the background keep a stream open, but not the exit.
+//
+// # Namespaces
+//
+// Every container is in the guest's network namespace, which is the pod's, and has mount and cgroup namespaces of its
+// own. IPC, UTS and pid are its own or the pod's. The pod's are made by ConfigurePod and kept by open files; the pid
+// namespace has a pause process without rights in an empty root as its init. User namespaces are always the container's
+// own, with the mapping that the host asks for; storage must give it a root filesystem that this mapping can use.
+//
+// # Trust
+//
+// The host is hostile: requests go through an allow-list (spec.go) that copies field by field what the guest means to
+// do, refuses what it will not do, and drops what describes the host (cgroup path, labels, devices' numbers, CPU lists
+// beyond the guest's). The container's processes are hostile too: the agent's executable is sealed before it runs in a
+// container (libcontainer's exeseal), and the agent reads nothing from a container but its pipes, its terminal and its
+// cgroup files.
+//
+// # Locks
+//
+//   - Manager.mu: the map of containers and the pod. Never held over a system call.
+//   - container.lane: one operation at a time that changes a container (create, start, pause, update, delete); held over
+//     libcontainer's slow calls, waited for with a context. Signals, waits, resizes, statistics and execs do not take it.
+//   - container.mu: the states of a container and its processes. Never held over a system call.
+//   - container.oomMu: reading memory.events and telling of it, so that totals are told in order.
+//   - processIO.mu: descriptors of a process's stdio.
+//
+// They are taken in this order. Containers share no lock but Manager.mu and the registries' (Streams, events), so that
+// none waits for another.
+//
+// # Tests
+//
+// Most tests run real containers: as root, with busybox-static, on any cgroup version. Those in vm_test.go need cgroup
+// v2 with controllers; build the static test binary and run it as root in a VM:
+//
+//	CGO_ENABLED=1 go test -c -tags 'seccomp netgo osusergo' -ldflags '-linkmode external -extldflags -static' ./agent/container
+package container

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pods
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/cloister-project/cloister/shim/criv1"
+	vc "github.com/cloister-project/cloister/virtcontainers"
+)
+
+func request() Request { return Request{ID: "id", Namespace: "ns", Bundle: "/b"} }
+
+func TestFromSpecNetwork(t *testing.T) {
+	for name, tt := range map[string]struct {
+		namespaces []specs.LinuxNamespace
+		want       vc.NetworkMode
+		path       string
+	}{
+		"new":  {[]specs.LinuxNamespace{{Type: specs.MountNamespace}, {Type: specs.NetworkNamespace}}, vc.NetworkNew, ""},
+		"path": {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/run/netns/x"}}, vc.NetworkPath, "/run/netns/x"},
+		"host": {[]specs.LinuxNamespace{{Type: specs.MountNamespace}}, vc.NetworkHost, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, err := FromSpec(t.Context(), request(), ModeSingle, &specs.Spec{Linux: &specs.Linux{Namespaces: tt.namespaces}})
+			require.NoError(t, err)
+			require.Equal(t, tt.want, p.Network)
+			require.Equal(t, tt.path, p.NetNSPath)
+		})
+	}
+	p, err := FromSpec(t.Context(), request(), ModeSingle, &specs.Spec{})
+	require.NoError(t, err)
+	require.Equal(t, vc.NetworkHost, p.Network)
+}
+
+func TestFromSpecModes(t *testing.T) {
+	limit := int64(1 << 20)
+	spec := &specs.Spec{
+		Hostname: "h", Hooks: &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/hook"}}},
+		Linux: &specs.Linux{CgroupsPath: "/a/b", Sysctl: map[string]string{"k": "v"}, Resources: &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}},
+		Annotations: map[string]string{
+			"io.kubernetes.cri.sandbox-memory": "1073741824", "io.kubernetes.cri.sandbox-cpu-quota": "200000", "io.kubernetes.cri.sandbox-cpu-period": "100000",
+		},
+	}
+	single, err := FromSpec(t.Context(), request(), ModeSingle, spec)
+	require.NoError(t, err)
+	require.Equal(t, spec.Hooks, single.Hooks)
+	require.Equal(t, spec.Linux.Resources, single.Resources)
+	require.Equal(t, "/a/b", single.CgroupsPath)
+	require.Equal(t, "h", single.Hostname)
+	require.False(t, single.SharePID)
+	require.NotNil(t, single.Config)
+
+	pause, err := FromSpec(t.Context(), request(), ModePause, spec)
+	require.NoError(t, err)
+	require.Nil(t, pause.Hooks)
+	require.True(t, pause.SharePID)
+	require.Equal(t, int64(1<<30), *pause.Resources.Memory.Limit)
+	require.Equal(t, int64(200000), *pause.Resources.CPU.Quota)
+	require.Equal(t, uint64(100000), *pause.Resources.CPU.Period)
+
+	spec.Annotations["io.kubernetes.cri.sandbox-memory"] = "much"
+	_, err = FromSpec(t.Context(), request(), ModePause, spec)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+}
+
+func TestConfigOfOptionsAndAnnotations(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.toml")
+	require.NoError(t, os.WriteFile(path, []byte("[sizing]\ndefault_vcpus = 3\n[annotations]\nallowed = [\"io.cloister.sizing.memory-mib\"]\n"), 0o600))
+	options, err := anypb.New(&runtimeoptions.Options{ConfigPath: path})
+	require.NoError(t, err)
+	r := request()
+	r.Options = options
+	p, err := FromCRI(t.Context(), r, &criv1.PodSandboxConfig{Annotations: map[string]string{
+		"io.cloister.sizing.memory-mib": "777", "io.cloister.sizing.vcpus": "9",
+	}}, "", nil)
+	require.NoError(t, err)
+	require.Equal(t, 3, p.Config.Sizing.DefaultVCPUs, "not in annotations.allowed")
+	require.Equal(t, 777, p.Config.Sizing.DefaultMemoryMiB)
+	require.Equal(t, vc.NetworkNew, p.Network)
+	require.True(t, p.SharePID, "POD is CRI's default")
+	require.Nil(t, p.Resources)
+	require.Empty(t, p.CgroupsPath)
+
+	r.Options = &anypb.Any{TypeUrl: "containerd.runc.v1.Options"}
+	_, err = FromCRI(t.Context(), r, &criv1.PodSandboxConfig{}, "", nil)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+}
+
+func TestCgroupsPath(t *testing.T) {
+	require.Equal(t, "c.slice:cri-containerd:id", cgroupsPath("/a.slice/b.slice/c.slice", "id"))
+	require.Equal(t, "/kubepods/x/id", cgroupsPath("/kubepods/x", "id"))
+	require.Empty(t, cgroupsPath("", "id"))
+}
+
+func TestResources(t *testing.T) {
+	require.Nil(t, Resources(nil))
+	require.Nil(t, Resources(&criv1.LinuxContainerResources{OomScoreAdj: -1}))
+	r := Resources(&criv1.LinuxContainerResources{
+		CpuShares: 512, CpuQuota: -1, CpusetCpus: "0-1", MemorySwapLimitInBytes: 5,
+		HugepageLimits: []*criv1.HugepageLimit{{PageSize: "2MB", Limit: 7}}, Unified: map[string]string{"a": "b"},
+	})
+	require.Equal(t, uint64(512), *r.CPU.Shares)
+	require.Equal(t, int64(-1), *r.CPU.Quota)
+	require.Nil(t, r.CPU.Period)
+	require.Equal(t, "0-1", r.CPU.Cpus)
+	require.Equal(t, int64(5), *r.Memory.Swap)
+	require.Equal(t, uint64(7), r.HugepageLimits[0].Limit)
+	require.Equal(t, "b", r.Unified["a"])
+}
+
+func TestHolder(t *testing.T) {
+	var h Holder
+	_, _, _, err := h.Get()
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.NoError(t, h.Claim(ModeSandbox, "s"))
+	require.ErrorIs(t, h.Claim(ModeSingle, "c"), errdefs.ErrAlreadyExists)
+	_, id, mode, err := h.Get()
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.Equal(t, "s", id)
+	require.Equal(t, ModeSandbox, mode)
+	h.Release()
+	require.Equal(t, ModeNone, h.Mode())
+}
