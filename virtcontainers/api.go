@@ -40,6 +40,9 @@ type PodConfig struct {
 	Network   NetworkMode
 	NetNSPath string
 	DNS       DNS
+	// OwnFiles says that containers get the pod's /etc/hosts, /etc/hostname, /etc/resolv.conf and /dev/shm from the pod
+	// itself. With the shim as sandboxer containerd leaves them to it (internal/cri/server: linuxContainerMounts).
+	OwnFiles bool
 	// Sysctls of the pod.
 	Sysctls map[string]string
 	// SharePID gives the pod a pid namespace that containers can join.

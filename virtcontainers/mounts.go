@@ -41,7 +41,7 @@ func (p *Pod) attachMounts(ctx context.Context, c *Container, mounts []specs.Mou
 		switch {
 		case !isBind(m):
 			g.Source = &agentv1.Mount_Filesystem{Filesystem: &agentv1.GuestFilesystem{Type: m.Type}}
-		case filepath.Clean(m.Destination) == "/dev/shm":
+		case filepath.Clean(m.Destination) == podShm:
 			g.Source = &agentv1.Mount_PodShm{PodShm: &agentv1.PodShm{}}
 		case strings.HasPrefix(filepath.Clean(m.Source), "/sys/fs/cgroup"):
 			g.Source = &agentv1.Mount_Filesystem{Filesystem: &agentv1.GuestFilesystem{Type: "cgroup"}}
@@ -90,8 +90,10 @@ func guestOptions(options []string) []string {
 // the guest may rewrite them as they may in any container.
 var podFiles = []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
 
-// podFile reads the host's file, or writes one from the pod's configuration: with the shim as sandboxer containerd
-// names the files but does not make them.
+// podShm is where containers that share the pod's ipc namespace have its shared memory.
+const podShm = "/dev/shm"
+
+// podFile reads the host's file, or writes one from the pod's configuration where there is none (PodConfig.OwnFiles).
 func (p *Pod) podFile(m specs.Mount) (*agentv1.FileCopy, error) {
 	f, err := os.OpenFile(m.Source, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {

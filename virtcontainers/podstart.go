@@ -65,6 +65,7 @@ func (p *Pod) Start(ctx context.Context) error {
 		return err
 	}
 	p.goTracked(func(ctx context.Context) { g.watchEvents(ctx, p.handleEvent) })
+	p.goTracked(func(ctx context.Context) { p.keepClock(ctx, g) })
 	go p.watchVM(vm)
 	log.G(ctx).WithField("timeline", p.Info().Extra["bootTimeline"]).Info("sandbox ready")
 	return nil
@@ -158,6 +159,9 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 			return p.cgroup.AddProcess(ctx, pid)
 		},
 	})
+	if errors.Is(err, unix.ENOSPC) {
+		err = fmt.Errorf("the file system of state.dir = %q is full: make room there, or set the key: %w", p.cfg.Config.State.Dir, err)
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -232,7 +236,11 @@ func (p *Pod) driver(ctx context.Context) (*qemu.Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	return qemu.New(ctx, qemu.Config{Path: path, CacheDir: filepath.Join(p.cfg.Config.Rootfs.CacheDir, "qemu")})
+	driver, err := qemu.New(ctx, qemu.Config{Path: path, CacheDir: filepath.Join(p.cfg.Config.Rootfs.CacheDir, "qemu")})
+	if err != nil {
+		return nil, fmt.Errorf("hypervisor.path: %w", err)
+	}
+	return driver, nil
 }
 
 // vhostUserCID is the guest's CID on the embedded device: every guest has a device of its own, so that it need not be
@@ -270,7 +278,12 @@ func closeFile(f *os.File) {
 
 // kernelImage is the uncompressed kernel, taken out of the configured one once and kept.
 func (p *Pod) kernelImage(ctx context.Context) (string, error) {
-	return pvh.Extract(ctx, p.cfg.Config.Hypervisor.Kernel, filepath.Join(p.cfg.Config.Rootfs.CacheDir, "kernels"))
+	cfg := p.cfg.Config
+	image, err := pvh.Extract(ctx, cfg.Hypervisor.Kernel, filepath.Join(cfg.Rootfs.CacheDir, "kernels"))
+	if err != nil {
+		return "", fmt.Errorf("unpack the guest's kernel (hypervisor.kernel) into rootfs.cache_dir = %q: %w", cfg.Rootfs.CacheDir, err)
+	}
+	return image, nil
 }
 
 func (p *Pod) makeStateDir() error {

@@ -111,6 +111,9 @@ func planContainer(spec *specs.Spec, pod PodConfig) (*containerPlan, error) {
 	if len(refused) > 0 {
 		return nil, &RefusedError{Reasons: refused}
 	}
+	if pod.OwnFiles {
+		plan.mounts = addPodFiles(plan.mounts, spec)
+	}
 	b, err := json.Marshal(out)
 	if err != nil {
 		return nil, err
@@ -121,6 +124,33 @@ func planContainer(spec *specs.Spec, pod PodConfig) (*containerPlan, error) {
 	}
 	plan.spec = b
 	return plan, nil
+}
+
+// addPodFiles adds the pod's files that a container does not bring mounts of its own for, and makes the private /dev/shm
+// that every specification begins with the pod's, if the container shares the pod's ipc namespace.
+func addPodFiles(mounts []specs.Mount, spec *specs.Spec) []specs.Mount {
+	mounts = slices.Clone(mounts)
+	sharedIPC := spec.Linux != nil && slices.ContainsFunc(spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+		return ns.Type == specs.IPCNamespace && ns.Path != ""
+	})
+	taken := map[string]bool{}
+	for i, m := range mounts {
+		destination := filepath.Clean(m.Destination)
+		taken[destination] = true
+		if destination == podShm && m.Type == "tmpfs" && m.Source == "shm" && sharedIPC {
+			mounts[i] = specs.Mount{Destination: podShm, Type: "bind", Options: []string{"rbind", "nosuid", "noexec", "nodev", "rw"}}
+		}
+	}
+	options := []string{"rbind", "rprivate", "rw"}
+	if spec.Root != nil && spec.Root.Readonly {
+		options[2] = "ro"
+	}
+	for _, destination := range podFiles {
+		if !taken[destination] {
+			mounts = append(mounts, specs.Mount{Destination: destination, Type: "bind", Options: options})
+		}
+	}
+	return mounts
 }
 
 func abbreviate(list []string, most int) string {

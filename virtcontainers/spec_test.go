@@ -57,6 +57,42 @@ func TestPlanContainerKeepsTheHostOut(t *testing.T) {
 	require.Equal(t, "0-63", spec.Linux.Resources.CPU.Cpus, "the caller's specification must not change")
 }
 
+func TestPlanContainerAddsThePodsFiles(t *testing.T) {
+	shm := specs.Mount{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"size=65536k"}}
+	own := specs.Mount{Destination: "/etc/hosts/", Type: "bind", Source: "/var/lib/kubelet/hosts", Options: []string{"rbind"}}
+	for _, c := range []struct {
+		name     string
+		pod      PodConfig
+		ipc      string
+		readonly bool
+		want     map[string]string // destination: type, source, last option
+	}{
+		{"containerd's sandboxer brings them", PodConfig{}, "/proc/7/ns/ipc", false,
+			map[string]string{"/dev/shm": "tmpfs shm size=65536k", "/etc/hosts/": "bind /var/lib/kubelet/hosts rbind"}},
+		{"ours", PodConfig{OwnFiles: true}, "/proc/7/ns/ipc", false,
+			map[string]string{"/dev/shm": "bind  rw", "/etc/hosts/": "bind /var/lib/kubelet/hosts rbind", "/etc/hostname": "bind  rw", "/etc/resolv.conf": "bind  rw"}},
+		{"read-only root", PodConfig{OwnFiles: true}, "/proc/7/ns/ipc", true,
+			map[string]string{"/dev/shm": "bind  rw", "/etc/hosts/": "bind /var/lib/kubelet/hosts rbind", "/etc/hostname": "bind  ro", "/etc/resolv.conf": "bind  ro"}},
+		{"private ipc", PodConfig{OwnFiles: true}, "", false,
+			map[string]string{"/dev/shm": "tmpfs shm size=65536k", "/etc/hosts/": "bind /var/lib/kubelet/hosts rbind", "/etc/hostname": "bind  rw", "/etc/resolv.conf": "bind  rw"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			spec := &specs.Spec{
+				Process: &specs.Process{}, Root: &specs.Root{Readonly: c.readonly}, Mounts: []specs.Mount{shm, own},
+				Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.IPCNamespace, Path: c.ipc}}},
+			}
+			plan, err := planContainer(spec, c.pod)
+			require.NoError(t, err)
+			got := map[string]string{}
+			for _, m := range plan.mounts {
+				got[m.Destination] = m.Type + " " + m.Source + " " + m.Options[len(m.Options)-1]
+			}
+			require.Equal(t, c.want, got)
+			require.Equal(t, shm, spec.Mounts[0], "the caller's specification must not change")
+		})
+	}
+}
+
 func TestPlanContainerRefusesEverythingAtOnce(t *testing.T) {
 	process := &specs.Process{Args: []string{"sh"}, Cwd: "/"}
 	for _, tc := range []struct {

@@ -58,6 +58,7 @@ func Init(ctx context.Context) (*System, error) {
 	if err := setupCgroups(cgroupRoot); err != nil {
 		return nil, err
 	}
+	s.mark("cgroups")
 	if err := setupKernel(ctx); err != nil {
 		return nil, err
 	}

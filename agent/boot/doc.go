@@ -20,10 +20,10 @@
 // # Reaping
 //
 // PID 1 inherits orphans and must wait for them, yet must not take the exit status of a process that somebody in the
-// agent waits for (os/exec, libcontainer). Linux tells the two apart by thread: a child belongs to the thread that
-// forked it, also if CLONE_PARENT was used below it (libcontainer's nsexec), but orphans go to the main thread of
-// PID 1. The Reaper therefore runs on the main thread, which never forks, and waits with __WNOTHREAD: it can only see
-// orphans. See Reaper for what else comes to the main thread, and how that is told apart.
+// agent waits for (os/exec, libcontainer). Linux helps to tell the two apart: a child belongs to the thread that forked
+// it, also if CLONE_PARENT was used below it (libcontainer's nsexec), but orphans go to the main thread of PID 1. The
+// Reaper runs on the main thread, which never forks, and looks at that thread's children only. See Reaper for what else
+// comes to the main thread, and what is done about it.
 //
 // # Trust
 //

@@ -76,12 +76,19 @@ var oldestClock = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 // latestClock keeps clear of the end of 64-bit nanoseconds (2262), where timers of programs would overflow.
 var latestClock = time.Date(2200, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// SetClock sets the guest's wall clock, in nanoseconds since 1970-01-01 UTC. errdefs.ErrInvalidArgument for a time that
-// cannot be now.
+// clockTolerance is how far off the clock may be before SetClock steps it: the way from the host alone takes some time,
+// and programs do not like steps.
+const clockTolerance = 200 * time.Millisecond
+
+// SetClock sets the guest's wall clock, in nanoseconds since 1970-01-01 UTC; one that is nearly right is left alone.
+// errdefs.ErrInvalidArgument for a time that cannot be now.
 func (s *System) SetClock(unixNanos int64) error {
 	if t := time.Unix(0, unixNanos); t.Before(oldestClock) || t.After(latestClock) {
 		return fmt.Errorf("set the clock to %d ns since 1970: not between %s and %s: %w",
 			unixNanos, oldestClock.Format(time.DateOnly), latestClock.Format(time.DateOnly), errdefs.ErrInvalidArgument)
+	}
+	if d := time.Until(time.Unix(0, unixNanos)); d.Abs() < clockTolerance {
+		return nil
 	}
 	ts := unix.NsecToTimespec(unixNanos)
 	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {

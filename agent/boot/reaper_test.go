@@ -64,7 +64,7 @@ func beInit() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	r := newReaper()
-	r.grace = time.Second
+	r.grace = 2 * time.Second
 	result := make(chan error, 1)
 	go func() {
 		defer cancel()
@@ -132,7 +132,7 @@ func lateWait(ctx context.Context) error {
 	if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
 		return fmt.Errorf("child of a thread that ended: %w", err)
 	}
-	for range 10 {
+	for range 3 {
 		if err := start("orphan").Run(); err != nil {
 			return err
 		}

@@ -119,8 +119,10 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 		return err
 	}
 	root := filepath.Join(stateDir, "root")
-	if err := os.MkdirAll(filepath.Join(root, "dev"), 0o755); err != nil {
-		return err
+	for _, dir := range []string{"dev", "proc"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			return err
+		}
 	}
 	if err := os.WriteFile(filepath.Join(root, pausePath), nil, 0o444); err != nil {
 		return err
@@ -139,6 +141,10 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 		Root:    &specs.Root{Path: root, Readonly: true},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
+			// libcontainer makes /dev/null in it and opens it: that needs a filesystem with devices, which the root is not on.
+			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "noexec", "mode=0755", "size=64k"}},
+			// libcontainer makes /dev/null there; the state folder's file system has no devices.
+			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "noexec", "mode=755", "size=64k"}},
 			{Destination: pausePath, Type: "bind", Source: exe, Options: []string{"bind", "ro", "nosuid", "nodev"}},
 		},
 		Linux: &specs.Linux{
@@ -151,9 +157,6 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 		},
 	}})
 	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Join(root, "proc"), 0o755); err != nil {
 		return err
 	}
 	if p.pause, err = libcontainer.Create(stateDir, pauseID, config); err != nil {

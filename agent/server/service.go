@@ -37,10 +37,13 @@ func guard(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnarySe
 		return resp, nil
 	}
 	text := err.Error()
-	err = errgrpc.ToGRPC(err)
-	if st, ok := status.FromError(err); !ok || st.Code() == codes.Unknown {
-		err = status.Error(codes.Internal, text)
+	// The code and the text are all that is sent. errgrpc would make a detail of every further kind that was wrapped on
+	// the way, and clients print details as lines of their own ("internal").
+	code := status.Code(errgrpc.ToGRPC(err))
+	if code == codes.Unknown {
+		code = codes.Internal
 	}
+	err = status.Error(code, text)
 	if status.Code(err) == codes.Internal {
 		log.G(ctx).WithField("method", info.FullMethod).WithError(err).Error("request failed")
 	}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package virtcontainers
+
+import (
+	"context"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+)
+
+// clockInterval is how often the guest's clock is compared with the host's. A VM that stood still (the host slept,
+// somebody stopped QEMU) has a late clock until then; the agent leaves a clock alone that is nearly right.
+const clockInterval = 30 * time.Second
+
+// keepClock keeps the guest's wall clock in step until ctx ends.
+func (p *Pod) keepClock(ctx context.Context, g *guest) {
+	tick := time.NewTicker(clockInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		_, err := call(ctx, g, g.rpc.SetClock, &agentv1.SetClockRequest{UnixNanos: time.Now().UnixNano()})
+		if err != nil && ctx.Err() == nil && !errdefs.IsUnavailable(err) {
+			log.G(ctx).WithError(err).WithField("sandbox", p.cfg.ID).Warn("set the guest's clock")
+		}
+	}
+}
