@@ -14,7 +14,9 @@ import (
 
 	"github.com/cloister-project/cloister/internal/version"
 	"github.com/cloister-project/cloister/shim/bootstrap"
+	"github.com/cloister-project/cloister/shim/pods"
 	"github.com/cloister-project/cloister/virtcontainers"
+	"github.com/cloister-project/cloister/virtcontainers/rootfs"
 )
 
 // invocation is the command line as containerd writes it; the flags are those of containerd/pkg/shim.
@@ -50,7 +52,10 @@ func parse(args []string) invocation {
 
 // Main runs the program and gives its exit status. What it does not do itself, containerd/pkg/shim does with the
 // command line of the process.
-func Main() int {
+func Main() int { return run(pods.New, virtcontainers.Cleanup) }
+
+// run is Main with pods and their clean-up as parameters for tests.
+func run(newPod pods.NewFunc, cleanup func(ctx context.Context, bundle string) error) int {
 	ctx := context.Background()
 	i := parse(os.Args[1:])
 	switch {
@@ -60,8 +65,8 @@ func Main() int {
 	case i.understood && !i.info && i.action == "start":
 		return start(ctx, i)
 	}
-	register()
-	shim.RunShim(ctx, &bootstrap.Manager{Cleanup: virtcontainers.Cleanup}, func(c *shim.Config) {
+	register(newPod)
+	shim.RunShim(ctx, &bootstrap.Manager{Cleanup: cleanup}, func(c *shim.Config) {
 		// The hypervisor's driver waits for its own children, and wants no others.
 		c.NoReaper = true
 		c.NoSubreaper = true
@@ -79,7 +84,7 @@ func start(ctx context.Context, i invocation) int {
 			ID: i.id, Namespace: i.namespace,
 			GRPCAddress: i.address, TTRPCAddress: os.Getenv("TTRPC_ADDRESS"), PublishBinary: i.publisher,
 			Debug: i.debug, Dir: dir, Env: os.Environ(), Stdin: os.Stdin,
-			Capabilities: bootstrap.MountCapabilities(),
+			Capabilities: rootfs.MountCapabilities(),
 			MajorVersion: bootstrap.MajorVersion, Launch: bootstrap.Launch, Running: bootstrap.RunningVersion,
 		})
 		if err == nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -18,6 +19,7 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/cloister-project/cloister/shim/bootstrap"
@@ -39,7 +41,7 @@ const (
 )
 
 // register tells containerd/pkg/shim of the services.
-func register() {
+func register(newPod pods.NewFunc) {
 	registry.Register(&plugin.Registration{
 		Type:     plugins.TTRPCPlugin,
 		ID:       "cloister",
@@ -63,7 +65,7 @@ func register() {
 			if err != nil {
 				return nil, err
 			}
-			return newServices(ic.Context, dir, pods.New, sender, sd.(shutdown.Service))
+			return newServices(ic.Context, dir, newPod, sender, sd.(shutdown.Service))
 		},
 	})
 	registry.Register(&plugin.Registration{
@@ -85,6 +87,8 @@ type services struct {
 	sandbox *sandbox.Service
 	events  *events.Queue
 	sender  sender
+	// sockets of the process, which pkg/shim may not find any more: containerd may have removed the working directory.
+	sockets []string
 }
 
 // newServices puts the services together. dir is the bundle that the process was started in.
@@ -94,6 +98,12 @@ func newServices(ctx context.Context, dir string, newPod pods.NewFunc, sender se
 		return nil, err
 	}
 	s := &services{sender: sender, events: events.NewQueue(ctx, namespace, sender.Send)}
+	if address, err := shim.ReadAddress(filepath.Join(dir, "address")); err == nil {
+		s.sockets = append(s.sockets, address)
+	}
+	if address := os.Getenv(bootstrap.DebugSocketEnv); address != "" {
+		s.sockets = append(s.sockets, address)
+	}
 	holder := &pods.Holder{}
 	options := func() (*anypb.Any, error) { return bundle.ReadOptions(dir) }
 	end := func(request context.Context) {
@@ -122,7 +132,10 @@ func (s *services) UnaryServerInterceptor() ttrpc.UnaryServerInterceptor {
 		resp, err := method(ctx, unmarshal)
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("method", info.FullMethod).Debug("request failed")
-			return nil, errgrpc.ToGRPC(err)
+			// Without details, which errgrpc makes of every further kind that was wrapped on the way: containerd prints
+			// each as a line of its own.
+			st := status.Convert(errgrpc.ToGRPC(err))
+			return nil, status.Error(st.Code(), st.Message())
 		}
 		return resp, nil
 	}
@@ -133,7 +146,7 @@ func (s *services) close(ctx context.Context) error {
 	timer := time.NewTimer(answerTime)
 	defer timer.Stop()
 	<-timer.C
-	if address := os.Getenv(bootstrap.DebugSocketEnv); address != "" {
+	for _, address := range s.sockets {
 		_ = shim.RemoveSocket(address)
 	}
 	stopCtx, cancel := context.WithTimeout(ctx, stopTime)

@@ -39,7 +39,9 @@ type PodConfig struct {
 	Hostname  string
 	Network   NetworkMode
 	NetNSPath string
-	DNS       DNS
+	// HostPID and HostIPC ask for the host's pid and ipc namespaces. A VM cannot have them; NewPod refuses.
+	HostPID, HostIPC bool
+	DNS              DNS
 	// OwnFiles says that containers get the pod's /etc/hosts, /etc/hostname, /etc/resolv.conf and /dev/shm from the pod
 	// itself. With the shim as sandboxer containerd leaves them to it (internal/cri/server: linuxContainerMounts).
 	OwnFiles bool

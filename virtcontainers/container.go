@@ -27,14 +27,15 @@ type Container struct {
 	pod    *Pod
 	init   *Process
 
-	// cleanup takes back what the container holds on the host: disks, shares, layer images.
-	cleanup undo
+	// cleanup takes back what the container holds on the host: disks, shares, layer images. Once the container is made,
+	// release runs it.
+	cleanup  undo
+	released sync.Once
 
 	mu       sync.Mutex
 	extra    map[string]*Process
 	paused   bool
 	oomKills uint64
-	deleting bool
 }
 
 // ID of the container.
@@ -107,12 +108,18 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 		cleanup: undo{budget: p.cfg.Config.Timeouts.Cleanup},
 	}
 	c.init = newProcess(c, "", cfg.Stdio, cfg.IO)
+	inserted := false
 	defer func() {
 		if err != nil {
 			c.cleanup.run(ctx)
 			_ = cfg.IO.Close()
 		}
+		if inserted {
+			p.creates.Done()
+		}
 	}()
+	// The pod's end gives up what is under way.
+	defer context.AfterFunc(p.life, cancel)()
 	if !wire.ValidID(cfg.ID) {
 		return nil, fmt.Errorf("container id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
 	}
@@ -127,6 +134,7 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 	if err := p.insert(c); err != nil {
 		return nil, err
 	}
+	inserted = true
 	c.cleanup.add(func(context.Context) { p.removeContainer(c) })
 
 	req := &agentv1.CreateContainerRequest{ContainerId: c.id, Spec: plan.spec}
@@ -355,32 +363,29 @@ func (c *Container) Delete(ctx context.Context) (Exit, error) {
 	if err != nil {
 		return Exit{}, err
 	}
-	c.mu.Lock()
-	busy := c.deleting
-	c.deleting = true
-	c.mu.Unlock()
-	if busy {
-		return Exit{}, fmt.Errorf("container %s is being deleted: %w", c.id, errdefs.ErrFailedPrecondition)
-	}
 	if g := c.pod.agent(); g != nil {
 		ctx, cancel := context.WithTimeout(ctx, c.pod.cfg.Config.Timeouts.Cleanup)
 		_, err := callLong(ctx, g.rpc.DeleteProcess, &agentv1.DeleteProcessRequest{ContainerId: c.id})
 		cancel()
 		if err != nil && !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
-			c.mu.Lock()
-			c.deleting = false
-			c.mu.Unlock()
 			return Exit{}, err
 		}
 	}
-	for _, p := range c.execs() {
-		_ = p.io.Close()
-	}
-	if err := c.init.io.Close(); err != nil {
-		log.G(ctx).WithError(err).WithField("container", c.id).Debug("close of stdio")
-	}
-	c.cleanup.run(ctx)
+	c.release(ctx)
 	return exit, nil
+}
+
+// release gives back what the container holds on the host. Delete and the pod's end both do it; the first one does the
+// work, the other waits for it.
+func (c *Container) release(ctx context.Context) {
+	c.released.Do(func() {
+		for _, p := range append(c.execs(), c.init) {
+			if err := p.io.Close(); err != nil {
+				log.G(ctx).WithError(err).WithField("process", p.name()).Debug("close of stdio")
+			}
+		}
+		c.cleanup.run(ctx)
+	})
 }
 
 // lost ends all processes of the container because the VM is gone.
@@ -395,15 +400,5 @@ func (c *Container) lost() {
 // abandon is lost, and gives back what the container held on the host; the pod is closing.
 func (c *Container) abandon(ctx context.Context) {
 	c.lost()
-	c.mu.Lock()
-	busy := c.deleting
-	c.deleting = true
-	c.mu.Unlock()
-	if busy {
-		return
-	}
-	for _, p := range append(c.execs(), c.init) {
-		_ = p.io.Close()
-	}
-	c.cleanup.run(ctx)
+	c.release(ctx)
 }

@@ -12,7 +12,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
-	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
@@ -196,16 +195,16 @@ func (g *guest) openStdio(ctx context.Context, stdio Stdio) (*streams, *agentv1.
 	return &s, req, nil
 }
 
-// watchEvents calls handle for each event until the connection ends or ctx does.
-func (g *guest) watchEvents(ctx context.Context, handle func(*agentv1.Event)) {
+// watchEvents calls handle for each event until ctx ends, or the connection (the error says so).
+func (g *guest) watchEvents(ctx context.Context, handle func(*agentv1.Event)) error {
 	var after uint64
 	for {
 		resp, err := g.waits.NextEvents(ctx, &agentv1.NextEventsRequest{After: after})
 		if err != nil {
-			if ctx.Err() == nil {
-				log.G(ctx).WithError(err).Debug("guest events ended")
+			if ctx.Err() != nil {
+				return nil
 			}
-			return
+			return fmt.Errorf("the connection to the agent broke: %w", guestError(err))
 		}
 		progress := false
 		for _, e := range resp.GetEvents() {
@@ -217,8 +216,7 @@ func (g *guest) watchEvents(ctx context.Context, handle func(*agentv1.Event)) {
 		}
 		if !progress {
 			// An agent that answers without news would make this loop spin.
-			log.G(ctx).Warn("the agent answered NextEvents without a new event; its events are ignored from here on")
-			return
+			return fmt.Errorf("the agent answered NextEvents without a new event: %w", errdefs.ErrInvalidArgument)
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -213,5 +214,41 @@ func (p *Pod) sharing(ctx context.Context) (*share.Share, error) {
 		return nil, err
 	}
 	p.share = s
+	p.goTracked(func(ctx context.Context) { p.watchShare(ctx, vm, s) })
 	return s, nil
+}
+
+// shareGrace is how long the VMM may take to be seen as gone after its virtiofsd, which ends with it.
+const shareGrace = 2 * time.Second
+
+// watchShare ends the pod when virtiofsd has ended: the guest would wait for ever for what it asked last, and
+// virtio-fs has no way to come back.
+func (p *Pod) watchShare(ctx context.Context, vm hypervisor.VM, s *share.Share) {
+	select {
+	case <-s.Done():
+	case <-ctx.Done():
+		return
+	}
+	timer := time.NewTimer(shareGrace)
+	defer timer.Stop()
+	select {
+	case <-vm.Done(): // the cause, and not virtiofsd; its end tells more
+	case <-ctx.Done():
+	case <-timer.C:
+		err := fmt.Errorf("the host's folders are lost to the guest: %w", s.Err())
+		log.G(ctx).WithError(err).WithField("sandbox", p.cfg.ID).Error("the sandbox ends")
+		p.end(Exit{Status: statusLost, At: time.Now(), Err: err}, false)
+	}
+}
+
+// closeShare ends virtiofsd at the pod's end, when nobody makes a share any more.
+func (p *Pod) closeShare(ctx context.Context) {
+	if p.share == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.cfg.Config.Timeouts.Cleanup)
+	defer cancel()
+	if err := p.share.Close(ctx); err != nil {
+		log.G(ctx).WithError(err).Warn("end virtiofsd")
+	}
 }

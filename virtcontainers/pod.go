@@ -49,6 +49,8 @@ type Pod struct {
 	life    context.Context
 	endLife context.CancelFunc
 	tracked sync.WaitGroup
+	// creates are the calls of CreateContainer that have inserted their container; the pod's end waits for them.
+	creates sync.WaitGroup
 
 	// ending is closed with the first reason to end, done when everything is released.
 	endOnce sync.Once
@@ -78,9 +80,8 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 	if !wire.ValidID(cfg.ID) {
 		return nil, fmt.Errorf("sandbox id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
 	}
-	if cfg.Network == NetworkHost {
-		return nil, &RefusedError{Reasons: []string{"the host's network namespace (hostNetwork): a VM has a network stack of its own; " +
-			"run this pod with another RuntimeClass"}}
+	if err := refuseHost(cfg); err != nil {
+		return nil, err
 	}
 	if err := hooks.Validate(cfg.Hooks); err != nil {
 		return nil, err
@@ -107,6 +108,27 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 		state:      PodCreated,
 		containers: map[string]*Container{},
 	}, nil
+}
+
+// refuseHost refuses what a pod can have of the host only in a container.
+func refuseHost(cfg PodConfig) error {
+	var reasons []string
+	for _, one := range []struct {
+		wanted bool
+		reason string
+	}{
+		{cfg.Network == NetworkHost, "the host's network namespace (hostNetwork): a VM has a network stack of its own"},
+		{cfg.HostPID, "the host's pid namespace (hostPID): a VM has processes of its own"},
+		{cfg.HostIPC, "the host's ipc namespace (hostIPC): a VM has a kernel of its own"},
+	} {
+		if one.wanted {
+			reasons = append(reasons, one.reason+"; run this pod with another runtime")
+		}
+	}
+	if reasons == nil {
+		return nil
+	}
+	return &RefusedError{Reasons: reasons}
 }
 
 // Info is a snapshot of the pod.
@@ -207,7 +229,8 @@ func (p *Pod) lostError() error {
 	case p.state == PodCreated:
 		return fmt.Errorf("sandbox %s has not been started: %w", p.cfg.ID, errdefs.ErrFailedPrecondition)
 	case p.exit.Err != nil:
-		return fmt.Errorf("sandbox %s has ended: %w: %w", p.cfg.ID, p.exit.Err, errdefs.ErrUnavailable)
+		// One kind only: whatever ended the pod, for the caller it is not there.
+		return fmt.Errorf("sandbox %s has ended: %v: %w", p.cfg.ID, p.exit.Err, errdefs.ErrUnavailable)
 	default:
 		return fmt.Errorf("sandbox %s has been stopped: %w", p.cfg.ID, errdefs.ErrUnavailable)
 	}
@@ -268,6 +291,7 @@ func (p *Pod) insert(c *Container) error {
 		return fmt.Errorf("sandbox %s has %d containers: %w", p.cfg.ID, len(p.containers), errdefs.ErrResourceExhausted)
 	}
 	p.containers[c.id] = c
+	p.creates.Add(1)
 	return nil
 }
 
@@ -388,12 +412,14 @@ func (p *Pod) finish(vm hypervisor.VM, g *guest, orderly bool) {
 	if g != nil {
 		g.close()
 	}
+	p.creates.Wait()
 	var all sync.WaitGroup
 	for _, c := range p.Containers() {
 		all.Go(func() { c.abandon(ctx) })
 	}
 	all.Wait()
 	p.tracked.Wait()
+	p.closeShare(ctx)
 	p.cleanup.run(ctx)
 	close(p.done)
 }

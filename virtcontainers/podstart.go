@@ -64,7 +64,7 @@ func (p *Pod) Start(ctx context.Context) error {
 		<-p.done
 		return err
 	}
-	p.goTracked(func(ctx context.Context) { g.watchEvents(ctx, p.handleEvent) })
+	p.goTracked(func(ctx context.Context) { p.watchGuest(ctx, vm, g) })
 	p.goTracked(func(ctx context.Context) { p.keepClock(ctx, g) })
 	go p.watchVM(vm)
 	log.G(ctx).WithField("timeline", p.Info().Extra["bootTimeline"]).Info("sandbox ready")
@@ -81,6 +81,26 @@ func (p *Pod) watchVM(vm hypervisor.VM) {
 		log.G(p.life).WithError(exit).WithField("sandbox", p.cfg.ID).Error("the sandbox's VM is gone")
 	}
 	p.end(e, false)
+}
+
+// connectionGrace is how long the VM may take to be seen as gone after its connection.
+const connectionGrace = 5 * time.Second
+
+// watchGuest handles the guest's events. A guest that cannot be talked to any more is of no use: it ends the pod.
+func (p *Pod) watchGuest(ctx context.Context, vm hypervisor.VM, g *guest) {
+	err := g.watchEvents(ctx, p.handleEvent)
+	if err == nil {
+		return
+	}
+	timer := time.NewTimer(connectionGrace)
+	defer timer.Stop()
+	select {
+	case <-vm.Done(): // the cause; its end tells more
+	case <-ctx.Done():
+	case <-timer.C:
+		log.G(ctx).WithError(err).WithField("sandbox", p.cfg.ID).Error("the sandbox ends")
+		p.end(Exit{Status: statusLost, At: time.Now(), Err: err}, false)
+	}
 }
 
 func (p *Pod) handleEvent(e *agentv1.Event) {

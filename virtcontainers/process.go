@@ -120,11 +120,16 @@ func (p *Process) watch(ctx context.Context) {
 	}
 	resp, err := callLong(ctx, g.waits.WaitProcess, &agentv1.WaitProcessRequest{ContainerId: p.container.id, ExecId: p.execID})
 	if err != nil {
-		if !errors.Is(err, errdefs.ErrUnavailable) && ctx.Err() == nil {
-			log.G(ctx).WithError(err).WithField("process", p.name()).Warn("wait for a process failed")
+		if errdefs.IsUnavailable(err) || ctx.Err() != nil {
+			return // the guest is gone, and the pod's end gives the exit
 		}
-		// Whatever the guest says now, the process is not known to end any other way than with its VM; the pod's own
-		// clean-up gives the exit then.
+		// The agent lost sight of the process. Somebody waits for its exit, so it is ended for certain.
+		err = fmt.Errorf("the guest lost process %s: %w", p.name(), err)
+		log.G(ctx).WithError(err).Warn("end it")
+		_, _ = call(ctx, g, g.rpc.SignalProcess, &agentv1.SignalProcessRequest{
+			ContainerId: p.container.id, ExecId: p.execID, Signal: 9, All: p.execID == "",
+		})
+		p.finish(Exit{Status: statusLost, At: time.Now(), Err: err}, 0, 0)
 		return
 	}
 	p.container.noteOOM(resp.GetOomKills())

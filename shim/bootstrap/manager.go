@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
@@ -25,6 +24,7 @@ import (
 
 	"github.com/cloister-project/cloister/internal/version"
 	"github.com/cloister-project/cloister/shim/bundle"
+	"github.com/cloister-project/cloister/virtcontainers/rootfs"
 )
 
 const (
@@ -43,27 +43,6 @@ const (
 	// shimGrace is what a daemon that was told to end gets until `delete` ends it. containerd gives `delete` 5 s.
 	shimGrace = 1500 * time.Millisecond
 )
-
-// MountCapabilities are what the shim does about a root filesystem instead of containerd's mount manager.
-func MountCapabilities() *types.MountCapabilities {
-	return &types.MountCapabilities{Types: []string{"erofs"}, Transforms: []string{"format", "mkdir"}}
-}
-
-// allowedMounts is MountCapabilities in the form of the annotation.
-func allowedMounts() string {
-	c := MountCapabilities()
-	list := ""
-	for _, t := range slices.Sorted(slices.Values(c.GetTransforms())) {
-		list += t + "/*,"
-	}
-	for i, t := range c.GetTypes() {
-		if i > 0 {
-			list += ","
-		}
-		list += t
-	}
-	return list
-}
 
 // Manager does what containerd asks of the binary, for containerd/pkg/shim.
 type Manager struct {
@@ -129,7 +108,7 @@ func (*Manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, er
 	info := &types.RuntimeInfo{
 		Name:        Name,
 		Version:     &types.RuntimeVersion{Version: version.Version},
-		Annotations: map[string]string{allowMounts: allowedMounts()},
+		Annotations: map[string]string{allowMounts: rootfs.RuntimeAllowMounts},
 	}
 	if len(input) > 0 {
 		info.Options = &anypb.Any{}

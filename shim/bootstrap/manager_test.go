@@ -71,7 +71,7 @@ func TestInfo(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "io.containerd.cloister.v2", info.GetName())
 	require.NotEmpty(t, info.GetVersion().GetVersion())
-	require.Equal(t, "format/*,mkdir/*,erofs", info.GetAnnotations()["containerd.io/runtime-allow-mounts"])
+	require.Equal(t, "erofs,format/*,mkdir/*,mkfs/*", info.GetAnnotations()["containerd.io/runtime-allow-mounts"])
 	require.True(t, proto.Equal(options(t), info.GetOptions()))
 	var f features.Features
 	require.NoError(t, json.Unmarshal(info.GetFeatures().GetValue(), &f))

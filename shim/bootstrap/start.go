@@ -122,7 +122,11 @@ func Start(ctx context.Context, c Command) (_ []byte, err error) {
 		}
 		_ = daemon.Release()
 	}()
-	if err := bundle.WriteShim(c.Dir, daemon.Pid); err != nil {
+	sockets := []string{address}
+	if debugSocket != nil {
+		sockets = append(sockets, debugSocket.address)
+	}
+	if err := bundle.WriteShim(c.Dir, daemon.Pid, sockets...); err != nil {
 		return nil, fmt.Errorf("remember the shim's daemon: %w", err)
 	}
 	// Best effort: without privilege the score cannot be lowered, and that is no reason to have no pod.

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/cloister-project/cloister/shim/bundle"
+	"github.com/cloister-project/cloister/virtcontainers/rootfs"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -96,7 +97,7 @@ func command(t *testing.T, d *fakeDaemon, stdin []byte) Command {
 	return Command{
 		ID: testID, Namespace: testNamespace, GRPCAddress: testGRPC, TTRPCAddress: testTTRPC, PublishBinary: "/usr/bin/containerd",
 		Dir: dir, Env: []string{"PATH=/usr/bin", "GOMAXPROCS=2", "MAX_SHIM_VERSION=2"}, Stdin: bytes.NewReader(stdin),
-		Capabilities:     MountCapabilities(),
+		Capabilities:     rootfs.MountCapabilities(),
 		DefaultSocketDir: "s",
 		MajorVersion:     func(string) int { return 2 },
 		Launch:           d.launch,
@@ -159,7 +160,7 @@ func TestDialects(t *testing.T) {
 				require.NoError(t, err)
 				require.True(t, found)
 				require.Equal(t, []string{"erofs"}, caps.GetTypes())
-				require.Equal(t, []string{"format", "mkdir"}, caps.GetTransforms())
+				require.Equal(t, []string{"format", "mkdir", "mkfs"}, caps.GetTransforms())
 			}
 
 			// What the daemon gets.

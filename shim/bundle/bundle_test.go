@@ -88,11 +88,14 @@ func sleeper(t *testing.T) *exec.Cmd {
 func TestEndShimKills(t *testing.T) {
 	dir := t.TempDir()
 	cmd := sleeper(t)
-	require.NoError(t, WriteShim(dir, cmd.Process.Pid))
+	socket := filepath.Join(dir, "socket")
+	require.NoError(t, os.WriteFile(socket, nil, 0o600))
+	require.NoError(t, WriteShim(dir, cmd.Process.Pid, "unix://"+socket, "unix:///does/not/exist"))
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	require.NoError(t, EndShim(t.Context(), dir, 10*time.Millisecond))
 	require.ErrorContains(t, <-ended, "killed")
+	require.NoFileExists(t, socket)
 	require.NoError(t, EndShim(t.Context(), dir, 0), "repeatable")
 }
 
@@ -120,7 +123,7 @@ func TestEndShimOfAnother(t *testing.T) {
 	start, err := startTime(cmd.Process.Pid)
 	require.NoError(t, err)
 	// The pid was used again by another process.
-	require.NoError(t, writeJSON(filepath.Join(dir, shimFile), shimProcess{cmd.Process.Pid, start - 1}))
+	require.NoError(t, writeJSON(filepath.Join(dir, shimFile), shimProcess{PID: cmd.Process.Pid, StartTime: start - 1}))
 	require.NoError(t, EndShim(t.Context(), dir, 0))
 	require.NoError(t, cmd.Process.Signal(syscall.Signal(0)), "still there")
 

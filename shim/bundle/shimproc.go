@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -22,15 +23,17 @@ type shimProcess struct {
 	PID int `json:"pid"`
 	// StartTime is field 22 of /proc/<pid>/stat, in clock ticks since boot.
 	StartTime uint64 `json:"startTime"`
+	// Sockets that it listens on, as "unix://<path>".
+	Sockets []string `json:"sockets,omitempty"`
 }
 
-// WriteShim keeps who serves the bundle's pod.
-func WriteShim(dir string, pid int) error {
+// WriteShim keeps who serves the bundle's pod, and where.
+func WriteShim(dir string, pid int, sockets ...string) error {
 	start, err := startTime(pid)
 	if err != nil {
 		return err
 	}
-	return writeJSON(filepath.Join(dir, shimFile), shimProcess{pid, start})
+	return writeJSON(filepath.Join(dir, shimFile), shimProcess{pid, start, sockets})
 }
 
 // ForgetShim makes EndShim on the bundle do nothing: the daemon lives on for others.
@@ -42,7 +45,8 @@ func ForgetShim(dir string) error {
 }
 
 // EndShim waits up to grace for the daemon of the bundle's pod to end by itself, as it does after Shutdown, and kills
-// it then. containerd runs `delete` for a pod that is to go, whether or not the daemon still answers.
+// it then. containerd runs `delete` for a pod that is to go, whether or not the daemon still answers. Sockets that the
+// daemon left are removed.
 func EndShim(ctx context.Context, dir string, grace time.Duration) error {
 	var p shimProcess
 	if err := readJSON(filepath.Join(dir, shimFile), maxSmallBytes, &p); err != nil {
@@ -51,6 +55,19 @@ func EndShim(ctx context.Context, dir string, grace time.Duration) error {
 		}
 		return err
 	}
+	if err := p.end(ctx, grace); err != nil {
+		return err
+	}
+	var errs []error
+	for _, socket := range p.Sockets {
+		if err := os.Remove(strings.TrimPrefix(socket, "unix://")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("remove the shim's socket: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (p shimProcess) end(ctx context.Context, grace time.Duration) error {
 	if p.PID <= 1 || p.PID == os.Getpid() {
 		return nil
 	}

@@ -79,9 +79,11 @@ func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPat
 	p.DNS = vc.DNS{
 		Servers: c.GetDnsConfig().GetServers(), Searches: c.GetDnsConfig().GetSearches(), Options: c.GetDnsConfig().GetOptions(),
 	}
+	p.OwnFiles = true
 	p.Sysctls = c.GetLinux().GetSysctls()
-	// hostPID cannot see the host's processes in a VM; the nearest thing is the pod's.
-	p.SharePID = namespaces.GetPid() != criv1.NamespaceMode_CONTAINER
+	p.SharePID = namespaces.GetPid() == criv1.NamespaceMode_POD
+	p.HostPID = namespaces.GetPid() == criv1.NamespaceMode_NODE
+	p.HostIPC = namespaces.GetIpc() == criv1.NamespaceMode_NODE
 	p.Resources = Resources(c.GetLinux().GetResources())
 	p.CgroupsPath = cgroupsPath(c.GetLinux().GetCgroupParent(), r.ID)
 	switch {
@@ -104,19 +106,23 @@ func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.P
 	}
 	p := r.base(config, spec.Annotations)
 	p.Hostname = spec.Hostname
-	// Without a network namespace in it, a specification means the host's.
-	p.Network = vc.NetworkHost
+	// What it has no namespace for, a specification wants of the host.
+	p.Network, p.HostPID, p.HostIPC = vc.NetworkHost, true, true
 	if l := spec.Linux; l != nil {
 		p.Sysctls = l.Sysctl
 		p.CgroupsPath = l.CgroupsPath
 		p.Resources = l.Resources
 		for _, ns := range l.Namespaces {
-			if ns.Type != specs.NetworkNamespace {
-				continue
-			}
-			p.Network, p.NetNSPath = vc.NetworkNew, ns.Path
-			if ns.Path != "" {
-				p.Network = vc.NetworkPath
+			switch ns.Type {
+			case specs.PIDNamespace:
+				p.HostPID = false
+			case specs.IPCNamespace:
+				p.HostIPC = false
+			case specs.NetworkNamespace:
+				p.Network, p.NetNSPath = vc.NetworkNew, ns.Path
+				if ns.Path != "" {
+					p.Network = vc.NetworkPath
+				}
 			}
 		}
 	}

@@ -145,7 +145,7 @@ func (s *Service) CreateSandbox(ctx context.Context, r *sandboxapi.CreateSandbox
 func (s *Service) StartSandbox(ctx context.Context, r *sandboxapi.StartSandboxRequest) (*sandboxapi.StartSandboxResponse, error) {
 	pod, err := s.pod(r.GetSandboxID())
 	if err != nil {
-		return nil, fmt.Errorf("start before create: %w: %w", err, errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("start before create: %v: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	if err := pod.Start(ctx); err != nil {
 		return nil, err

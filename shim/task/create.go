@@ -183,7 +183,7 @@ func (s *Service) createContainer(ctx context.Context, t *task, p *process, r *t
 			}
 		}()
 	} else if pod, _, _, err = s.Holder.Get(); err != nil {
-		return fmt.Errorf("container %s: %w: %w", t.id, err, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("container %s: %v: %w", t.id, err, errdefs.ErrFailedPrecondition)
 	}
 	var console *specs.Box
 	if spec.Process != nil {
