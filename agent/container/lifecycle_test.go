@@ -172,29 +172,21 @@ func TestInitExitsLast(t *testing.T) {
 		t.Run(fmt.Sprintf("sharedPID=%t", shared), func(t *testing.T) {
 			b := newBench(t, shared)
 			b.run("c", testSpec(script("sleep 1000"), sharePID(shared)), nil)
-			var mu sync.Mutex
-			var order []string
-			var wg sync.WaitGroup
 			for i := range 5 {
-				id := fmt.Sprintf("e%d", i)
-				require.NoError(t, b.exec("c", id, script("trap '' TERM; sleep 1000 & sleep 1000; true"), nil))
-			}
-			for _, id := range []string{"", "e0", "e1", "e2", "e3", "e4"} {
-				wg.Go(func() {
-					r, err := b.m.Wait(ctx(t), "c", id)
-					mu.Lock()
-					defer mu.Unlock()
-					if err != nil || r.GetExitStatus() != 137 {
-						order = append(order, fmt.Sprintf("%s: %v %v", id, r, err))
-						return
-					}
-					order = append(order, id)
-				})
+				require.NoError(t, b.exec("c", fmt.Sprintf("e%d", i), script("trap '' TERM; sleep 1000 & sleep 1000; true"), nil))
 			}
 			require.NoError(t, b.m.Signal("c", "", uint32(unix.SIGKILL), false))
-			wg.Wait()
-			require.Len(t, order, 6)
-			require.Equal(t, "", order[5], "%q", order)
+			require.EqualValues(t, 137, b.wait("c", "").GetExitStatus())
+			for i := range 5 {
+				p, err := b.m.process("c", fmt.Sprintf("e%d", i))
+				require.NoError(t, err)
+				select {
+				case <-p.done:
+					require.EqualValues(t, 137, p.exit.status)
+				default:
+					t.Errorf("%s has not been told of when its container's init has", p)
+				}
+			}
 			b.remove("c")
 		})
 	}

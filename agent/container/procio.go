@@ -257,14 +257,19 @@ func (io *processIO) exited() (stdout, stderr uint64) {
 			o.exited()
 		}
 	}
-	count := func(o *output) uint64 {
-		if o == nil {
-			return 0
+	var both sync.WaitGroup
+	count := func(o *output, n *uint64) {
+		if o != nil {
+			both.Go(func() {
+				o.waitDrained(io.stall)
+				*n = o.read.Load()
+			})
 		}
-		o.waitDrained(io.stall)
-		return o.read.Load()
 	}
-	return count(out), count(err)
+	count(out, &stdout)
+	count(err, &stderr)
+	both.Wait()
+	return stdout, stderr
 }
 
 // close ends all copying and closes every descriptor and connection.

@@ -87,8 +87,8 @@ func (g *guest) containerSpec(id string, in *specs.Spec, terminal bool) (*specs.
 }
 
 func hooksCount(h *specs.Hooks) int {
-	return len(h.Prestart) + len(h.CreateRuntime) + len(h.CreateContainer) + len(h.StartContainer) + //nolint:staticcheck // Prestart is deprecated, and refused like the others
-		len(h.Poststart) + len(h.Poststop)
+	//lint:ignore SA1019 Prestart hooks are deprecated, and refused like the others
+	return len(h.Prestart) + len(h.CreateRuntime) + len(h.CreateContainer) + len(h.StartContainer) + len(h.Poststart) + len(h.Poststop)
 }
 
 func ownNamespace(l *specs.Linux, t specs.LinuxNamespaceType) bool {

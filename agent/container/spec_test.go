@@ -29,10 +29,11 @@ func TestContainerSpecRefuses(t *testing.T) {
 		change func(*specs.Spec)
 		want   string
 	}{
-		"no process":         {func(s *specs.Spec) { s.Process = nil }, "no process"},
-		"no linux":           {func(s *specs.Spec) { s.Linux = nil }, "no linux"},
-		"hooks":              {func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/true"}}} }, "hooks"},
-		"old hooks":          {func(s *specs.Spec) { s.Hooks = &specs.Hooks{Prestart: []specs.Hook{{Path: "/bin/true"}}} }, "hooks"}, //nolint:staticcheck // refused like the others
+		"no process": {func(s *specs.Spec) { s.Process = nil }, "no process"},
+		"no linux":   {func(s *specs.Spec) { s.Linux = nil }, "no linux"},
+		"hooks":      {func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/true"}}} }, "hooks"},
+		//lint:ignore SA1019 deprecated hooks are refused like the others
+		"old hooks":          {func(s *specs.Spec) { s.Hooks = &specs.Hooks{Prestart: []specs.Hook{{Path: "/bin/true"}}} }, "hooks"},
 		"mounts":             {func(s *specs.Spec) { s.Mounts = []specs.Mount{{Destination: "/x", Source: "/", Type: "bind"}} }, "mounts"},
 		"windows":            {func(s *specs.Spec) { s.Windows = &specs.Windows{} }, "not for Linux"},
 		"vm":                 {func(s *specs.Spec) { s.VM = &specs.VM{} }, "not for Linux"},

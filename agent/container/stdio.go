@@ -28,7 +28,7 @@ var chunks = sync.Pool{New: func() any { b := make([]byte, chunk); return &b }}
 // output copies what a process writes to a stream.
 //
 // The process's exit and the end of its output are two things: a child in the background may keep the pipe open. On
-// exited the copier empties the pipe without waiting (read until EAGAIN), closes drained, and carries on until EOF.
+// exited the copier reads what is in the pipe at that moment, without waiting, closes drained, and carries on until EOF.
 //
 // When the stream breaks, the copier reads on and drops the data, so that the process does not block or die of it.
 type output struct {
@@ -61,9 +61,9 @@ func (o *output) run() {
 	if err != nil {
 		return
 	}
-	draining := false
+	draining := 0 // how much of what the process wrote may still be unread
 	for {
-		buf, n, err := readChunk(raw, draining)
+		buf, n, err := readChunk(raw, draining > 0)
 		if n > 0 {
 			o.read.Add(uint64(n))
 			o.write((*buf)[:n])
@@ -74,14 +74,21 @@ func (o *output) run() {
 		}
 		switch {
 		case n > 0:
+			if draining > 0 {
+				if draining -= n; draining <= 0 {
+					finish()
+				}
+			}
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			// exited set the deadline to wake us up. From here on reads do not wait until the pipe is empty.
+			// exited set the deadline to wake us up.
 			if o.src.SetReadDeadline(time.Time{}) != nil {
 				return
 			}
-			draining = true
+			if draining = pending(raw); draining == 0 {
+				finish()
+			}
 		case errors.Is(err, unix.EAGAIN):
-			draining = false
+			draining = 0
 			finish()
 		default: // EOF, or EIO: the last slave of the terminal is closed
 			if c, ok := o.dst.(interface{ CloseWrite() error }); ok {
@@ -90,6 +97,23 @@ func (o *output) run() {
 			return
 		}
 	}
+}
+
+// pending tells how much is in a pipe now. What a child in the background adds later is not its parent's, and waiting for
+// an empty pipe would wait for ever if it never stops. Of a terminal, whose kernel buffers are smaller and have no exact
+// count, it is a bound that ends the wait.
+func pending(raw syscall.RawConn) int {
+	const terminal = 256 << 10
+	n := terminal
+	_ = raw.Control(func(fd uintptr) {
+		if _, err := unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0); err != nil {
+			return
+		}
+		if k, err := unix.IoctlGetInt(int(fd), unix.TIOCINQ); err == nil {
+			n = k
+		}
+	})
+	return n
 }
 
 func (o *output) write(p []byte) {

@@ -79,6 +79,25 @@ func TestBackgroundChild(t *testing.T) {
 	b.remove("c")
 }
 
+// Nor does one that never stops to write.
+func TestBackgroundChildThatWritesForEver(t *testing.T) {
+	for _, terminal := range []bool{false, true} {
+		t.Run(fmt.Sprintf("terminal=%t", terminal), func(t *testing.T) {
+			b := newBench(t, false)
+			b.run("c", testSpec(script("sleep 1000")), nil)
+			out := b.stream()
+			go func() { _, _ = io.Copy(io.Discard, out) }()
+			p := script("trap '' HUP; yes & sleep 0.3; exit 8")
+			p.Terminal = terminal
+			require.NoError(t, b.exec("c", "e", p, &agentv1.Stdio{Stdout: out.id.String(), Terminal: terminal}))
+			r := b.wait("c", "e")
+			require.EqualValues(t, 8, r.GetExitStatus())
+			require.NotZero(t, r.GetStdoutBytes())
+			b.remove("c")
+		})
+	}
+}
+
 // A host that does not read must not keep the exit for ever.
 func TestStalledHost(t *testing.T) {
 	b := newBench(t, false)

@@ -40,8 +40,6 @@ const (
 // System is what the server asks of the guest (package agent/boot).
 type System interface {
 	Timeline() []*agentv1.BootMark
-	// WaitModules waits until the kernel modules for disks, file systems and network are there.
-	WaitModules(ctx context.Context) error
 	SetClock(unixNanos int64) error
 	SetHostname(name string) error
 	SetSysctls(values map[string]string) error

@@ -65,7 +65,6 @@ type fakeSystem struct {
 func (f *fakeSystem) Timeline() []*agentv1.BootMark {
 	return []*agentv1.BootMark{{Name: "init", Micros: 5}}
 }
-func (f *fakeSystem) WaitModules(context.Context) error         { return nil }
 func (f *fakeSystem) SetClock(n int64) error                    { f.clock.Store(n); return nil }
 func (f *fakeSystem) SetHostname(string) error                  { return nil }
 func (f *fakeSystem) SetSysctls(values map[string]string) error { f.sysctls = values; return nil }

@@ -59,9 +59,6 @@ func (s *service) ConfigureSandbox(ctx context.Context, r *agentv1.ConfigureSand
 	if !wire.ValidID(r.GetSandboxId()) {
 		return nil, fmt.Errorf("sandbox id %q is not valid: %w", r.GetSandboxId(), errdefs.ErrInvalidArgument)
 	}
-	if err := s.cfg.System.WaitModules(ctx); err != nil {
-		return nil, err
-	}
 	setHostname := func() error {
 		if r.GetHostname() == "" {
 			return nil
@@ -205,9 +202,6 @@ func (s *service) SetClock(_ context.Context, r *agentv1.SetClockRequest) (*agen
 }
 
 func (s *service) MountShared(ctx context.Context, r *agentv1.MountSharedRequest) (*agentv1.MountSharedResponse, error) {
-	if err := s.cfg.System.WaitModules(ctx); err != nil {
-		return nil, err
-	}
 	if err := s.cfg.Storage.MountShared(ctx, r.GetTag()); err != nil {
 		return nil, err
 	}
