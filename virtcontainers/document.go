@@ -12,6 +12,7 @@ import (
 
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/qemu"
 	"github.com/cloister-project/cloister/virtcontainers/network"
 )
 
@@ -37,7 +38,7 @@ func buildDocument(cfg *configs.Config, pod PodConfig, kernel string, net *netwo
 		CPU:         hypervisor.CPU{Model: host.cpu, Count: size.vcpus},
 		// virtio-fs needs shared memory as well, so that it is shared whichever way vsock goes.
 		Memory:            hypervisor.Memory{Bytes: size.memory, Shared: true},
-		Boot:              hypervisor.Boot{Kernel: kernel, Initrd: cfg.Hypervisor.Initrd, Parameters: kernelParameters(cfg)},
+		Boot:              hypervisor.Boot{Kernel: kernel, Initrd: cfg.Hypervisor.Initrd, Parameters: kernelParameters(cfg, host.accel)},
 		Vsock:             hypervisor.Vsock{Kind: host.vsock, CID: host.cid},
 		SharedFolderPorts: sharePorts,
 		Sandboxed:         cfg.Hypervisor.Sandbox,
@@ -48,16 +49,13 @@ func buildDocument(cfg *configs.Config, pod PodConfig, kernel string, net *netwo
 	return doc
 }
 
-// kernelParameters of the guest. Each is here for a reason: a panic must end the VM at once, cgroup v1 is not wanted,
-// the CPU's random numbers are credited (outside a confidential VM the host is trusted), and the built-in self tests
-// and certificate lists cost boot time without use.
-func kernelParameters(cfg *configs.Config) []string {
-	params := []string{"console=ttyS0", "panic=-1", "cgroup_no_v1=all", "random.trust_cpu=on", "cryptomgr.notests", "no_timer_check",
-		"rcupdate.rcu_expedited=1"}
+// kernelParameters are what the driver's machine needs, what Cloister's guest needs, and what the node adds. cgroup v1 is
+// not wanted; the CPU's random numbers are credited, since an ordinary VM trusts its host anyway; grace periods of RCU
+// are expedited because set-up waits for them and nothing else runs.
+func kernelParameters(cfg *configs.Config, accel hypervisor.Accelerator) []string {
+	params := append(qemu.KernelParameters(accel), "cgroup_no_v1=all", "random.trust_cpu=on", "rcupdate.rcu_expedited=1")
 	if cfg.Log.DebugConsole {
 		params = append(params, "loglevel=7", "cloister.debug")
-	} else {
-		params = append(params, "quiet", "loglevel=4")
 	}
 	return append(params, cfg.Hypervisor.KernelParams...)
 }

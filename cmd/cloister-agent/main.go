@@ -9,6 +9,11 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
+	"strings"
+
+	"github.com/containerd/log"
+	"github.com/sirupsen/logrus"
 
 	"github.com/cloister-project/cloister/agent/boot"
 	"github.com/cloister-project/cloister/agent/container"
@@ -42,6 +47,9 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("boot the guest: %w", err)
 	}
+	if err := setLogging(); err != nil {
+		return err
+	}
 	store, err := storage.New(storageDir)
 	if err != nil {
 		return fmt.Errorf("set up storage: %w", err)
@@ -62,4 +70,20 @@ func run(ctx context.Context) error {
 		return fmt.Errorf("reap orphans: %w", err)
 	}
 	return context.Cause(served)
+}
+
+// debugParameter on the kernel's command line makes the agent tell more; the host sets it with log.debug_console.
+const debugParameter = "cloister.debug"
+
+// setLogging makes log lines fit for the console, which the host keeps as plain text.
+func setLogging() error {
+	log.L.Logger.SetFormatter(&logrus.TextFormatter{DisableColors: true, DisableTimestamp: true})
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err
+	}
+	if slices.Contains(strings.Fields(string(cmdline)), debugParameter) {
+		return log.SetLevel("debug")
+	}
+	return nil
 }
