@@ -27,7 +27,7 @@ GOFLAGS_COMMON := -trimpath -buildvcs=false
 define build-go
 mkdir -p $(BIN)/.new
 $(2) $(GO) build $(GOFLAGS_COMMON) $(3) -o $(BIN)/.new/$(1) ./cmd/$(1)
-cmp -s $(BIN)/.new/$(1) $(BIN)/$(1) || cp $(BIN)/.new/$(1) $(BIN)/$(1)
+cmp -s $(BIN)/.new/$(1) $(BIN)/$(1) || cp --remove-destination $(BIN)/.new/$(1) $(BIN)/$(1)
 endef
 
 ##@ Use
@@ -67,6 +67,12 @@ install: build guest ## Install into PREFIX (/usr/local) and SYSCONFDIR (/etc); 
 .PHONY: setup
 setup: ## Install and download what building and running need (Debian 12 or 13, as root; repeatable)
 	@tools/setup
+
+.PHONY: proto
+proto: ## Generate Go from agent.proto anew (needs protoc)
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
+	GOBIN=$$dir $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc && \
+	PATH=$$dir:$$PATH $(GO) generate ./agent-protocol/... ./shim/criv1
 
 .PHONY: conformance
 conformance: ## Build containerd, ctr, runc, crictl, nerdctl and CNI plugins into the cache
@@ -109,11 +115,22 @@ lint: ## gofmt, go vet, staticcheck, shell syntax
 	if [ -n "$$long" ]; then echo "longer than 500 lines, split them:" $$long >&2; exit 1; fi
 
 .PHONY: test
-test: setup conformance build guest test-unit test-e2e ## All tests (as root)
+test: setup conformance build guest test-unit test-vm test-e2e ## All tests (as root)
 
+# The agent's packages need C (see agent above); the race detector does too.
 .PHONY: test-unit
-test-unit: ## Tests that need neither root nor a VM
-	$(GO) test $(if $(RUN),-run '$(RUN)') $$($(GO) list ./... | grep -v '^$(MODULE)/test/')
+test-unit: setup ## The quick tests, with the race detector; what needs root or a VM is skipped with its reason
+	CGO_ENABLED=1 $(GO) test -race -tags 'seccomp netgo osusergo' -timeout 15m $(if $(RUN),-run '$(RUN)') \
+	  $$($(GO) list ./... | grep -v '^$(MODULE)/test/')
+
+# Packages that start QEMU by themselves, on the kernel that setup fetched.
+VM_PACKAGES := ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share
+.PHONY: test-vm
+test-vm: setup ## Tests of single packages in real VMs (as root)
+	@. '$(CLOISTER_CACHE)/env'; \
+	export CLOISTER_TEST_KERNEL="$$CLOISTER_KERNEL" CLOISTER_TEST_MODULES="$$CLOISTER_MODULES" \
+	  CLOISTER_TEST_VIRTIOFSD="$$CLOISTER_VIRTIOFSD" CLOISTER_TEST_QEMU="$$CLOISTER_QEMU"; \
+	$(GO) test -count=1 -p 1 -timeout 20m $(if $(RUN),-run '$(RUN)' -v) $(VM_PACKAGES)
 
 # One package and one test at a time: each VM under emulation takes a core. No cached results: what is tested are
 # binaries and an image that Go does not know of.

@@ -90,5 +90,7 @@ func enterRoot() error {
 	if err := unix.Chroot("."); err != nil {
 		return fmt.Errorf("enter the new root: %w", err)
 	}
+	// Further processes of containers inherit the mask where their specification has none: as with runc on a host.
+	unix.Umask(0o022)
 	return unix.Chdir("/")
 }

@@ -23,7 +23,7 @@ func debianFeatures() Features {
 		Version: "10.0.2",
 		Machine: "pc-q35-10.0",
 		MachineOptions: []string{
-			"usb", "vmport", "smm", "sata", "smbus", "i8042", "dump-guest-core",
+			"usb", "vmport", "smm", "sata", "smbus", "i8042", "hpet", "dump-guest-core",
 		},
 		Types:   wantedTypes[:],
 		Sandbox: true,

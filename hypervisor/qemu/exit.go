@@ -143,7 +143,7 @@ func (v *vm) classify() hypervisor.Exit {
 	v.mu.Lock()
 	end, killed, cause := v.end, v.killed, v.cause
 	v.mu.Unlock()
-	e := hypervisor.Exit{VMMLog: v.log.quote(), Console: v.console.quote()}
+	e := hypervisor.Exit{VMMLog: v.log.quote(), Console: v.console.quoteAround(panicMark)}
 	text, _ := v.console.text()
 	status := v.proc.state.Sys().(syscall.WaitStatus)
 	switch {
@@ -185,9 +185,12 @@ func (v *vm) classify() hypervisor.Exit {
 	return e
 }
 
+// panicMark begins the kernel's line about a panic.
+const panicMark = "Kernel panic - not syncing"
+
 // panicLine finds the kernel's last words on the console.
 func panicLine(console string) string {
-	const mark = "Kernel panic - not syncing"
+	const mark = panicMark
 	i := strings.LastIndex(console, "end "+mark) // "---[ end Kernel panic - not syncing: … ]---" repeats the first one
 	if i < 0 {
 		i = len(console)

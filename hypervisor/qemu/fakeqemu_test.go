@@ -94,10 +94,12 @@ func inherited(id string) net.Conn {
 	for _, a := range os.Args {
 		var fd uintptr
 		if _, err := fmt.Sscanf(a, "socket,id="+id+",fd=%d", &fd); err == nil {
-			conn, err := net.FileConn(os.NewFile(fd, id))
+			f := os.NewFile(fd, id)
+			conn, err := net.FileConn(f)
 			if err != nil {
 				os.Exit(4)
 			}
+			f.Close() // conn is a copy
 			return conn
 		}
 	}

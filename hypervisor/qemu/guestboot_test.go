@@ -103,7 +103,7 @@ func TestGuestPanics(t *testing.T) {
 			exit := waitEnd(t, v)
 			require.Equal(t, hypervisor.ExitGuestPanic, exit.Reason, exit.Error())
 			require.Equal(t, detail, exit.Detail)
-			require.Contains(t, exit.Console, "INIT up")
+			require.NotEmpty(t, exit.Console)
 		})
 	}
 }

@@ -22,6 +22,8 @@ const (
 	// quotedSize and quotedLines bound what an Exit quotes of a log.
 	quotedSize  = 4 << 10
 	quotedLines = 40
+	// causeLines of them are for what stands before a panic.
+	causeLines = 10
 )
 
 // tail keeps the end of a log that somebody untrusted writes: in memory and in a file, both bounded, without control
@@ -147,6 +149,27 @@ func (t *tail) text() (string, <-chan struct{}) {
 // quote is the end of the log for an error message.
 func (t *tail) quote() string {
 	s, _ := t.text()
+	return quoteEnd(s)
+}
+
+// quoteAround is quote, with what stands before the first mark in front if a long text after it pushed it out: why PID 1
+// gave up stands before the kernel's panic, and a trace of the kernel's stack after it.
+func (t *tail) quoteAround(mark string) string {
+	s, _ := t.text()
+	end := quoteEnd(s)
+	before, after, found := strings.Cut(s, mark)
+	if !found || strings.Contains(end, mark) && len(strings.Split(after, "\n")) < quotedLines-causeLines {
+		return end
+	}
+	line, _, _ := strings.Cut(after, "\n")
+	cause := strings.Split(quoteEnd(before+mark+line), "\n")
+	cause = cause[max(0, len(cause)-causeLines):]
+	trace := strings.Split(end, "\n")
+	trace = trace[min(len(trace), len(cause)+1):]
+	return strings.Join(cause, "\n") + "\n[...]\n" + strings.Join(trace, "\n")
+}
+
+func quoteEnd(s string) string {
 	s = strings.TrimSpace(s)
 	if len(s) > quotedSize {
 		s = s[len(s)-quotedSize:]

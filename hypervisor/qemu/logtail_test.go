@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -94,4 +96,39 @@ func TestPanicLine(t *testing.T) {
 	require.Equal(t, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009", panicLine(console))
 	require.Empty(t, panicLine("all is well"))
 	require.LessOrEqual(t, len(panicLine("Kernel panic - not syncing"+strings.Repeat("!", 1000))), maxPanicLine)
+}
+
+func TestQuoteAroundAPanic(t *testing.T) {
+	lines := func(prefix string, n int) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, "%s%d\n", prefix, i)
+		}
+		return b.String()
+	}
+	const panicked = panicMark + ": Attempted to kill init!\n"
+	for _, c := range []struct {
+		name, console string
+		want, not     []string
+	}{
+		{"no panic", lines("boot", 100), []string{"boot99"}, []string{"boot0\n", "[...]"}},
+		{"short trace", lines("boot", 50) + "the cause\n" + panicked + lines("trace", 5), []string{"the cause", panicked, "trace4"}, []string{"[...]"}},
+		{"long trace", lines("boot", 50) + "the cause\n" + panicked + lines("trace", 100), []string{"the cause\n" + panicked + "[...]\n", "trace99"}, []string{"boot0\n", "trace0\n"}},
+		{"panic first", panicked + lines("trace", 100), []string{panicked + "[...]\n", "trace99"}, []string{"trace0\n"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			console, err := newTail(filepath.Join(t.TempDir(), "log"))
+			require.NoError(t, err)
+			defer console.close()
+			console.write([]byte(c.console))
+			got := console.quoteAround(panicMark)
+			for _, w := range c.want {
+				assert.Contains(t, got+"\n", w)
+			}
+			for _, w := range c.not {
+				assert.NotContains(t, got+"\n", w)
+			}
+			assert.LessOrEqual(t, len(strings.Split(got, "\n")), quotedLines)
+		})
+	}
 }

@@ -4,12 +4,25 @@ package qemu
 
 import "github.com/cloister-project/cloister/hypervisor"
 
-// KernelParameters are those that the guest's kernel needs to run on this driver's machine.
+// KernelParameters are those that the guest's kernel needs to run well on this driver's machine. The caller adds its own
+// behind them.
 func KernelParameters(a hypervisor.Accelerator) []string {
-	return []string{
+	p := []string{
 		"console=ttyS0",
+		// Each character on the serial console costs an exit from the guest. A panic is printed all the same.
 		"quiet",
 		// A panic resets the machine at once; -no-reboot makes that the VM's end.
 		"panic=-1",
 	}
+	if a == hypervisor.AccelTCG {
+		p = append(p,
+			// The kernel's tests of its own ciphers are a third of all instructions until init (475 of 1516 million,
+			// Debian's cloud kernel 6.12, counted with -icount); with KVM they take some ms and stay on.
+			"cryptomgr.notests",
+			// On a busy host the emulated timer may not tick while the kernel tries it out, and it would panic. Linux
+			// sets this by itself on KVM.
+			"no_timer_check",
+		)
+	}
+	return p
 }
