@@ -54,7 +54,7 @@ stop: ## Stop what `make run KEEP=1`, or a test that was killed, left up
 install: build guest ## Install into PREFIX (/usr/local) and SYSCONFDIR (/etc); an existing cloister.toml is kept
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/share/cloister' '$(DESTDIR)$(SYSCONFDIR)/cloister/config.d'
 	install -m 0755 $(BIN)/containerd-shim-cloister-v2 $(BIN)/cloister '$(DESTDIR)$(PREFIX)/bin/'
-	install -m 0644 $(GUEST)/vmlinuz $(GUEST)/initrd.img '$(DESTDIR)$(PREFIX)/share/cloister/'
+	install -m 0644 $(GUEST)/vmlinuz $(GUEST)/initrd.img $(GUEST)/guest.json '$(DESTDIR)$(PREFIX)/share/cloister/'
 	sed 's|"/usr/share/cloister/|"$(PREFIX)/share/cloister/|' configs/cloister.toml > $(BIN)/.new/cloister.toml
 	@conf='$(DESTDIR)$(SYSCONFDIR)/cloister/cloister.toml'; \
 	if [ -e "$$conf" ] && ! cmp -s $(BIN)/.new/cloister.toml "$$conf"; then \
