@@ -5,7 +5,9 @@ package virtcontainers
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 
 	"github.com/containerd/cgroups/v3/cgroup2/stats"
@@ -124,7 +126,7 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 		return nil, fmt.Errorf("container id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
 	}
 	plan, err := planContainer(cfg.Spec, p.cfg)
-	if err != nil {
+	if err = withUnshareable(err, cfg.Spec); err != nil {
 		return nil, fmt.Errorf("container %s: %w", cfg.ID, err)
 	}
 	g := p.agent()
@@ -167,6 +169,30 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 	cfg.IO.Attach(conns.stdin, conns.stdout, conns.stderr)
 	p.goTracked(c.init.watch)
 	return c, nil
+}
+
+// withUnshareable adds to what the specification alone shows to be impossible what the host's files show, so that all
+// of it is told at once.
+func withUnshareable(err error, spec *specs.Spec) error {
+	var refused *RefusedError
+	if err != nil && !errors.As(err, &refused) {
+		return err
+	}
+	var reasons []string
+	if refused != nil {
+		reasons = refused.Reasons
+	}
+	for _, m := range spec.Mounts {
+		if isLive(m) && filepath.IsAbs(m.Source) {
+			if reason := unshareable(m); reason != "" {
+				reasons = append(reasons, reason)
+			}
+		}
+	}
+	if len(reasons) == 0 {
+		return nil
+	}
+	return &RefusedError{Reasons: reasons}
 }
 
 // deleteInGuest removes a container that its maker does not want after all.

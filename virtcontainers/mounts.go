@@ -54,13 +54,11 @@ func (p *Pod) attachMounts(ctx context.Context, c *Container, mounts []specs.Mou
 			copied += len(file.Content)
 			g.Source = &agentv1.Mount_File{File: file}
 		default:
-			info, err := os.Stat(m.Source)
-			if err != nil {
+			if _, err := os.Stat(m.Source); err != nil {
 				return nil, fmt.Errorf("bind mount of %s at %s: %w", m.Source, m.Destination, err)
 			}
-			if !info.IsDir() && !info.Mode().IsRegular() {
-				refused = append(refused, fmt.Sprintf("%s of the host (%s) at %s: only files and folders can be shared with a VM, "+
-					"not devices, sockets or pipes", m.Source, info.Mode().Type(), m.Destination))
+			if reason := unshareable(m); reason != "" {
+				refused = append(refused, reason)
 				continue
 			}
 			shared, err := p.shareFolder(ctx, c, m.Source, slices.Contains(m.Options, "ro"))
@@ -78,6 +76,23 @@ func (p *Pod) attachMounts(ctx context.Context, c *Container, mounts []specs.Mou
 		return nil, &RefusedError{Reasons: refused}
 	}
 	return out, nil
+}
+
+// isLive reports whether a mount brings a file or folder of the host that the guest is to see as it changes.
+func isLive(m specs.Mount) bool {
+	destination := filepath.Clean(m.Destination)
+	return isBind(m) && destination != "/dev/shm" && !slices.Contains(podFiles, destination) &&
+		!strings.HasPrefix(filepath.Clean(m.Source), "/sys/fs/cgroup")
+}
+
+// unshareable tells why what a live mount brings cannot be shared with a VM; "" if it can, or is not there.
+func unshareable(m specs.Mount) string {
+	info, err := os.Stat(m.Source)
+	if err != nil || info.IsDir() || info.Mode().IsRegular() {
+		return ""
+	}
+	return fmt.Sprintf("%s of the host (%s) at %s: only files and folders can be shared with a VM, not devices, sockets or pipes",
+		m.Source, info.Mode().Type(), m.Destination)
 }
 
 // guestOptions leaves out the words that only say where a mount comes from.

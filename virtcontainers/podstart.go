@@ -215,7 +215,7 @@ func (p *Pod) boot(ctx context.Context, vm hypervisor.VM) (*guest, error) {
 		case <-gone.Done():
 		}
 	}()
-	ready, err := vm.Vsock().Listen(wire.ReadyPort)
+	ready, err := vm.Vsock().Listen(wire.ReadyPort(p.doc.Vsock.CID))
 	if err != nil {
 		return nil, err
 	}

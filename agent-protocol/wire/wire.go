@@ -21,13 +21,18 @@ const (
 
 // Vsock ports.
 const (
-	// ReadyPort is where the host listens for the agent's one connection after boot.
-	ReadyPort = 1024
+	// readyBase is the port below those of ReadyPort.
+	readyBase = 1024
 	// RPCPort is where the agent listens for further ttrpc connections (events, long calls).
 	RPCPort = 1025
 	// StreamPort is where the agent listens for stdio streams.
 	StreamPort = 1026
 )
+
+// ReadyPort is where the host listens for the agent's one connection after boot. With the kernel's vsock all guests of a
+// host share the host's ports, so that each has its own; both ends know it from the guest's CID, below 2^31, without a
+// word on the kernel's (measured) command line.
+func ReadyPort(guestCID uint32) uint32 { return readyBase + guestCID }
 
 // Limits that both ends enforce. Sizes are bytes.
 const (

@@ -163,7 +163,7 @@ func (s *Server) run(ctx context.Context) (err error) {
 func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeBudget)
 	defer cancel()
-	conn, err := s.cfg.Transport.Dial(ctx, wire.ReadyPort)
+	conn, err := s.cfg.Transport.DialReady(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("tell the host that the guest is ready: %w", err)
 	}

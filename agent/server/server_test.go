@@ -52,9 +52,15 @@ func (s sockets) path(port uint32) string {
 	return filepath.Join(string(s), strconv.Itoa(int(port)))
 }
 func (s sockets) Listen(port uint32) (net.Listener, error) { return net.Listen("unix", s.path(port)) }
-func (s sockets) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+func (s sockets) dial(ctx context.Context, port uint32) (net.Conn, error) {
 	return (&net.Dialer{}).DialContext(ctx, "unix", s.path(port))
 }
+func (s sockets) DialReady(ctx context.Context) (net.Conn, error) {
+	return s.dial(ctx, wire.ReadyPort(testCID))
+}
+
+// testCID stands for the guest's own.
+const testCID = 3
 
 type fakeSystem struct {
 	clock    atomic.Int64
@@ -115,7 +121,7 @@ func boot(t *testing.T, reply *agentv1.HelloReply) *host {
 	dir, err := os.MkdirTemp("", "cloister-server-")
 	require.NoError(t, err)
 	h := &host{t: t, dir: sockets(dir), system: &fakeSystem{}, result: make(chan error, 1)}
-	l, err := h.dir.Listen(wire.ReadyPort)
+	l, err := h.dir.Listen(wire.ReadyPort(testCID))
 	require.NoError(t, err)
 	defer l.Close()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -171,7 +177,7 @@ func (h *host) ended() error {
 
 func (h *host) dial(port uint32) net.Conn {
 	h.t.Helper()
-	c, err := h.dir.Dial(context.Background(), port)
+	c, err := h.dir.dial(context.Background(), port)
 	require.NoError(h.t, err)
 	h.t.Cleanup(func() { _ = c.Close() })
 	return c

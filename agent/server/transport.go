@@ -11,14 +11,16 @@ import (
 	"github.com/containerd/log"
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
 // Transport is how the agent and the host reach each other: vsock in a guest, unix sockets in tests.
 type Transport interface {
 	// Listen accepts connections of the host, and only of the host, on a port of wire.
 	Listen(port uint32) (net.Listener, error)
-	// Dial connects to a port of the host.
-	Dial(ctx context.Context, port uint32) (net.Conn, error)
+	// DialReady connects to the host's ready port (wire.ReadyPort).
+	DialReady(ctx context.Context) (net.Conn, error)
 }
 
 // Vsock is the guest's vsock device.
@@ -26,7 +28,12 @@ func Vsock() Transport { return vsockTransport{} }
 
 type vsockTransport struct{}
 
-func (vsockTransport) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+func (vsockTransport) DialReady(ctx context.Context) (net.Conn, error) {
+	cid, err := vsock.ContextID()
+	if err != nil {
+		return nil, fmt.Errorf("find the guest's vsock context id: %w", err)
+	}
+	port := wire.ReadyPort(cid)
 	conn, err := vsock.DialContext(ctx, vsock.Host, port, nil)
 	if err != nil {
 		return nil, fmt.Errorf("dial the host's vsock port %d: %w", port, err)

@@ -23,9 +23,9 @@ const (
 	vhostVsockDevice = "/dev/vhost-vsock"
 	// vhostVsockSetGuestCID is VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h: _IOW(0xAF, 0x60, __u64).
 	vhostVsockSetGuestCID = 0x4008AF60
-	// firstGuestCID and lastGuestCID are what a guest may have: 0 to 2 are reserved, 2^32-1 is VMADDR_CID_ANY.
+	// firstGuestCID and lastGuestCID are what a guest gets: 0 to 2 are reserved, and wire.ReadyPort adds to the number.
 	firstGuestCID = 3
-	lastGuestCID  = 1<<32 - 2
+	lastGuestCID  = 1<<31 - 1
 	// cidAttempts bounds the search; with random ids even two attempts are rare.
 	cidAttempts = 64
 )

@@ -85,6 +85,7 @@ func (c *control) closeConn() error {
 func (c *control) release() error {
 	d := c.d
 	d.trimmer.Stop()
+	d.recheckTimer.Stop()
 	for i := range c.queues {
 		c.setKick(i, nil)
 	}

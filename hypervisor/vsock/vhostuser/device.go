@@ -66,6 +66,9 @@ type Device struct {
 	tx queue
 	rx rxQueue
 
+	rechecking   atomic.Bool // recheckTimer is set
+	recheckTimer *time.Timer
+
 	mu        sync.Mutex
 	streams   map[portPair]*stream
 	listeners map[uint32]*listener
@@ -130,6 +133,9 @@ func newDevice(cfg Config) (*Device, error) {
 	}
 	d.trimmer = time.AfterFunc(time.Hour, d.trim)
 	d.trimmer.Stop()
+	d.recheckTimer = time.AfterFunc(time.Hour, d.recheck)
+	d.recheckTimer.Stop()
+	d.tx.recheck, d.rx.recheck = d.recheckSoon, d.recheckSoon
 	return d, nil
 }
 

@@ -5,9 +5,7 @@ package vhostuser
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -228,6 +226,52 @@ func TestListen(t *testing.T) {
 	r.noStreams()
 }
 
+// The answer to a request comes first, however fast the connection is accepted and used.
+func TestAcceptAtOnce(t *testing.T) {
+	r := startRig(t, Config{BufferSize: backlogBuffer})
+	l, err := r.d.Listen(1024)
+	require.NoError(t, err)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = c.Write([]byte("x"))
+			_ = c.Close()
+		}
+	})
+	for range 500 {
+		gc, err := r.g.dial(1024)
+		require.NoError(t, err)
+		b, err := io.ReadAll(gc)
+		require.NoError(t, err)
+		require.Equal(t, "x", string(b))
+		gc.Close()
+	}
+	require.NoError(t, l.Close())
+	wg.Wait()
+	r.noStreams()
+}
+
+// The same with the goroutine of the guest's packets stopped where it matters.
+func TestAnswerIsPendingBeforeAccept(t *testing.T) {
+	d := bareDevice(t, Config{})
+	defer d.fail(net.ErrClosed)
+	l, err := d.Listen(1024)
+	require.NoError(t, err)
+	d.rx.mu.Lock()
+	var wg sync.WaitGroup
+	wg.Go(func() { d.accept(portPair{host: 1024, guest: 1}, &packetHeader{op: opRequest}) })
+	s := <-l.(*listener).backlog
+	pending := s.ctrl
+	d.rx.mu.Unlock()
+	wg.Wait()
+	require.EqualValues(t, ctrlResponse, pending)
+	require.Equal(t, []*stream{s}, d.rx.control)
+}
+
 func TestBacklogIsBounded(t *testing.T) {
 	r := startRig(t, Config{})
 	l, err := r.d.Listen(1024)
@@ -388,153 +432,3 @@ func TestDeadlines(t *testing.T) {
 	_, err = c.Read(make([]byte, 1))
 	require.NoError(t, err)
 }
-
-func TestSlowReaderStopsNobodyElse(t *testing.T) {
-	r := startRig(t, Config{})
-	r.g.listen(1, func(c *guestConn) { _, _ = c.Write(make([]byte, 1<<20)) })
-	r.g.listen(1025, echo)
-	var slow []vsock.Conn
-	for range 5 {
-		slow = append(slow, r.dial(1))
-	}
-	// Neither a guest that does not read.
-	r.g.listen(2, func(c *guestConn) {})
-	for range 5 {
-		c := r.dial(2)
-		r.g.wg.Add(1)
-		go func() {
-			defer r.g.wg.Done()
-			_, _ = c.Write(make([]byte, 1<<20))
-		}()
-	}
-	c := r.dial(1025)
-	roundTrip(t, c, random(2<<20))
-	for _, s := range slow {
-		n, err := io.CopyN(io.Discard, s, 1<<20)
-		require.NoError(t, err)
-		require.EqualValues(t, 1<<20, n)
-	}
-	require.NoError(t, r.d.Close())
-}
-
-// roundTrip sends data to an echo server and checks what comes back.
-func roundTrip(t testing.TB, c vsock.Conn, data []byte) {
-	if err := tryRoundTrip(c, data); err != nil {
-		t.Error(err)
-	}
-}
-
-func tryRoundTrip(c vsock.Conn, data []byte) error {
-	sent := make(chan error, 1)
-	go func() {
-		_, err := c.Write(data)
-		sent <- errors.Join(err, c.CloseWrite())
-	}()
-	h := sha256.New()
-	n, err := io.Copy(h, c)
-	if err := errors.Join(<-sent, err); err != nil {
-		return err
-	}
-	if want := sha256.Sum256(data); n != int64(len(data)) || !bytes.Equal(want[:], h.Sum(nil)) {
-		return fmt.Errorf("%d of %d bytes came back, or other ones", n, len(data))
-	}
-	return c.Close()
-}
-
-func TestBulk(t *testing.T) {
-	for _, split := range []bool{false, true} {
-		t.Run(fmt.Sprintf("split=%t", split), func(t *testing.T) {
-			r := newRig(t, Config{})
-			r.g.split = split
-			r.fe.start([2]uint32{})
-			r.g.run(40)
-			r.g.listen(1025, echo)
-			roundTrip(t, r.dial(1025), random(20<<20))
-			r.noStreams()
-		})
-	}
-}
-
-func TestManyStreams(t *testing.T) {
-	r := startRig(t, Config{})
-	r.g.listen(1025, echo)
-	data := random(100 << 10)
-	var wg sync.WaitGroup
-	for i := range 200 {
-		c := r.dial(1025)
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			roundTrip(t, c, data[i:])
-		}()
-	}
-	wg.Wait()
-	r.noStreams()
-}
-
-func TestConcurrentUse(t *testing.T) {
-	r := startRig(t, Config{})
-	r.g.listen(1025, echo)
-	c := r.dial(1025)
-	var wg sync.WaitGroup
-	var mu sync.Mutex
-	total := 0
-	for range 4 {
-		wg.Add(2)
-		go func() {
-			defer wg.Done()
-			for range 50 {
-				_, err := c.Write(make([]byte, 1000))
-				if err != nil {
-					t.Error(err)
-				}
-			}
-		}()
-		go func() {
-			defer wg.Done()
-			b := make([]byte, 500)
-			for {
-				n, err := c.Read(b)
-				mu.Lock()
-				total += n
-				if total == 4*50*1000 {
-					_ = c.SetReadDeadline(time.Unix(1, 0))
-				}
-				mu.Unlock()
-				if err != nil {
-					return
-				}
-			}
-		}()
-	}
-	wg.Wait()
-	require.Equal(t, 4*50*1000, total)
-}
-
-func TestCloseDuringTraffic(t *testing.T) {
-	r := startRig(t, Config{CloseTimeout: 50 * time.Millisecond})
-	r.g.listen(1025, echo)
-	var wg sync.WaitGroup
-	for i := range 20 {
-		c := r.dial(1025)
-		wg.Add(2)
-		go func() {
-			defer wg.Done()
-			_, err := io.Copy(c, neverEnding{})
-			if !errors.Is(err, net.ErrClosed) {
-				t.Errorf("write: %v", err)
-			}
-		}()
-		go func() {
-			defer wg.Done()
-			_, _ = io.CopyN(io.Discard, c, int64(i)<<12)
-			_ = c.Close()
-		}()
-	}
-	wg.Wait()
-	r.noStreams()
-}
-
-type neverEnding struct{}
-
-func (neverEnding) Read(p []byte) (int, error) { return len(p), nil }

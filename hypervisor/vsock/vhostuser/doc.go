@@ -17,7 +17,7 @@
 // messages are those of QEMU's docs/interop/vhost-user.rst. Offered are VERSION_1 and, of vhost-user, MQ, REPLY_ACK
 // and CONFIG. Not offered are indirect descriptors, so a chain is never longer than its queue, and EVENT_IDX: the
 // Linux vsock driver turns interrupts off while it works on a queue, by which the plain flags save the same
-// notifications.
+// notifications. Interrupts that only tell the guest to free what it has sent are put off for a moment (tx.go).
 //
 // # States of a stream
 //
@@ -42,7 +42,7 @@
 // # Whom it trusts
 //
 // Nobody. The guest owns the rings and the packets: each descriptor and header is read once, checked, and used from the
-// copy. A broken ring stops the device (DeviceError), a broken packet stream resets that stream. QEMU owns the messages
+// copy. A broken ring stops the device (RingError), a broken packet stream resets that stream. QEMU owns the messages
 // and the memory files: sizes and overlaps are checked, and a file must carry F_SEAL_SHRINK, because a page that is
 // truncated away would kill this process with SIGBUS.
 //

@@ -262,6 +262,13 @@ func (g *fakeGuest) packet(h *packetHeader, data []byte) {
 		return
 	}
 	c.peerAlloc, c.peerFwd = h.bufAlloc, h.fwdCnt
+	if c.connecting && h.op != opResponse && h.op != opReset {
+		// As Linux does.
+		c.connecting, c.refuse, c.reset = false, true, true
+		c.remove()
+		g.sendHeader(p, opReset, 0)
+		return
+	}
 	switch h.op {
 	case opResponse:
 		c.connecting = false

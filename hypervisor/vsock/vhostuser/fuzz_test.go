@@ -212,6 +212,7 @@ func FuzzPackets(f *testing.F) {
 		const bufferSize = 512
 		d := bareDevice(t, Config{MaxStreams: 4, BufferSize: bufferSize, CloseTimeout: time.Hour})
 		defer d.trimmer.Stop()
+		defer d.recheckTimer.Stop()
 		defer d.fail(os.ErrClosed)
 		d.tx.ring = &ring{queue: 1}
 		l, err := d.Listen(1024)

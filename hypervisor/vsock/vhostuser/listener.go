@@ -45,6 +45,9 @@ func (d *Device) Listen(port uint32) (net.Listener, error) {
 func (d *Device) accept(ports portPair, h *packetHeader) bool {
 	s := newStream(d, ports, stateEstablished, min(backlogBuffer, d.bufferSize))
 	s.peerAlloc = h.bufAlloc
+	// Pending before anybody else has the stream: Accept may be faster than the end of this function, and the guest
+	// resets a connection on which anything comes before the answer.
+	s.ctrl = ctrlResponse
 	d.mu.Lock()
 	l := d.listeners[ports.host]
 	if l == nil || d.err != nil || len(d.streams) >= d.maxStreams {
@@ -59,7 +62,7 @@ func (d *Device) accept(ports portPair, h *packetHeader) bool {
 	}
 	d.streams[ports] = s
 	d.mu.Unlock()
-	d.check(d.rx.post(s, ctrlResponse, 0))
+	d.check(d.rx.post(s, 0, 0))
 	return true
 }
 
@@ -75,9 +78,8 @@ func (l *listener) Accept() (net.Conn, error) {
 			return nil, &net.OpError{Op: "accept", Net: "vsock", Addr: l.Addr(), Err: l.err}
 		}
 	}
-	if s.bufAlloc.Swap(l.d.bufferSize) != l.d.bufferSize {
-		l.d.check(l.d.rx.post(s, ctrlCredit, 0))
-	}
+	s.bufAlloc.Store(l.d.bufferSize)
+	l.d.check(l.d.rx.post(s, ctrlCredit, 0))
 	return s, nil
 }
 

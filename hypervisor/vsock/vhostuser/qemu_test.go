@@ -6,13 +6,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -80,6 +81,16 @@ func TestQEMU(t *testing.T) {
 		n, err := io.Copy(io.Discard, slow)
 		require.NoError(t, err)
 		require.EqualValues(t, 4<<20, n)
+	})
+	t.Run("pause", func(t *testing.T) {
+		c := vm.dial(t, 1)
+		done := make(chan error, 1)
+		go func() { done <- tryRoundTrip(c, random(8<<20)) }()
+		for range 5 {
+			vm.qmp(t, "stop")
+			vm.qmp(t, "cont")
+		}
+		require.NoError(t, <-done)
 	})
 	require.Eventually(t, func() bool {
 		vm.d.mu.Lock()
@@ -161,9 +172,6 @@ func (vm *testVM) measure(t *testing.T) {
 	slices.Sort(rtt)
 	slices.Sort(dial)
 	t.Logf("round trip of 64 bytes: p50 %s, p99 %s; dial: p50 %s", rtt[500], rtt[990], dial[100])
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	t.Logf("heap %d KiB", m.HeapAlloc>>10)
 }
 
 func ask(t *testing.T, c vsock.Conn, n uint64) {
@@ -184,8 +192,25 @@ func shmemRSS(t *testing.T) (bytes int) {
 }
 
 type testVM struct {
-	d     *Device
-	ready vsock.Conn
+	d       *Device
+	ready   vsock.Conn
+	monitor *json.Decoder
+	conn    net.Conn
+}
+
+// qmp runs a command and waits for its answer.
+func (vm *testVM) qmp(t *testing.T, command string) {
+	t.Helper()
+	_, err := fmt.Fprintf(vm.conn, "{\"execute\":%q}\n", command)
+	require.NoError(t, err)
+	for {
+		var m map[string]any
+		require.NoError(t, vm.monitor.Decode(&m))
+		require.NotContains(t, m, "error")
+		if _, ok := m["return"]; ok {
+			return
+		}
+	}
 }
 
 func (vm *testVM) dial(t *testing.T, port uint32) vsock.Conn {
@@ -224,6 +249,7 @@ func startVM(t *testing.T) *testVM {
 	cmd := exec.CommandContext(ctx, qemu, "-machine", "q35,memory-backend=mem0", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "512",
 		"-object", "memory-backend-memfd,id=mem0,size=512M,share=on", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
 		"-serial", "file:"+console, "-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1",
+		"-qmp", "unix:"+filepath.Join(dir, "qmp")+",server=on,wait=off",
 		"-chardev", "socket,id=vs0,fd=3", "-device", "vhost-user-vsock-pci,chardev=vs0")
 	cmd.ExtraFiles = []*os.File{d.QEMUFile()}
 	var stderr bytes.Buffer
@@ -257,7 +283,12 @@ func startVM(t *testing.T) *testVM {
 	case a := <-ch:
 		require.NoError(t, a.err)
 		t.Logf("guest was ready after %s", time.Since(start).Round(time.Millisecond))
-		return &testVM{d: d, ready: a.c}
+		conn, err := net.Dial("unix", filepath.Join(dir, "qmp"))
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = conn.Close() })
+		vm := &testVM{d: d, ready: a.c, conn: conn, monitor: json.NewDecoder(conn)}
+		vm.qmp(t, "qmp_capabilities")
+		return vm
 	case <-time.After(2 * time.Minute):
 		require.NoError(t, errors.New("the guest did not dial the host within two minutes"))
 		return nil

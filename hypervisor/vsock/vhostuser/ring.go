@@ -50,7 +50,7 @@ type ring struct {
 	lastAvail  uint16 // the next entry of the avail ring to take
 	usedIdx    uint16 // the next entry of the used ring to write
 	flags      uint16 // of the used ring
-	unsignaled bool   // chains were pushed of which the guest was not told
+	unsignaled int    // descriptors of the chains that were pushed since the guest was last interrupted
 
 	chain chain // of the last call to next
 }
@@ -59,6 +59,7 @@ type ring struct {
 type chain struct {
 	segs  [][]byte
 	total int // bytes left
+	descs int // descriptors of the whole chain
 	store [][]byte
 }
 
@@ -108,16 +109,19 @@ func (r *ring) publish() {
 	atomic.StoreUint32((*uint32)(unsafe.Pointer(&r.used[0])), le32(v))
 }
 
-// setKicks asks the guest for kicks, or to leave them out. After asking the caller looks at the ring again.
-func (r *ring) setKicks(on bool) {
+// setKicks asks the guest for kicks, or to leave them out; changed is false if that was so already. After asking the
+// caller looks at the ring again.
+func (r *ring) setKicks(on bool) (changed bool) {
 	flags := uint16(usedNoNotify)
 	if on {
 		flags = 0
 	}
-	if flags != r.flags {
-		r.flags = flags
-		r.publish()
+	if flags == r.flags {
+		return false
 	}
+	r.flags = flags
+	r.publish()
+	return true
 }
 
 // available tells how many chains wait.
@@ -181,6 +185,7 @@ func (r *ring) walk(c *chain, head uint16, writable bool) error {
 		}
 		if flags&descFlagNext == 0 {
 			c.store = c.segs
+			c.descs = int(count) + 1
 			return nil
 		}
 		i = next
@@ -202,14 +207,14 @@ func (r *ring) addBuffer(c *chain, desc uint32, addr uint64, length uint32) erro
 	return nil
 }
 
-// push gives a chain back to the guest with the number of bytes written into it.
+// push gives the chain of the last next back to the guest, with the number of bytes written into it.
 func (r *ring) push(head uint16, written int) {
 	slot := uint32(r.usedIdx) & (r.num - 1)
 	e := r.used[4+8*slot:]
 	binary.LittleEndian.PutUint32(e, uint32(head))
 	binary.LittleEndian.PutUint32(e[4:], uint32(written))
 	r.usedIdx++
-	r.unsignaled = true
+	r.unsignaled += r.chain.descs
 }
 
 // wantsCall tells whether the guest wants an interrupt for what was published.

@@ -30,24 +30,36 @@ const (
 
 // queue is what both queues have in common.
 type queue struct {
-	mu   sync.Mutex
-	ring *ring // nil: stopped
-	call int   // eventfd by which the guest is interrupted, -1: none
+	mu      sync.Mutex
+	ring    *ring // nil: stopped
+	call    int   // eventfd by which the guest is interrupted, -1: none
+	quiet   bool  // the last signal made no interrupt, since the guest had turned them off
+	recheck func()
 }
 
 // signal shows the guest what was done and interrupts it if it wants that. The caller holds mu.
 func (q *queue) signal() {
-	if q.ring == nil || !q.ring.unsignaled {
+	if q.ring == nil || q.ring.unsignaled == 0 {
 		return
 	}
-	q.ring.unsignaled = false
+	q.ring.unsignaled = 0
 	q.ring.publish()
-	if q.call >= 0 && q.ring.wantsCall() {
-		var one [8]byte
-		binary.NativeEndian.PutUint64(one[:], 1)
-		// Non-blocking. It fails only if the counter is full, and then the guest is being interrupted anyway.
-		_, _ = unix.Write(q.call, one[:])
+	q.interrupt()
+	if q.quiet {
+		q.recheck()
 	}
+}
+
+// interrupt interrupts the guest unless it has turned that off. The caller holds mu.
+func (q *queue) interrupt() {
+	q.quiet = !q.ring.wantsCall()
+	if q.call < 0 || q.quiet {
+		return
+	}
+	var one [8]byte
+	binary.NativeEndian.PutUint64(one[:], 1)
+	// Non-blocking. It fails only if the counter is full, and then the guest is being interrupted anyway.
+	_, _ = unix.Write(q.call, one[:])
 }
 
 // setCall takes fd over.
@@ -58,6 +70,10 @@ func (q *queue) setCall(fd int) {
 		_ = unix.Close(q.call)
 	}
 	q.call = fd
+	if fd >= 0 && q.ring != nil {
+		// QEMU sets the one that reaches the guest after it has started the queue: what was signalled in between is lost.
+		q.interrupt()
+	}
 }
 
 // portPair names a stream; the context ids are always the same.
@@ -169,7 +185,9 @@ func (q *rxQueue) run() (buffers bool, err error) {
 			return false, nil
 		}
 		// Ask for a kick first, then look again: a buffer that came in between brings no kick.
-		q.ring.setKicks(true)
+		if q.ring.setKicks(true) {
+			q.recheck()
+		}
 		if n, err = q.ring.available(); err != nil {
 			return false, q.fault(err)
 		}
@@ -214,7 +232,8 @@ func (q *rxQueue) wakeFirst() {
 	}
 }
 
-// post queues control packets of a stream and sends what can be sent. A stream that is detached posts nothing.
+// post adds control packets to those that a stream has pending, queues it, and sends what can be sent. A stream that is
+// detached posts nothing.
 func (q *rxQueue) post(s *stream, ctrl, shutFlags uint32) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()

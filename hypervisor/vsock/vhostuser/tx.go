@@ -2,10 +2,20 @@
 
 package vhostuser
 
-import "github.com/cloister-project/cloister/hypervisor/vsock"
+import (
+	"time"
 
-// txTurn is how many packets are handled before the guest is told, and the lock is free for a moment.
-const txTurn = 32
+	"github.com/cloister-project/cloister/hypervisor/vsock"
+)
+
+const (
+	// txTurn is how many packets are handled before the lock is free for a moment.
+	txTurn = 32
+	// recheckDelay is how long the guest may wait until it is interrupted to free what it has sent (nothing but its memory
+	// depends on that while the queue has room, and otherwise each packet would cost an interrupt), and how long a lost
+	// notification stays unnoticed.
+	recheckDelay = 2 * time.Millisecond
+)
 
 // txBatch handles up to limit packets. more is false once the guest has been asked for a kick.
 func (d *Device) txBatch(limit int) (more bool, err error) {
@@ -26,7 +36,7 @@ func (d *Device) txBatch(limit int) (more bool, err error) {
 			return false, err
 		}
 		if !ok {
-			q.signal()
+			d.signalTx()
 			// Ask for a kick first, then look again: a packet that came in between brings no kick.
 			q.ring.setKicks(true)
 			n, err := q.ring.available()
@@ -37,8 +47,73 @@ func (d *Device) txBatch(limit int) (more bool, err error) {
 		}
 		q.ring.push(head, 0)
 	}
-	q.signal()
+	d.signalTx()
 	return true, nil
+}
+
+// signalTx tells the guest what was taken: at once if that is a good part of the queue, for which it may be waiting,
+// else a little later. The caller holds tx.mu.
+func (d *Device) signalTx() {
+	r := d.tx.ring
+	if r.unsignaled >= int(r.num)/4 {
+		d.tx.signal()
+		return
+	}
+	r.publish()
+	if r.unsignaled > 0 {
+		d.recheckSoon()
+	}
+}
+
+func (d *Device) recheckSoon() {
+	if !d.rechecking.Swap(true) {
+		d.recheckTimer.Reset(recheckDelay)
+	}
+}
+
+// recheck runs a moment after traffic. Besides the late signal it makes good a notification that was lost: the handshake
+// of both sides (write, full barrier, read what the other one wrote) fails rarely when the guest's barrier is none. That
+// is so under QEMU's emulation of a machine with one CPU, which runs `lock` instructions as plain ones while this
+// process looks at the same memory from another CPU. A moment later everything is visible.
+func (d *Device) recheck() {
+	d.rechecking.Store(false)
+	d.tx.mu.Lock()
+	d.tx.signal()
+	d.tx.interruptLate()
+	d.tx.mu.Unlock()
+	for more := true; more; {
+		var err error
+		if more, err = d.txLate(); err != nil {
+			d.fail(err)
+			return
+		}
+	}
+	d.rx.mu.Lock()
+	d.rx.interruptLate()
+	err := d.rx.runAndWake()
+	d.rx.mu.Unlock()
+	d.check(err)
+}
+
+// txLate is txBatch if there is anything to do.
+func (d *Device) txLate() (more bool, err error) {
+	d.tx.mu.Lock()
+	n := 0
+	if d.tx.ring != nil {
+		n, err = d.tx.ring.available()
+	}
+	d.tx.mu.Unlock()
+	if err != nil || n == 0 {
+		return false, err
+	}
+	return d.txBatch(txTurn)
+}
+
+// interruptLate makes up for an interrupt that the guest did not seem to want.
+func (q *queue) interruptLate() {
+	if q.ring != nil && q.quiet {
+		q.interrupt()
+	}
 }
 
 // packet handles one packet of the guest. An error means that the ring cannot be trusted any more.

@@ -15,8 +15,8 @@ import (
 func main() {
 	if err := run(); err != nil {
 		fmt.Println("guestinit:", err)
+		_ = unix.IoctlSetInt(1, unix.TCSBRK, 1) // tcdrain
 	}
-	unix.Sync()
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
