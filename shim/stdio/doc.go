@@ -8,8 +8,8 @@
 //	opened --Attach--> attached --Close--> closed
 //	opened --Close--> closed
 //
-// Open takes the ends on the host, Attach the guest's streams, which starts one goroutine a stream. Each ends with its
-// stream's end or with Close, which waits for nobody.
+// Open takes the ends on the host, Attach the guest's streams, which starts one goroutine a stream; that of stdin starts
+// when OpenStdin was called as well. Each ends with its stream's end or with Close, which waits for nobody.
 //
 // # FIFOs
 //

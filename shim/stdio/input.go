@@ -13,47 +13,79 @@ import (
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 )
 
-// input copies a FIFO (or a file) to the guest.
+// input copies a FIFO (or a file) to the guest, from when it has both on.
 type input struct {
-	f *os.File
-	// detachable: f is a FIFO, and its having no writers is not the end of input.
-	detachable bool
+	path string
 
-	mu        sync.Mutex
+	mu sync.Mutex
+	// f is nil until open; it does not change any more then.
+	f         *os.File
 	conn      vsock.Conn
 	finishing bool
 	closed    bool
 }
 
-func openInput(raw string) (*input, error) {
+func newInput(raw string) (*input, error) {
 	t, err := parseTarget(raw)
 	if err != nil {
 		return nil, err
 	}
-	f, isFIFO, err := openFIFO(t.path)
+	if _, err := os.Stat(t.path); err != nil {
+		return nil, kind(err)
+	}
+	return &input{path: t.path}, nil
+}
+
+// open opens the host's end. A client that waits for that (a FIFO has to have a reader) goes on.
+func (in *input) open() error {
+	f, isFIFO, err := openFIFO(in.path)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if !isFIFO {
-		if f, err = os.OpenFile(t.path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0); err != nil {
-			return nil, kind(err)
+		if f, err = os.OpenFile(in.path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0); err != nil {
+			return kind(err)
 		}
 	}
-	return &input{f: f, detachable: isFIFO}, nil
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.closed || in.f != nil {
+		return f.Close()
+	}
+	in.f = f
+	if in.finishing {
+		in.interrupt()
+	}
+	if in.conn != nil {
+		go in.copy(in.conn)
+	}
+	return nil
 }
 
 func (in *input) attach(conn vsock.Conn) {
 	in.mu.Lock()
+	defer in.mu.Unlock()
 	if in.closed || conn == nil {
-		in.mu.Unlock()
 		closeConn(conn)
-		in.close()
+		in.closed = true
+		in.closeFile()
 		return
 	}
 	in.conn = conn
-	in.mu.Unlock()
-	go in.copy(conn)
+	if in.f != nil {
+		go in.copy(conn)
+	}
 }
+
+// closeFile is called with mu held.
+func (in *input) closeFile() {
+	if in.f != nil {
+		_ = in.f.Close()
+	}
+}
+
+// interrupt wakes a copy that waits in Read; a file that has no deadlines has an end of its own.
+func (in *input) interrupt() { _ = in.f.SetReadDeadline(time.Unix(1, 0)) }
 
 // finish asks for the end of input behind what is in the FIFO now.
 func (in *input) finish() {
@@ -63,8 +95,9 @@ func (in *input) finish() {
 		return
 	}
 	in.finishing = true
-	// Wakes a copy that waits in Read; a file that has no deadlines has an end of its own.
-	_ = in.f.SetReadDeadline(time.Unix(1, 0))
+	if in.f != nil {
+		in.interrupt()
+	}
 }
 
 func (in *input) isFinishing() bool {
@@ -158,7 +191,7 @@ func (in *input) last(conn vsock.Conn) {
 func (in *input) release() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	_ = in.f.Close()
+	in.closeFile()
 }
 
 // close ends the copy. Safe to repeat.
@@ -166,7 +199,7 @@ func (in *input) close() {
 	in.mu.Lock()
 	in.closed = true
 	conn := in.conn
+	in.closeFile()
 	in.mu.Unlock()
-	_ = in.f.Close()
 	closeConn(conn)
 }

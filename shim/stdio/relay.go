@@ -31,7 +31,7 @@ type Relay struct {
 	closed   bool
 }
 
-// Open takes the host's ends of a process's streams. ctx bounds the start of logging programs. An error leaves nothing
+// Open takes the host's ends of a process's streams, except stdin's; see [Relay.OpenStdin]. ctx bounds the start of logging programs. An error leaves nothing
 // open.
 func Open(ctx context.Context, c Config) (_ *Relay, err error) {
 	r := &Relay{}
@@ -41,7 +41,7 @@ func Open(ctx context.Context, c Config) (_ *Relay, err error) {
 		}
 	}()
 	if c.Stdin != "" {
-		if r.in, err = openInput(c.Stdin); err != nil {
+		if r.in, err = newInput(c.Stdin); err != nil {
 			return nil, fmt.Errorf("open stdin: %w", err)
 		}
 	}
@@ -128,6 +128,19 @@ func closeConn(c vsock.Conn) {
 	if c != nil {
 		_ = c.Close()
 	}
+}
+
+// OpenStdin opens the host's end of stdin. It is for the process's start, and not earlier: clients (ctr, nerdctl) write
+// as soon as the FIFO has a reader, and one whose input ends before its request to make the process was answered
+// forgets to say so; the process would wait for more for ever. The runc shim opens an exec's FIFOs at its start, too.
+func (r *Relay) OpenStdin() error {
+	if r.in == nil {
+		return nil
+	}
+	if err := r.in.open(); err != nil {
+		return fmt.Errorf("open stdin: %w", err)
+	}
+	return nil
 }
 
 // Drain waits until so many bytes of stdout and stderr were delivered, or all there will ever be, or ctx ends.

@@ -60,6 +60,7 @@ func open(t *testing.T, c Config) *Relay {
 	r, err := Open(t.Context(), c)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, r.Close()) })
+	require.NoError(t, r.OpenStdin())
 	return r
 }
 
@@ -255,6 +256,32 @@ func TestCloseStdinDeliversWhatIsPending(t *testing.T) {
 	require.True(t, bytes.Equal(data, got))
 }
 
+// TestStdinIsOpenedAtTheStart does what ctr does with little input: it ends long before the process can start, and
+// only once the FIFO has a reader does the client get to write it.
+func TestStdinIsOpenedAtTheStart(t *testing.T) {
+	path := fifo(t, "stdin")
+	r, err := Open(t.Context(), Config{Stdin: path})
+	require.NoError(t, err)
+	defer r.Close()
+	conn, guest := stream(t)
+	r.Attach(conn, nil, nil)
+	_, err = os.OpenFile(path, os.O_WRONLY|unix.O_NONBLOCK, 0)
+	require.ErrorIs(t, err, unix.ENXIO, "nobody reads it yet")
+	require.NoError(t, r.OpenStdin())
+	w := writer(t, path)
+	_, err = w.Write([]byte("little"))
+	require.NoError(t, err)
+	require.NoError(t, w.Close())
+	r.CloseStdin()
+	got, err := io.ReadAll(guest)
+	require.NoError(t, err)
+	require.Equal(t, "little", string(got))
+
+	require.NoError(t, os.Remove(path))
+	_, err = Open(t.Context(), Config{Stdin: path})
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+}
+
 func TestStdinInBulk(t *testing.T) {
 	path := fifo(t, "stdin")
 	r := open(t, Config{Stdin: path})
@@ -356,6 +383,7 @@ func TestNothingIsLeftOpen(t *testing.T) {
 	for range 10 {
 		r, err := Open(t.Context(), Config{Stdin: stdin, Stdout: stdout, Stderr: stdout})
 		require.NoError(t, err)
+		require.NoError(t, r.OpenStdin())
 		a, ag := stream(t)
 		b, bg := stream(t)
 		r.Attach(a, b, nil)

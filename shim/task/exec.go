@@ -29,6 +29,12 @@ func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 		return nil, err
 	}
 	oom := func() { s.Events.Publish(&eventstypes.TaskOOM{ContainerID: p.t.id}) }
+	if p.relay != nil { // a pause container has none
+		if err := p.relay.OpenStdin(); err != nil {
+			p.endStart(false, oom)
+			return nil, err
+		}
+	}
 	if err := p.proc.Start(ctx); err != nil {
 		p.endStart(false, oom)
 		if state := p.proc.State(); !p.isInit() && state.Status == vc.ProcessStopped {

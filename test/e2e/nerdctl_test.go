@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"io"
+	"net"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/cloister-project/cloister/test/harness"
+)
+
+// TestNerdctl runs containers on nerdctl's bridge network, which it sets up by OCI hooks on the host.
+func TestNerdctl(t *testing.T) {
+	n := sharedNode(t)
+	ctx := testContext(t)
+	nerdctl := func(args ...string) string { t.Helper(); return succeed(t, n.Nerdctl(ctx, args...)) }
+	start := func(name, script string) {
+		t.Helper()
+		cleanup(t, "removing "+name, func(ctx context.Context) error { return n.Nerdctl(ctx, "rm", "-f", name).Run() })
+		nerdctl("run", "-d", "--name", name, "--hostname", name, "--network", n.Name, "--runtime", runtimeName,
+			"-e", "WORD=given", harness.BusyboxImage, "sh", "-c", script)
+	}
+	start("first", "echo hello $WORD; echo oops >&2; while :; do echo first answers | nc -l -p 9000; done & "+idle)
+	ip := nerdctl("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "first")
+	require.NotNil(t, net.ParseIP(ip), ip)
+
+	t.Run("logs", func(t *testing.T) {
+		waitFor(t, ctx, "its output is in the log", func() bool {
+			r := run(t, n.Nerdctl(ctx, "logs", "first"))
+			return r.stdout == "hello given\n" && r.stderr == "oops\n"
+		})
+	})
+	t.Run("from the node", func(t *testing.T) {
+		var got []byte
+		waitFor(t, ctx, "the container listens", func() bool {
+			conn, err := n.Dial(ctx, "tcp", net.JoinHostPort(ip, "9000"))
+			if err != nil {
+				return false
+			}
+			defer conn.Close()
+			got, err = io.ReadAll(conn)
+			return err == nil && len(got) > 0
+		})
+		assert.Equal(t, "first answers\n", string(got))
+		succeed(t, n.Command(ctx, n.Artifacts().Busybox, "ping", "-c", "1", "-W", "30", ip))
+	})
+	t.Run("exec", func(t *testing.T) {
+		r := run(t, n.Nerdctl(ctx, "exec", "first", "sh", "-c", "hostname; ip addr; echo err >&2; exit 42"))
+		assert.NotZero(t, r.status)
+		assert.Contains(t, r.stderr, "exit code 42")
+		assert.Contains(t, r.stdout, "first\n")
+		assert.Contains(t, r.stdout, ip+"/")
+		assert.Contains(t, r.stderr, "err\n")
+		cmd := n.Nerdctl(ctx, "exec", "-i", "first", "cat")
+		cmd.Stdin = strings.NewReader("through stdin\n")
+		assert.Equal(t, "through stdin", succeed(t, cmd))
+	})
+	t.Run("to the node and by name", func(t *testing.T) {
+		nerdctl("exec", "first", "ping", "-c", "1", "-W", "30", "10.88.0.1")
+		assert.Contains(t, nerdctl("exec", "first", "cat", "/etc/hosts"), ip)
+		assert.Contains(t, nerdctl("exec", "first", "cat", "/etc/resolv.conf"), "nameserver")
+		// The second one finds the first by the name that nerdctl put into its hosts file.
+		got := succeed(t, n.Nerdctl(ctx, "run", "--rm", "--network", n.Name, "--runtime", runtimeName,
+			harness.BusyboxImage, "sh", "-c", "until nc first 9000 < /dev/null; do usleep 20000; done"))
+		assert.Equal(t, "first answers", got)
+	})
+	t.Run("stop and rm", func(t *testing.T) {
+		nerdctl("stop", "first")
+		assert.Contains(t, nerdctl("ps", "-a", "--filter", "name=first"), "Exited (0)")
+		nerdctl("rm", "first")
+		assert.NotContains(t, nerdctl("ps", "-a"), "first")
+	})
+}
