@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 )
@@ -133,11 +134,17 @@ func (p *Process) watch(ctx context.Context) {
 		return
 	}
 	p.container.noteOOM(resp.GetOomKills())
-	at := time.Now()
-	if t := resp.GetExitedAt(); t.IsValid() {
-		at = t.AsTime()
+	exit := Exit{Status: min(resp.GetExitStatus(), maxExitStatus), At: exitTime(resp.GetExitedAt(), p.container.pod.created)}
+	p.finish(exit, resp.GetStdoutBytes(), resp.GetStderrBytes())
+}
+
+// exitTime is when a process ended as the guest says, if that can be: its clock may be wrong, or lie.
+func exitTime(said *timestamppb.Timestamp, podCreated time.Time) time.Time {
+	now := time.Now()
+	if at := said.AsTime(); said.IsValid() && at.After(podCreated) && at.Before(now) {
+		return at
 	}
-	p.finish(Exit{Status: min(resp.GetExitStatus(), maxExitStatus), At: at}, resp.GetStdoutBytes(), resp.GetStderrBytes())
+	return now
 }
 
 // lost ends the process because its VM is gone.

@@ -22,13 +22,11 @@ func KernelParameters(a hypervisor.Accelerator) []string {
 			// On a busy host the emulated timer may not tick while the kernel tries it out, and it would panic. Linux
 			// sets this by itself on KVM.
 			"no_timer_check",
-			// Every miss of the emulated TLB walks the page tables in software: four levels, which reach 64 TiB, are
-			// walked faster than five. Together with the next one 12 % of QEMU's CPU time until init (3.77 to 3.33 s, medians of interleaved boots).
-			"no5lvl",
-			// Three initcalls that compute much at each boot: the jitter entropy source times itself, the kernel's
-			// certificates are parsed (for signatures of modules, which the image's do not have), a key derivation is
-			// tested. Random numbers come from elsewhere (random.trust_cpu), and the two others take nothing away that a
-			// pod could use. With KVM they take some ms and stay on.
+			// Three initcalls that compute much at each boot, together 13 % of QEMU's CPU time until init (3.60 to 3.14 s,
+			// medians of ten interleaved boots): the jitter entropy source times itself, the kernel's certificates are
+			// parsed (for signatures of modules, which the image's do not have), a key derivation is tested. Random
+			// numbers come from elsewhere (random.trust_cpu); nothing goes away that a pod could use. With KVM they take
+			// some ms and stay on.
 			"initcall_blacklist=jent_mod_init,load_system_certificate_list,crypto_kdf108_init",
 		)
 	}
