@@ -8,7 +8,7 @@
 // them, and ends by looking for anything left. A test that failed, or that left something, takes its node with it: the next one
 // gets a new node. Tests of faults have nodes of their own (harness.ForTest).
 //
-// A VM boots in 2 to 6 seconds under emulation, so what does not need a VM of its own shares a pod as subtests. Nothing
+// A VM boots in 2 to 6 seconds under emulation, so what does not need a VM of its own shares a pod as subtests (TestPod). Nothing
 // here asserts how long something takes, and nothing sleeps for something to happen: conditions are polled, with budget
 // (helpers_test.go) as the time after which a condition is taken to never come true.
 //

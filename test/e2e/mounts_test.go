@@ -15,10 +15,8 @@ import (
 	"github.com/cloister-project/cloister/test/harness"
 )
 
-// TestMounts is about folders and files of the host in containers, and about what else a container brings along.
-func TestMounts(t *testing.T) {
-	n := sharedNode(t)
-	pod := runPod(t, n, harness.PodSpec{})
+// checkMounts is about folders and files of the host in containers, and about what else a container brings along.
+func checkMounts(t *testing.T, pod *harness.Pod) {
 	dir := t.TempDir()
 	folder, fixed, file := filepath.Join(dir, "folder"), filepath.Join(dir, "fixed"), filepath.Join(dir, "file")
 	require.NoError(t, os.Mkdir(folder, 0o777))

@@ -17,6 +17,17 @@ import (
 	"github.com/cloister-project/cloister/test/harness"
 )
 
+// TestPod is about everything of containers that can share a pod, theme by theme: -run TestPod/stdio.
+func TestPod(t *testing.T) {
+	n := sharedNode(t)
+	pod := runPod(t, n, harness.PodSpec{})
+	t.Run("stdio", func(t *testing.T) { checkStdio(t, n, pod) })
+	t.Run("exit codes", func(t *testing.T) { checkExitCodes(t, pod) })
+	t.Run("security", func(t *testing.T) { checkSecurity(t, n, pod) })
+	t.Run("resources", func(t *testing.T) { checkResources(t, n, pod) })
+	t.Run("mounts", func(t *testing.T) { checkMounts(t, pod) })
+}
+
 // TestFiveContainers is about what containers of a pod share and what they do not.
 func TestFiveContainers(t *testing.T) {
 	n := sharedNode(t)

@@ -13,6 +13,8 @@ import (
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -104,10 +106,13 @@ func newProcess(t *testing.T, n *harness.Node, container string, spec processSpe
 		}
 		ctx = namespaces.WithNamespace(ctx, spec.namespace)
 		_, _ = p.tasks.Kill(ctx, &tasks.KillRequest{ContainerID: container, ExecID: p.id, Signal: uint32(unix.SIGKILL)})
-		if _, err := p.tasks.Wait(ctx, &tasks.WaitRequest{ContainerID: container, ExecID: p.id}); err != nil {
-			return err
+		_, err := p.tasks.Wait(ctx, &tasks.WaitRequest{ContainerID: container, ExecID: p.id})
+		if err == nil {
+			_, err = p.tasks.DeleteProcess(ctx, &tasks.DeleteProcessRequest{ContainerID: container, ExecID: p.id})
 		}
-		_, err := p.tasks.DeleteProcess(ctx, &tasks.DeleteProcessRequest{ContainerID: container, ExecID: p.id})
+		if errdefs.IsNotFound(errgrpc.ToNative(err)) {
+			return nil // it went with its container
+		}
 		return err
 	})
 	// The shim has them open now, so each read ends when the shim closes, and not before.

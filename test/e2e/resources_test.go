@@ -20,11 +20,8 @@ func limited(r *runtimeapi.LinuxContainerResources) func(*runtimeapi.ContainerCo
 	return func(c *runtimeapi.ContainerConfig) { c.Linux.Resources = r }
 }
 
-// TestResources is about limits, what happens at them, and statistics.
-func TestResources(t *testing.T) {
-	n := sharedNode(t)
-	pod := runPod(t, n, harness.PodSpec{})
-
+// checkResources is about limits, what happens at them, and statistics.
+func checkResources(t *testing.T, n *harness.Node, pod *harness.Pod) {
 	t.Run("out of memory", func(t *testing.T) {
 		for _, c := range []struct{ name, script string }{
 			{"init", "exec dd if=/dev/zero of=/dev/null bs=200M count=1"},
@@ -44,7 +41,7 @@ func TestResources(t *testing.T) {
 			Change: limited(&runtimeapi.LinuxContainerResources{Unified: map[string]string{"pids.max": "20"}}),
 		})
 		assert.Equal(t, "20", output(t, c, "cat /sys/fs/cgroup/pids.max"))
-		result, err := c.Exec(testContext(t), "sh", "-c", "for i in $(seq 40); do sleep 1000 & done")
+		result, err := c.Exec(testContext(t), "sh", "-c", "for i in $(seq 40); do sleep 1000 > /dev/null 2>&1 & done")
 		require.NoError(t, err)
 		assert.Contains(t, result.Stderr, "can't fork")
 	})
@@ -95,6 +92,24 @@ func checkStats(t *testing.T, n *harness.Node, pod *harness.Pod) {
 		require.NoError(t, err)
 		require.Len(t, answer.GetStats(), 1)
 		assert.Positive(t, answer.GetStats()[0].GetMemory().GetUsageBytes().GetValue())
+	})
+	t.Run("metrics", func(t *testing.T) {
+		answer, err := n.CRI().Runtime.ListPodSandboxMetrics(ctx, &runtimeapi.ListPodSandboxMetricsRequest{})
+		require.NoError(t, err)
+		names := map[string]bool{}
+		for _, p := range answer.GetPodMetrics() {
+			if p.GetPodSandboxId() != pod.ID {
+				continue
+			}
+			for _, c := range p.GetContainerMetrics() {
+				for _, m := range c.GetMetrics() {
+					names[m.GetName()] = true
+				}
+			}
+		}
+		for _, name := range []string{"container_cpu_usage_seconds_total", "container_memory_usage_bytes"} {
+			assert.True(t, names[name], "%s is not among %v", name, names)
+		}
 	})
 	t.Run("pod", func(t *testing.T) {
 		answer, err := n.CRI().Runtime.PodSandboxStats(ctx, &runtimeapi.PodSandboxStatsRequest{PodSandboxId: pod.ID})

@@ -23,10 +23,8 @@ const (
 	burstSize = 8 << 20  // written by a process that exits at once
 )
 
-// TestStdio is about the bytes of processes: those of execs over FIFOs of the test's own, those of inits over CRI's log.
-func TestStdio(t *testing.T) {
-	n := sharedNode(t)
-	pod := runPod(t, n, harness.PodSpec{})
+// checkStdio is about the bytes of processes: those of execs over FIFOs of the test's own, those of inits over CRI's log.
+func checkStdio(t *testing.T, n *harness.Node, pod *harness.Pod) {
 	c := runContainer(t, pod, harness.ContainerSpec{})
 
 	t.Run("20 MiB in and out", func(t *testing.T) { checkBulk(t, n, c) })
