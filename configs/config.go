@@ -76,7 +76,7 @@ type Sizing struct {
 	// MaxVCPUs and MaxMemoryMiB bound a VM, hotplug included; 0: as much as the host has.
 	MaxVCPUs     int
 	MaxMemoryMiB int
-	// HotplugPorts is the number of PCIe root ports made at boot for devices that come later.
+	// HotplugPorts is the number of PCIe root ports made at boot for shared folders, which come later.
 	HotplugPorts int
 }
 
@@ -86,8 +86,6 @@ type Timeouts struct {
 	Boot time.Duration
 	// Stop: from asking the guest to power off until it is killed.
 	Stop time.Duration
-	// Kill: from SIGKILL to the end of a process of ours.
-	Kill time.Duration
 	// RPC: one call to the agent that is expected to answer at once.
 	RPC time.Duration
 	// CreateContainer: all of a container's creation, building of missing layer images included.
@@ -124,8 +122,6 @@ type Annotations struct {
 type Log struct {
 	// Level is trace, debug, info, warn or error. containerd's own level, where it gives one, is the caller's matter.
 	Level string
-	// GuestConsoleMaxKiB bounds the console log kept of each guest.
-	GuestConsoleMaxKiB int
 	// DebugConsole makes the guest's kernel and agent write much to the console.
 	DebugConsole bool
 }

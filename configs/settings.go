@@ -170,7 +170,6 @@ func settings() []setting {
 
 		duration("timeouts.boot", func(c *Config) *time.Duration { return &c.Timeouts.Boot }, time.Second),
 		duration("timeouts.stop", func(c *Config) *time.Duration { return &c.Timeouts.Stop }, 100*time.Millisecond),
-		duration("timeouts.kill", func(c *Config) *time.Duration { return &c.Timeouts.Kill }, 100*time.Millisecond),
 		duration("timeouts.rpc", func(c *Config) *time.Duration { return &c.Timeouts.RPC }, time.Second),
 		duration("timeouts.create_container", func(c *Config) *time.Duration { return &c.Timeouts.CreateContainer }, time.Second),
 		duration("timeouts.hotplug", func(c *Config) *time.Duration { return &c.Timeouts.Hotplug }, time.Second),
@@ -185,7 +184,6 @@ func settings() []setting {
 		list("annotations.allowed", func(c *Config) *[]string { return &c.Annotations.Allowed }, annotationKeys),
 
 		text("log.level", func(c *Config) *string { return &c.Log.Level }, oneOf("trace", "debug", "info", "warn", "error")),
-		number("log.guest_console_max_kib", func(c *Config) *int { return &c.Log.GuestConsoleMaxKiB }, 16, 64<<10),
 		flag("log.debug_console", func(c *Config) *bool { return &c.Log.DebugConsole }),
 	}
 }

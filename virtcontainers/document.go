@@ -16,10 +16,6 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/network"
 )
 
-// sharePorts is the number of hot-plug places for shared folders. One device serves all folders of a pod; the second
-// is for a new try after a failed one.
-const sharePorts = 2
-
 // hostFacts are what the document depends on beside configuration and pod.
 type hostFacts struct {
 	accel hypervisor.Accelerator
@@ -40,7 +36,7 @@ func buildDocument(cfg *configs.Config, pod PodConfig, kernel string, net *netwo
 		Memory:            hypervisor.Memory{Bytes: size.memory, Shared: true},
 		Boot:              hypervisor.Boot{Kernel: kernel, Initrd: cfg.Hypervisor.Initrd, Parameters: kernelParameters(cfg, host.accel)},
 		Vsock:             hypervisor.Vsock{Kind: host.vsock, CID: host.cid},
-		SharedFolderPorts: sharePorts,
+		SharedFolderPorts: cfg.Sizing.HotplugPorts,
 		Sandboxed:         cfg.Hypervisor.Sandbox,
 	}
 	for i, ifc := range net.Interfaces {

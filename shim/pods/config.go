@@ -5,9 +5,7 @@ package pods
 import (
 	"context"
 	"fmt"
-	"path"
 	"strconv"
-	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -52,6 +50,12 @@ func loadConfig(ctx context.Context, options *anypb.Any, annotations map[string]
 	if c, err = c.ApplyAnnotations(annotations); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
+	if log.GetLevel() < log.DebugLevel {
+		// One shim is one pod's. Where containerd asks for debugging, it gets it whatever the node says.
+		if err := log.SetLevel(c.Log.Level); err != nil {
+			return nil, err
+		}
+	}
 	return c, nil
 }
 
@@ -85,7 +89,7 @@ func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPat
 	p.HostPID = namespaces.GetPid() == criv1.NamespaceMode_NODE
 	p.HostIPC = namespaces.GetIpc() == criv1.NamespaceMode_NODE
 	p.Resources = Resources(c.GetLinux().GetResources())
-	p.CgroupsPath = cgroupsPath(c.GetLinux().GetCgroupParent(), r.ID)
+	p.CgroupParent = c.GetLinux().GetCgroupParent()
 	switch {
 	case namespaces.GetNetwork() == criv1.NamespaceMode_NODE:
 		p.Network = vc.NetworkHost
@@ -136,19 +140,6 @@ func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.P
 		p.Hooks = spec.Hooks
 	}
 	return p, nil
-}
-
-// cgroupsPath is where containerd would put the pause container (internal/cri/server/podsandbox: getCgroupsPath).
-func cgroupsPath(parent, id string) string {
-	switch {
-	case parent == "":
-		return ""
-	case strings.HasSuffix(path.Base(parent), ".slice"):
-		// systemd's form, slice:prefix:name
-		return strings.Join([]string{path.Base(parent), "cri-containerd", id}, ":")
-	default:
-		return path.Join(parent, id)
-	}
 }
 
 // annotatedResources are the pod's limits as CRI writes them beside the pause container's own; nil if it wrote none.

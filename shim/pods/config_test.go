@@ -95,12 +95,6 @@ func TestConfigOfOptionsAndAnnotations(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
 
-func TestCgroupsPath(t *testing.T) {
-	require.Equal(t, "c.slice:cri-containerd:id", cgroupsPath("/a.slice/b.slice/c.slice", "id"))
-	require.Equal(t, "/kubepods/x/id", cgroupsPath("/kubepods/x", "id"))
-	require.Empty(t, cgroupsPath("", "id"))
-}
-
 func TestResources(t *testing.T) {
 	require.Nil(t, Resources(nil))
 	require.Nil(t, Resources(&criv1.LinuxContainerResources{OomScoreAdj: -1}))

@@ -97,7 +97,7 @@ func TestLife(t *testing.T) {
 	require.Equal(t, "/run/netns/x", cfg.NetNSPath)
 	require.False(t, cfg.SharePID)
 	require.Equal(t, []string{"10.0.0.10"}, cfg.DNS.Servers)
-	require.Equal(t, "/kubepods/pod1/s", cfg.CgroupsPath)
+	require.Equal(t, "/kubepods/pod1", cfg.CgroupParent)
 	require.Equal(t, int64(1<<30), *cfg.Resources.Memory.Limit)
 	require.Nil(t, cfg.Hooks)
 
