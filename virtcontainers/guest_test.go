@@ -56,6 +56,6 @@ func TestAcceptEndsWithTheContext(t *testing.T) {
 }
 
 func TestPrintable(t *testing.T) {
-	require.Equal(t, "6.12?? ?x", printable("6.12\x1b\n =x"))
+	require.Equal(t, "6.12??-?x", printable("6.12\x1b\n =x"))
 	require.Len(t, printable(string(make([]byte, 4096))), 128)
 }

@@ -180,7 +180,10 @@ func printable(s string) string {
 		s = s[:128]
 	}
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r > '~' || r == '=' {
+		switch {
+		case r == ' ':
+			return '-'
+		case r < ' ' || r > '~' || r == '=':
 			return '?'
 		}
 		return r
