@@ -181,7 +181,7 @@ func (n *Node) Stop(ctx context.Context) error {
 		n.unmountAll(),
 		n.detachLoops(ctx),
 		n.deleteNetns(ctx),
-		n.removeCgroups(),
+		n.removeCgroups(ctx),
 		removeMatches("/var/lib/cni/results/"+n.Name+"-*"),
 	)
 	if err := errors.Join(faults...); err != nil {

@@ -141,15 +141,32 @@ func (n *Node) cgroups() ([]string, error) {
 	return found, err
 }
 
-func (n *Node) removeCgroups() error {
+// removeCgroups waits, within killBudget, for processes that were killed and that init has not reaped yet: until then their
+// cgroup is busy.
+func (n *Node) removeCgroups(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, killBudget)
+	defer cancel()
+	ticker := time.NewTicker(pollInterval)
+	defer ticker.Stop()
 	groups, err := n.cgroups()
 	if err != nil {
 		return err
 	}
 	slices.Reverse(groups)
 	for _, g := range groups {
-		if err := os.Remove(g); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+		for {
+			err := os.Remove(g)
+			if err == nil || errors.Is(err, os.ErrNotExist) {
+				break
+			}
+			if !errors.Is(err, unix.EBUSY) {
+				return err
+			}
+			select {
+			case <-ticker.C:
+			case <-ctx.Done():
+				return err
+			}
 		}
 	}
 	return nil
