@@ -109,17 +109,18 @@ lint: ## gofmt, go vet, staticcheck, shell syntax
 	if [ -n "$$unformatted" ]; then echo "not gofmt-clean:" $$unformatted >&2; exit 1; fi
 	$(GO) vet -tags seccomp ./...
 	$(GO) tool staticcheck -tags seccomp ./...
-	@for script in tools/setup tools/conformance/build .ci/run; do bash -n $$script; done
+	@for script in tools/setup tools/conformance/build tools/left-out .ci/run; do bash -n $$script; done
 	@long=$$(git ls-files -co --exclude-standard '*.go' | grep -vE '(_test|\.pb)\.go$$' | xargs -r wc -l | \
 	  awk '$$2 != "total" && $$1 > 500 { print $$2 " (" $$1 " lines)" }'); \
 	if [ -n "$$long" ]; then echo "longer than 500 lines, split them:" $$long >&2; exit 1; fi
 
 .PHONY: test
-test: setup conformance build guest test-unit test-vm test-e2e ## All tests (as root)
+test: setup conformance build guest test-unit test-vm test-e2e ## All tests (as root); at the end, which lanes were left out and why
+	@tools/left-out
 
 # The agent's packages need C (see agent above); the race detector does too.
 .PHONY: test-unit
-test-unit: setup ## The quick tests, with the race detector; what needs root or a VM is skipped with its reason
+test-unit: setup ## The quick tests, with the race detector; what needs root or a VM is skipped
 	CGO_ENABLED=1 $(GO) test -race -tags 'seccomp netgo osusergo' -timeout 15m $(if $(RUN),-run '$(RUN)') \
 	  $$($(GO) list ./... | grep -v '^$(MODULE)/test/')
 
