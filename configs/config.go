@@ -11,6 +11,7 @@ import (
 // Config is the whole configuration of one runtime handler, checked and immutable.
 type Config struct {
 	Hypervisor  Hypervisor
+	TEE         TEE
 	Sizing      Sizing
 	Timeouts    Timeouts
 	Rootfs      Rootfs
@@ -31,6 +32,9 @@ type origin struct {
 type Hypervisor struct {
 	// Kind is "qemu".
 	Kind string
+	// Arch is the guest's architecture in Go's words, "amd64" or "s390x"; empty: the host's. Another than the host's is
+	// emulated.
+	Arch string
 	// Path of the VMM's binary; empty: found in PATH. See Config.QEMU.
 	Path string
 	// Accel is one of the Accel constants.
@@ -64,6 +68,56 @@ const (
 	VsockVhost     = "vhost"
 	VsockVhostUser = "vhost-user"
 )
+
+// TEE is [tee]: whether and how VMs are launched as confidential ones.
+type TEE struct {
+	// Platform is a name of package tee: none, sample, snp, tdx, se.
+	Platform string
+	// Firmware is the path of the firmware; empty: found by QEMU's firmware descriptors.
+	Firmware string
+	// FirmwareDescriptors are the folders of such descriptors, the first one with a fitting one counts.
+	FirmwareDescriptors []string
+	// FirmwareDigests are the SHA-256 digests (hex) of the firmware images that are accepted.
+	FirmwareDigests []string
+	// Initdata is the path of an initdata document for pods without one of their own; empty: none.
+	Initdata string
+	// AllowDebug accepts launches that let the host read the guest (debug policy, debug attribute).
+	AllowDebug bool
+	// SwiotlbMiB is the size of the guest's bounce buffers.
+	SwiotlbMiB int
+	SNP        TEESNP
+	TDX        TEETDX
+	SE         TEESE
+}
+
+// TEESNP is [tee.snp].
+type TEESNP struct {
+	// Policy of the guest.
+	Policy uint64
+	// GuestFeatures is the SEV_FEATURES value that the host's kernel puts into each VMSA; it is measured.
+	GuestFeatures uint64
+	// IDKey and AuthorKey are paths of PEM files with ECDSA P-384 keys; empty: none.
+	IDKey, AuthorKey string
+	// FamilyID and ImageID are 16 bytes in hex, or empty.
+	FamilyID, ImageID string
+	GuestSVN          int
+}
+
+// TEETDX is [tee.tdx].
+type TEETDX struct {
+	// Attributes of the TD.
+	Attributes uint64
+	// QuoteSocket is "unix:/path", "vsock:CID:PORT", or empty for none.
+	QuoteSocket string
+	// MROwner and MROwnerConfig are 48 bytes in hex, or empty.
+	MROwner, MROwnerConfig string
+}
+
+// TEESE is [tee.se].
+type TEESE struct {
+	// Image is the path of the Secure Execution image, which holds kernel, initrd and command line.
+	Image string
+}
 
 // Sizing is [sizing]: how large a VM is.
 type Sizing struct {
@@ -130,6 +184,8 @@ type Log struct {
 func (c *Config) clone() *Config {
 	n := *c
 	n.Hypervisor.KernelParams = slices.Clone(c.Hypervisor.KernelParams)
+	n.TEE.FirmwareDescriptors = slices.Clone(c.TEE.FirmwareDescriptors)
+	n.TEE.FirmwareDigests = slices.Clone(c.TEE.FirmwareDigests)
 	n.Annotations.Allowed = slices.Clone(c.Annotations.Allowed)
 	n.origins = maps.Clone(c.origins)
 	return &n

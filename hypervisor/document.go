@@ -11,6 +11,15 @@ const (
 	AccelTCG Accelerator = "tcg"
 )
 
+// Architecture is the guest's instruction set, in Go's words (GOARCH).
+type Architecture string
+
+// Architectures.
+const (
+	ArchAMD64 Architecture = "amd64"
+	ArchS390X Architecture = "s390x"
+)
+
 // VsockKind says how vsock is carried.
 type VsockKind string
 
@@ -29,11 +38,12 @@ type Document struct {
 	// UUID of the VM, RFC 9562 text form.
 	UUID string `json:"uuid"`
 
-	Accelerator Accelerator `json:"accelerator"`
-	CPU         CPU         `json:"cpu"`
-	Memory      Memory      `json:"memory"`
-	Boot        Boot        `json:"boot"`
-	Vsock       Vsock       `json:"vsock"`
+	Architecture Architecture `json:"architecture"`
+	Accelerator  Accelerator  `json:"accelerator"`
+	CPU          CPU          `json:"cpu"`
+	Memory       Memory       `json:"memory"`
+	Boot         Boot         `json:"boot"`
+	Vsock        Vsock        `json:"vsock"`
 	// Disks present at boot. More can be added to a running VM.
 	Disks []Disk `json:"disks,omitempty"`
 	NICs  []NIC  `json:"nics,omitempty"`
@@ -41,6 +51,8 @@ type Document struct {
 	SharedFolderPorts int `json:"shared_folder_ports,omitempty"`
 	// Sandboxed asks the VMM to give up what it does not need (seccomp).
 	Sandboxed bool `json:"sandboxed"`
+	// Confidential says how the VM is launched as a confidential one; nil for an ordinary VM.
+	Confidential *Confidential `json:"confidential,omitempty"`
 }
 
 // CPU of the VM.
@@ -61,11 +73,16 @@ type Memory struct {
 
 // Boot is direct kernel boot.
 type Boot struct {
-	// Kernel is the path of a kernel image: an ELF with a PVH note, or a bzImage.
+	// Firmware is the path of a firmware image that the VM starts with; empty: what the VMM brings along.
+	Firmware string `json:"firmware,omitempty"`
+	// Kernel is the path of a kernel image. amd64: an ELF with a PVH note (without Firmware only) or a bzImage; s390x: a
+	// raw kernel image or, with Sealed, a Secure Execution image.
 	Kernel string `json:"kernel"`
-	Initrd string `json:"initrd"`
+	// Sealed: Kernel holds initrd and parameters too, so that Initrd and Parameters are empty.
+	Sealed bool   `json:"sealed,omitempty"`
+	Initrd string `json:"initrd,omitempty"`
 	// Parameters of the kernel, in order; none contains white space.
-	Parameters []string `json:"parameters"`
+	Parameters []string `json:"parameters,omitempty"`
 }
 
 // Vsock device.

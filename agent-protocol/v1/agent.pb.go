@@ -43,7 +43,14 @@ type Hello struct {
 	KernelRelease string `protobuf:"bytes,4,opt,name=kernel_release,json=kernelRelease,proto3" json:"kernel_release,omitempty"`
 	BootId        string `protobuf:"bytes,5,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	// When things happened in the guest, in order.
-	BootTimeline  []*BootMark `protobuf:"bytes,6,rep,name=boot_timeline,json=bootTimeline,proto3" json:"boot_timeline,omitempty"`
+	BootTimeline []*BootMark `protobuf:"bytes,6,rep,name=boot_timeline,json=bootTimeline,proto3" json:"boot_timeline,omitempty"`
+	// The platform that the guest's launch names, as package tee does; empty for an ordinary VM. Since 1.1.
+	Tee string `protobuf:"bytes,7,opt,name=tee,proto3" json:"tee,omitempty"`
+	// Digest of the initdata that the agent found bound to its launch, "sha384:HEX" for example; empty: there is none.
+	// Since 1.1.
+	Initdata string `protobuf:"bytes,8,opt,name=initdata,proto3" json:"initdata,omitempty"`
+	// Why the guest refuses to go on: it ends after this frame. For people. Since 1.1.
+	Refusal       string `protobuf:"bytes,9,opt,name=refusal,proto3" json:"refusal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -118,6 +125,27 @@ func (x *Hello) GetBootTimeline() []*BootMark {
 		return x.BootTimeline
 	}
 	return nil
+}
+
+func (x *Hello) GetTee() string {
+	if x != nil {
+		return x.Tee
+	}
+	return ""
+}
+
+func (x *Hello) GetInitdata() string {
+	if x != nil {
+		return x.Initdata
+	}
+	return ""
+}
+
+func (x *Hello) GetRefusal() string {
+	if x != nil {
+		return x.Refusal
+	}
+	return ""
 }
 
 // BootMark is one step of the guest's boot, in microseconds since the guest's kernel started (CLOCK_BOOTTIME).
@@ -923,6 +951,8 @@ type Mount struct {
 	//	*Mount_PodShm
 	//	*Mount_File
 	//	*Mount_Shared
+	//	*Mount_Volume
+	//	*Mount_Scratch
 	Source        isMount_Source `protobuf_oneof:"source"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1015,6 +1045,24 @@ func (x *Mount) GetShared() *SharedPath {
 	return nil
 }
 
+func (x *Mount) GetVolume() *PodVolume {
+	if x != nil {
+		if x, ok := x.Source.(*Mount_Volume); ok {
+			return x.Volume
+		}
+	}
+	return nil
+}
+
+func (x *Mount) GetScratch() *ScratchVolume {
+	if x != nil {
+		if x, ok := x.Source.(*Mount_Scratch); ok {
+			return x.Scratch
+		}
+	}
+	return nil
+}
+
 type isMount_Source interface {
 	isMount_Source()
 }
@@ -1035,6 +1083,14 @@ type Mount_Shared struct {
 	Shared *SharedPath `protobuf:"bytes,6,opt,name=shared,proto3,oneof"`
 }
 
+type Mount_Volume struct {
+	Volume *PodVolume `protobuf:"bytes,7,opt,name=volume,proto3,oneof"`
+}
+
+type Mount_Scratch struct {
+	Scratch *ScratchVolume `protobuf:"bytes,8,opt,name=scratch,proto3,oneof"`
+}
+
 func (*Mount_Filesystem) isMount_Source() {}
 
 func (*Mount_PodShm) isMount_Source() {}
@@ -1042,6 +1098,10 @@ func (*Mount_PodShm) isMount_Source() {}
 func (*Mount_File) isMount_Source() {}
 
 func (*Mount_Shared) isMount_Source() {}
+
+func (*Mount_Volume) isMount_Source() {}
+
+func (*Mount_Scratch) isMount_Source() {}
 
 // GuestFilesystem is mounted by the guest's kernel without anything from the host:
 // proc, sysfs, tmpfs, devpts, mqueue, cgroup (the guest mounts cgroup v2), ramfs.
@@ -1250,6 +1310,336 @@ func (x *SharedPath) GetName() string {
 	return ""
 }
 
+// PodVolume is a volume that PutVolume filled, or one file of it. Read-only in containers.
+type PodVolume struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// One file of the volume, as in VolumeFile.path; it stays as it is when the volume changes. Empty: the whole volume.
+	Path          string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PodVolume) Reset() {
+	*x = PodVolume{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PodVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PodVolume) ProtoMessage() {}
+
+func (x *PodVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PodVolume.ProtoReflect.Descriptor instead.
+func (*PodVolume) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *PodVolume) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PodVolume) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+// ScratchVolume is an empty folder in guest memory, made with its first mount and shared by all containers of the pod
+// that name it (emptyDir).
+type ScratchVolume struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Limit in bytes; 0 means half of the guest's memory.
+	SizeBytes uint64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// Permission bits and owners of the folder.
+	Mode          uint32 `protobuf:"varint,3,opt,name=mode,proto3" json:"mode,omitempty"`
+	Uid           uint32 `protobuf:"varint,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid           uint32 `protobuf:"varint,5,opt,name=gid,proto3" json:"gid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ScratchVolume) Reset() {
+	*x = ScratchVolume{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ScratchVolume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ScratchVolume) ProtoMessage() {}
+
+func (x *ScratchVolume) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ScratchVolume.ProtoReflect.Descriptor instead.
+func (*ScratchVolume) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ScratchVolume) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ScratchVolume) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ScratchVolume) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *ScratchVolume) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *ScratchVolume) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+type PutVolumeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// [a-z0-9.-]{1,64}, not starting with a dot; chosen by the host, unique in the pod.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Grows with each change of the volume; all requests of one generation carry the same. A greater one drops what an
+	// unfinished one has put so far.
+	Generation uint64        `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	Files      []*VolumeFile `protobuf:"bytes,3,rep,name=files,proto3" json:"files,omitempty"`
+	// The generation is complete.
+	Commit        bool `protobuf:"varint,4,opt,name=commit,proto3" json:"commit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutVolumeRequest) Reset() {
+	*x = PutVolumeRequest{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutVolumeRequest) ProtoMessage() {}
+
+func (x *PutVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutVolumeRequest.ProtoReflect.Descriptor instead.
+func (*PutVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *PutVolumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PutVolumeRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *PutVolumeRequest) GetFiles() []*VolumeFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *PutVolumeRequest) GetCommit() bool {
+	if x != nil {
+		return x.Commit
+	}
+	return false
+}
+
+type PutVolumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutVolumeResponse) Reset() {
+	*x = PutVolumeResponse{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutVolumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutVolumeResponse) ProtoMessage() {}
+
+func (x *PutVolumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutVolumeResponse.ProtoReflect.Descriptor instead.
+func (*PutVolumeResponse) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+// VolumeFile is a file, or a further part of one.
+type VolumeFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Relative, clean; elements do not start with "..".
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// Permission bits. On the first part only, as uid and gid.
+	Mode uint32 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	Uid  uint32 `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid  uint32 `protobuf:"varint,4,opt,name=gid,proto3" json:"gid,omitempty"`
+	// Where content goes: the file's size so far; 0 begins the file.
+	Offset        uint64 `protobuf:"varint,5,opt,name=offset,proto3" json:"offset,omitempty"`
+	Content       []byte `protobuf:"bytes,6,opt,name=content,proto3" json:"content,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VolumeFile) Reset() {
+	*x = VolumeFile{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VolumeFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VolumeFile) ProtoMessage() {}
+
+func (x *VolumeFile) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VolumeFile.ProtoReflect.Descriptor instead.
+func (*VolumeFile) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *VolumeFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *VolumeFile) GetMode() uint32 {
+	if x != nil {
+		return x.Mode
+	}
+	return 0
+}
+
+func (x *VolumeFile) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *VolumeFile) GetGid() uint32 {
+	if x != nil {
+		return x.Gid
+	}
+	return 0
+}
+
+func (x *VolumeFile) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *VolumeFile) GetContent() []byte {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
 // Stdio says which streams a process has. Each non-empty value is a stream id: 32 lower-case hex digits, chosen by the
 // host, used once. The host connects the stream (see package wire) before StartProcess.
 type Stdio struct {
@@ -1268,7 +1658,7 @@ type Stdio struct {
 
 func (x *Stdio) Reset() {
 	*x = Stdio{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1670,7 @@ func (x *Stdio) String() string {
 func (*Stdio) ProtoMessage() {}
 
 func (x *Stdio) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[18]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1683,7 @@ func (x *Stdio) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stdio.ProtoReflect.Descriptor instead.
 func (*Stdio) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Stdio) GetStdin() string {
@@ -1351,7 +1741,7 @@ type CreateProcessRequest struct {
 
 func (x *CreateProcessRequest) Reset() {
 	*x = CreateProcessRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1753,7 @@ func (x *CreateProcessRequest) String() string {
 func (*CreateProcessRequest) ProtoMessage() {}
 
 func (x *CreateProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[19]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1766,7 @@ func (x *CreateProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProcessRequest.ProtoReflect.Descriptor instead.
 func (*CreateProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateProcessRequest) GetContainerId() string {
@@ -1415,7 +1805,7 @@ type CreateProcessResponse struct {
 
 func (x *CreateProcessResponse) Reset() {
 	*x = CreateProcessResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1427,7 +1817,7 @@ func (x *CreateProcessResponse) String() string {
 func (*CreateProcessResponse) ProtoMessage() {}
 
 func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[20]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1440,7 +1830,7 @@ func (x *CreateProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProcessResponse.ProtoReflect.Descriptor instead.
 func (*CreateProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type StartProcessRequest struct {
@@ -1453,7 +1843,7 @@ type StartProcessRequest struct {
 
 func (x *StartProcessRequest) Reset() {
 	*x = StartProcessRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +1855,7 @@ func (x *StartProcessRequest) String() string {
 func (*StartProcessRequest) ProtoMessage() {}
 
 func (x *StartProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[21]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +1868,7 @@ func (x *StartProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProcessRequest.ProtoReflect.Descriptor instead.
 func (*StartProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StartProcessRequest) GetContainerId() string {
@@ -1505,7 +1895,7 @@ type StartProcessResponse struct {
 
 func (x *StartProcessResponse) Reset() {
 	*x = StartProcessResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1907,7 @@ func (x *StartProcessResponse) String() string {
 func (*StartProcessResponse) ProtoMessage() {}
 
 func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[22]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1920,7 @@ func (x *StartProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartProcessResponse.ProtoReflect.Descriptor instead.
 func (*StartProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StartProcessResponse) GetPid() uint32 {
@@ -1550,7 +1940,7 @@ type WaitProcessRequest struct {
 
 func (x *WaitProcessRequest) Reset() {
 	*x = WaitProcessRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1952,7 @@ func (x *WaitProcessRequest) String() string {
 func (*WaitProcessRequest) ProtoMessage() {}
 
 func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1965,7 @@ func (x *WaitProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessRequest.ProtoReflect.Descriptor instead.
 func (*WaitProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WaitProcessRequest) GetContainerId() string {
@@ -1608,7 +1998,7 @@ type WaitProcessResponse struct {
 
 func (x *WaitProcessResponse) Reset() {
 	*x = WaitProcessResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1620,7 +2010,7 @@ func (x *WaitProcessResponse) String() string {
 func (*WaitProcessResponse) ProtoMessage() {}
 
 func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1633,7 +2023,7 @@ func (x *WaitProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitProcessResponse.ProtoReflect.Descriptor instead.
 func (*WaitProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WaitProcessResponse) GetExitStatus() uint32 {
@@ -1684,7 +2074,7 @@ type SignalProcessRequest struct {
 
 func (x *SignalProcessRequest) Reset() {
 	*x = SignalProcessRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1696,7 +2086,7 @@ func (x *SignalProcessRequest) String() string {
 func (*SignalProcessRequest) ProtoMessage() {}
 
 func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1709,7 +2099,7 @@ func (x *SignalProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessRequest.ProtoReflect.Descriptor instead.
 func (*SignalProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SignalProcessRequest) GetContainerId() string {
@@ -1748,7 +2138,7 @@ type SignalProcessResponse struct {
 
 func (x *SignalProcessResponse) Reset() {
 	*x = SignalProcessResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1760,7 +2150,7 @@ func (x *SignalProcessResponse) String() string {
 func (*SignalProcessResponse) ProtoMessage() {}
 
 func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1773,7 +2163,7 @@ func (x *SignalProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalProcessResponse.ProtoReflect.Descriptor instead.
 func (*SignalProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 type ResizeTerminalRequest struct {
@@ -1788,7 +2178,7 @@ type ResizeTerminalRequest struct {
 
 func (x *ResizeTerminalRequest) Reset() {
 	*x = ResizeTerminalRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +2190,7 @@ func (x *ResizeTerminalRequest) String() string {
 func (*ResizeTerminalRequest) ProtoMessage() {}
 
 func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +2203,7 @@ func (x *ResizeTerminalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalRequest.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ResizeTerminalRequest) GetContainerId() string {
@@ -1852,7 +2242,7 @@ type ResizeTerminalResponse struct {
 
 func (x *ResizeTerminalResponse) Reset() {
 	*x = ResizeTerminalResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +2254,7 @@ func (x *ResizeTerminalResponse) String() string {
 func (*ResizeTerminalResponse) ProtoMessage() {}
 
 func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +2267,7 @@ func (x *ResizeTerminalResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeTerminalResponse.ProtoReflect.Descriptor instead.
 func (*ResizeTerminalResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 type DeleteProcessRequest struct {
@@ -1890,7 +2280,7 @@ type DeleteProcessRequest struct {
 
 func (x *DeleteProcessRequest) Reset() {
 	*x = DeleteProcessRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2292,7 @@ func (x *DeleteProcessRequest) String() string {
 func (*DeleteProcessRequest) ProtoMessage() {}
 
 func (x *DeleteProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2305,7 @@ func (x *DeleteProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProcessRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProcessRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DeleteProcessRequest) GetContainerId() string {
@@ -1942,7 +2332,7 @@ type DeleteProcessResponse struct {
 
 func (x *DeleteProcessResponse) Reset() {
 	*x = DeleteProcessResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2344,7 @@ func (x *DeleteProcessResponse) String() string {
 func (*DeleteProcessResponse) ProtoMessage() {}
 
 func (x *DeleteProcessResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2357,7 @@ func (x *DeleteProcessResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProcessResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProcessResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DeleteProcessResponse) GetReleasedSerials() []string {
@@ -1986,7 +2376,7 @@ type PauseContainerRequest struct {
 
 func (x *PauseContainerRequest) Reset() {
 	*x = PauseContainerRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1998,7 +2388,7 @@ func (x *PauseContainerRequest) String() string {
 func (*PauseContainerRequest) ProtoMessage() {}
 
 func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2011,7 +2401,7 @@ func (x *PauseContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerRequest.ProtoReflect.Descriptor instead.
 func (*PauseContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PauseContainerRequest) GetContainerId() string {
@@ -2029,7 +2419,7 @@ type PauseContainerResponse struct {
 
 func (x *PauseContainerResponse) Reset() {
 	*x = PauseContainerResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2041,7 +2431,7 @@ func (x *PauseContainerResponse) String() string {
 func (*PauseContainerResponse) ProtoMessage() {}
 
 func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2054,7 +2444,7 @@ func (x *PauseContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseContainerResponse.ProtoReflect.Descriptor instead.
 func (*PauseContainerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 type ResumeContainerRequest struct {
@@ -2066,7 +2456,7 @@ type ResumeContainerRequest struct {
 
 func (x *ResumeContainerRequest) Reset() {
 	*x = ResumeContainerRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2078,7 +2468,7 @@ func (x *ResumeContainerRequest) String() string {
 func (*ResumeContainerRequest) ProtoMessage() {}
 
 func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2091,7 +2481,7 @@ func (x *ResumeContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerRequest.ProtoReflect.Descriptor instead.
 func (*ResumeContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ResumeContainerRequest) GetContainerId() string {
@@ -2109,7 +2499,7 @@ type ResumeContainerResponse struct {
 
 func (x *ResumeContainerResponse) Reset() {
 	*x = ResumeContainerResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2121,7 +2511,7 @@ func (x *ResumeContainerResponse) String() string {
 func (*ResumeContainerResponse) ProtoMessage() {}
 
 func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2134,7 +2524,7 @@ func (x *ResumeContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeContainerResponse.ProtoReflect.Descriptor instead.
 func (*ResumeContainerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 type UpdateContainerRequest struct {
@@ -2148,7 +2538,7 @@ type UpdateContainerRequest struct {
 
 func (x *UpdateContainerRequest) Reset() {
 	*x = UpdateContainerRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2160,7 +2550,7 @@ func (x *UpdateContainerRequest) String() string {
 func (*UpdateContainerRequest) ProtoMessage() {}
 
 func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2173,7 +2563,7 @@ func (x *UpdateContainerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerRequest.ProtoReflect.Descriptor instead.
 func (*UpdateContainerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *UpdateContainerRequest) GetContainerId() string {
@@ -2198,7 +2588,7 @@ type UpdateContainerResponse struct {
 
 func (x *UpdateContainerResponse) Reset() {
 	*x = UpdateContainerResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2210,7 +2600,7 @@ func (x *UpdateContainerResponse) String() string {
 func (*UpdateContainerResponse) ProtoMessage() {}
 
 func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2223,7 +2613,7 @@ func (x *UpdateContainerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateContainerResponse.ProtoReflect.Descriptor instead.
 func (*UpdateContainerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type ContainerStatsRequest struct {
@@ -2235,7 +2625,7 @@ type ContainerStatsRequest struct {
 
 func (x *ContainerStatsRequest) Reset() {
 	*x = ContainerStatsRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2247,7 +2637,7 @@ func (x *ContainerStatsRequest) String() string {
 func (*ContainerStatsRequest) ProtoMessage() {}
 
 func (x *ContainerStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2260,7 +2650,7 @@ func (x *ContainerStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatsRequest.ProtoReflect.Descriptor instead.
 func (*ContainerStatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ContainerStatsRequest) GetContainerId() string {
@@ -2280,7 +2670,7 @@ type ContainerStatsResponse struct {
 
 func (x *ContainerStatsResponse) Reset() {
 	*x = ContainerStatsResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2292,7 +2682,7 @@ func (x *ContainerStatsResponse) String() string {
 func (*ContainerStatsResponse) ProtoMessage() {}
 
 func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2305,7 +2695,7 @@ func (x *ContainerStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerStatsResponse.ProtoReflect.Descriptor instead.
 func (*ContainerStatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ContainerStatsResponse) GetCgroup2Metrics() []byte {
@@ -2324,7 +2714,7 @@ type ListProcessesRequest struct {
 
 func (x *ListProcessesRequest) Reset() {
 	*x = ListProcessesRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2336,7 +2726,7 @@ func (x *ListProcessesRequest) String() string {
 func (*ListProcessesRequest) ProtoMessage() {}
 
 func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2349,7 +2739,7 @@ func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesRequest.ProtoReflect.Descriptor instead.
 func (*ListProcessesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListProcessesRequest) GetContainerId() string {
@@ -2368,7 +2758,7 @@ type ListProcessesResponse struct {
 
 func (x *ListProcessesResponse) Reset() {
 	*x = ListProcessesResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[40]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2770,7 @@ func (x *ListProcessesResponse) String() string {
 func (*ListProcessesResponse) ProtoMessage() {}
 
 func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[40]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2783,7 @@ func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
 func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListProcessesResponse) GetProcesses() []*GuestProcess {
@@ -2414,7 +2804,7 @@ type GuestProcess struct {
 
 func (x *GuestProcess) Reset() {
 	*x = GuestProcess{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[41]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2426,7 +2816,7 @@ func (x *GuestProcess) String() string {
 func (*GuestProcess) ProtoMessage() {}
 
 func (x *GuestProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[41]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2439,7 +2829,7 @@ func (x *GuestProcess) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestProcess.ProtoReflect.Descriptor instead.
 func (*GuestProcess) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *GuestProcess) GetPid() uint32 {
@@ -2465,7 +2855,7 @@ type NextEventsRequest struct {
 
 func (x *NextEventsRequest) Reset() {
 	*x = NextEventsRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[42]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2477,7 +2867,7 @@ func (x *NextEventsRequest) String() string {
 func (*NextEventsRequest) ProtoMessage() {}
 
 func (x *NextEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[42]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2490,7 +2880,7 @@ func (x *NextEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextEventsRequest.ProtoReflect.Descriptor instead.
 func (*NextEventsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *NextEventsRequest) GetAfter() uint64 {
@@ -2509,7 +2899,7 @@ type NextEventsResponse struct {
 
 func (x *NextEventsResponse) Reset() {
 	*x = NextEventsResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[43]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2521,7 +2911,7 @@ func (x *NextEventsResponse) String() string {
 func (*NextEventsResponse) ProtoMessage() {}
 
 func (x *NextEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[43]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2534,7 +2924,7 @@ func (x *NextEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextEventsResponse.ProtoReflect.Descriptor instead.
 func (*NextEventsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NextEventsResponse) GetEvents() []*Event {
@@ -2559,7 +2949,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2571,7 +2961,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2584,7 +2974,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -2637,7 +3027,7 @@ type OOMKill struct {
 
 func (x *OOMKill) Reset() {
 	*x = OOMKill{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2649,7 +3039,7 @@ func (x *OOMKill) String() string {
 func (*OOMKill) ProtoMessage() {}
 
 func (x *OOMKill) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2662,7 +3052,7 @@ func (x *OOMKill) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OOMKill.ProtoReflect.Descriptor instead.
 func (*OOMKill) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *OOMKill) GetTotal() uint64 {
@@ -2680,7 +3070,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2692,7 +3082,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2705,7 +3095,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 type PingResponse struct {
@@ -2716,7 +3106,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2728,7 +3118,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2741,7 +3131,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 type SetClockRequest struct {
@@ -2753,7 +3143,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2765,7 +3155,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2778,7 +3168,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *SetClockRequest) GetUnixNanos() int64 {
@@ -2796,7 +3186,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2808,7 +3198,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2821,7 +3211,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 type MountSharedRequest struct {
@@ -2833,7 +3223,7 @@ type MountSharedRequest struct {
 
 func (x *MountSharedRequest) Reset() {
 	*x = MountSharedRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2845,7 +3235,7 @@ func (x *MountSharedRequest) String() string {
 func (*MountSharedRequest) ProtoMessage() {}
 
 func (x *MountSharedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2858,7 +3248,7 @@ func (x *MountSharedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountSharedRequest.ProtoReflect.Descriptor instead.
 func (*MountSharedRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *MountSharedRequest) GetTag() string {
@@ -2876,7 +3266,7 @@ type MountSharedResponse struct {
 
 func (x *MountSharedResponse) Reset() {
 	*x = MountSharedResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2888,7 +3278,7 @@ func (x *MountSharedResponse) String() string {
 func (*MountSharedResponse) ProtoMessage() {}
 
 func (x *MountSharedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2901,7 +3291,7 @@ func (x *MountSharedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountSharedResponse.ProtoReflect.Descriptor instead.
 func (*MountSharedResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 type SandboxStatsRequest struct {
@@ -2912,7 +3302,7 @@ type SandboxStatsRequest struct {
 
 func (x *SandboxStatsRequest) Reset() {
 	*x = SandboxStatsRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2924,7 +3314,7 @@ func (x *SandboxStatsRequest) String() string {
 func (*SandboxStatsRequest) ProtoMessage() {}
 
 func (x *SandboxStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2937,7 +3327,7 @@ func (x *SandboxStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatsRequest.ProtoReflect.Descriptor instead.
 func (*SandboxStatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type SandboxStatsResponse struct {
@@ -2956,7 +3346,7 @@ type SandboxStatsResponse struct {
 
 func (x *SandboxStatsResponse) Reset() {
 	*x = SandboxStatsResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2968,7 +3358,7 @@ func (x *SandboxStatsResponse) String() string {
 func (*SandboxStatsResponse) ProtoMessage() {}
 
 func (x *SandboxStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2981,7 +3371,7 @@ func (x *SandboxStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatsResponse.ProtoReflect.Descriptor instead.
 func (*SandboxStatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SandboxStatsResponse) GetCgroup2Metrics() []byte {
@@ -3028,7 +3418,7 @@ type UpdateNetworkRequest struct {
 
 func (x *UpdateNetworkRequest) Reset() {
 	*x = UpdateNetworkRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3430,7 @@ func (x *UpdateNetworkRequest) String() string {
 func (*UpdateNetworkRequest) ProtoMessage() {}
 
 func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3443,7 @@ func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *UpdateNetworkRequest) GetNetwork() *Network {
@@ -3071,7 +3461,7 @@ type UpdateNetworkResponse struct {
 
 func (x *UpdateNetworkResponse) Reset() {
 	*x = UpdateNetworkResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3083,7 +3473,7 @@ func (x *UpdateNetworkResponse) String() string {
 func (*UpdateNetworkResponse) ProtoMessage() {}
 
 func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3096,7 +3486,7 @@ func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 type ShutdownRequest struct {
@@ -3107,7 +3497,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +3509,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +3522,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 type ShutdownResponse struct {
@@ -3143,7 +3533,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3155,7 +3545,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3168,21 +3558,24 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 var File_agent_protocol_v1_agent_proto protoreflect.FileDescriptor
 
 const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x1dagent-protocol/v1/agent.proto\x12\x11cloister.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfc\x01\n" +
+	"\x1dagent-protocol/v1/agent.proto\x12\x11cloister.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x02\n" +
 	"\x05Hello\x12%\n" +
 	"\x0eprotocol_major\x18\x01 \x01(\rR\rprotocolMajor\x12%\n" +
 	"\x0eprotocol_minor\x18\x02 \x01(\rR\rprotocolMinor\x12#\n" +
 	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\x12%\n" +
 	"\x0ekernel_release\x18\x04 \x01(\tR\rkernelRelease\x12\x17\n" +
 	"\aboot_id\x18\x05 \x01(\tR\x06bootId\x12@\n" +
-	"\rboot_timeline\x18\x06 \x03(\v2\x1b.cloister.agent.v1.BootMarkR\fbootTimeline\"6\n" +
+	"\rboot_timeline\x18\x06 \x03(\v2\x1b.cloister.agent.v1.BootMarkR\fbootTimeline\x12\x10\n" +
+	"\x03tee\x18\a \x01(\tR\x03tee\x12\x1a\n" +
+	"\binitdata\x18\b \x01(\tR\binitdata\x12\x18\n" +
+	"\arefusal\x18\t \x01(\tR\arefusal\"6\n" +
 	"\bBootMark\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06micros\x18\x02 \x01(\x04R\x06micros\"\xb2\x01\n" +
@@ -3248,7 +3641,7 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"filesystem\x18\x02 \x01(\tR\n" +
 	"filesystem\x12#\n" +
-	"\rextra_serials\x18\x03 \x03(\tR\fextraSerials\"\xb5\x02\n" +
+	"\rextra_serials\x18\x03 \x03(\tR\fextraSerials\"\xab\x03\n" +
 	"\x05Mount\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\aoptions\x18\x02 \x03(\tR\aoptions\x12D\n" +
@@ -3257,7 +3650,9 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"filesystem\x124\n" +
 	"\apod_shm\x18\x04 \x01(\v2\x19.cloister.agent.v1.PodShmH\x00R\x06podShm\x121\n" +
 	"\x04file\x18\x05 \x01(\v2\x1b.cloister.agent.v1.FileCopyH\x00R\x04file\x127\n" +
-	"\x06shared\x18\x06 \x01(\v2\x1d.cloister.agent.v1.SharedPathH\x00R\x06sharedB\b\n" +
+	"\x06shared\x18\x06 \x01(\v2\x1d.cloister.agent.v1.SharedPathH\x00R\x06shared\x126\n" +
+	"\x06volume\x18\a \x01(\v2\x1c.cloister.agent.v1.PodVolumeH\x00R\x06volume\x12<\n" +
+	"\ascratch\x18\b \x01(\v2 .cloister.agent.v1.ScratchVolumeH\x00R\ascratchB\b\n" +
 	"\x06source\"%\n" +
 	"\x0fGuestFilesystem\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\"\b\n" +
@@ -3270,7 +3665,33 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"SharedPath\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"\x97\x01\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"3\n" +
+	"\tPodVolume\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"z\n" +
+	"\rScratchVolume\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x12\n" +
+	"\x04mode\x18\x03 \x01(\rR\x04mode\x12\x10\n" +
+	"\x03uid\x18\x04 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x05 \x01(\rR\x03gid\"\x93\x01\n" +
+	"\x10PutVolumeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\x123\n" +
+	"\x05files\x18\x03 \x03(\v2\x1d.cloister.agent.v1.VolumeFileR\x05files\x12\x16\n" +
+	"\x06commit\x18\x04 \x01(\bR\x06commit\"\x13\n" +
+	"\x11PutVolumeResponse\"\x8a\x01\n" +
+	"\n" +
+	"VolumeFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\rR\x03uid\x12\x10\n" +
+	"\x03gid\x18\x04 \x01(\rR\x03gid\x12\x16\n" +
+	"\x06offset\x18\x05 \x01(\x04R\x06offset\x12\x18\n" +
+	"\acontent\x18\x06 \x01(\fR\acontent\"\x97\x01\n" +
 	"\x05Stdio\x12\x14\n" +
 	"\x05stdin\x18\x01 \x01(\tR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
@@ -3368,7 +3789,7 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\anetwork\x18\x01 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\"\x17\n" +
 	"\x15UpdateNetworkResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xa7\x0f\n" +
+	"\x10ShutdownResponse2\xff\x0f\n" +
 	"\x05Agent\x12k\n" +
 	"\x10ConfigureSandbox\x12*.cloister.agent.v1.ConfigureSandboxRequest\x1a+.cloister.agent.v1.ConfigureSandboxResponse\x12h\n" +
 	"\x0fCreateContainer\x12).cloister.agent.v1.CreateContainerRequest\x1a*.cloister.agent.v1.CreateContainerResponse\x12b\n" +
@@ -3387,7 +3808,8 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"NextEvents\x12$.cloister.agent.v1.NextEventsRequest\x1a%.cloister.agent.v1.NextEventsResponse\x12G\n" +
 	"\x04Ping\x12\x1e.cloister.agent.v1.PingRequest\x1a\x1f.cloister.agent.v1.PingResponse\x12S\n" +
 	"\bSetClock\x12\".cloister.agent.v1.SetClockRequest\x1a#.cloister.agent.v1.SetClockResponse\x12\\\n" +
-	"\vMountShared\x12%.cloister.agent.v1.MountSharedRequest\x1a&.cloister.agent.v1.MountSharedResponse\x12_\n" +
+	"\vMountShared\x12%.cloister.agent.v1.MountSharedRequest\x1a&.cloister.agent.v1.MountSharedResponse\x12V\n" +
+	"\tPutVolume\x12#.cloister.agent.v1.PutVolumeRequest\x1a$.cloister.agent.v1.PutVolumeResponse\x12_\n" +
 	"\fSandboxStats\x12&.cloister.agent.v1.SandboxStatsRequest\x1a'.cloister.agent.v1.SandboxStatsResponse\x12b\n" +
 	"\rUpdateNetwork\x12'.cloister.agent.v1.UpdateNetworkRequest\x1a(.cloister.agent.v1.UpdateNetworkResponse\x12S\n" +
 	"\bShutdown\x12\".cloister.agent.v1.ShutdownRequest\x1a#.cloister.agent.v1.ShutdownResponseB@Z>github.com/cloister-project/cloister/agent-protocol/v1;agentv1b\x06proto3"
@@ -3404,7 +3826,7 @@ func file_agent_protocol_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_protocol_v1_agent_proto_rawDescData
 }
 
-var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 64)
 var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*Hello)(nil),                    // 0: cloister.agent.v1.Hello
 	(*BootMark)(nil),                 // 1: cloister.agent.v1.BootMark
@@ -3424,115 +3846,125 @@ var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*PodShm)(nil),                   // 15: cloister.agent.v1.PodShm
 	(*FileCopy)(nil),                 // 16: cloister.agent.v1.FileCopy
 	(*SharedPath)(nil),               // 17: cloister.agent.v1.SharedPath
-	(*Stdio)(nil),                    // 18: cloister.agent.v1.Stdio
-	(*CreateProcessRequest)(nil),     // 19: cloister.agent.v1.CreateProcessRequest
-	(*CreateProcessResponse)(nil),    // 20: cloister.agent.v1.CreateProcessResponse
-	(*StartProcessRequest)(nil),      // 21: cloister.agent.v1.StartProcessRequest
-	(*StartProcessResponse)(nil),     // 22: cloister.agent.v1.StartProcessResponse
-	(*WaitProcessRequest)(nil),       // 23: cloister.agent.v1.WaitProcessRequest
-	(*WaitProcessResponse)(nil),      // 24: cloister.agent.v1.WaitProcessResponse
-	(*SignalProcessRequest)(nil),     // 25: cloister.agent.v1.SignalProcessRequest
-	(*SignalProcessResponse)(nil),    // 26: cloister.agent.v1.SignalProcessResponse
-	(*ResizeTerminalRequest)(nil),    // 27: cloister.agent.v1.ResizeTerminalRequest
-	(*ResizeTerminalResponse)(nil),   // 28: cloister.agent.v1.ResizeTerminalResponse
-	(*DeleteProcessRequest)(nil),     // 29: cloister.agent.v1.DeleteProcessRequest
-	(*DeleteProcessResponse)(nil),    // 30: cloister.agent.v1.DeleteProcessResponse
-	(*PauseContainerRequest)(nil),    // 31: cloister.agent.v1.PauseContainerRequest
-	(*PauseContainerResponse)(nil),   // 32: cloister.agent.v1.PauseContainerResponse
-	(*ResumeContainerRequest)(nil),   // 33: cloister.agent.v1.ResumeContainerRequest
-	(*ResumeContainerResponse)(nil),  // 34: cloister.agent.v1.ResumeContainerResponse
-	(*UpdateContainerRequest)(nil),   // 35: cloister.agent.v1.UpdateContainerRequest
-	(*UpdateContainerResponse)(nil),  // 36: cloister.agent.v1.UpdateContainerResponse
-	(*ContainerStatsRequest)(nil),    // 37: cloister.agent.v1.ContainerStatsRequest
-	(*ContainerStatsResponse)(nil),   // 38: cloister.agent.v1.ContainerStatsResponse
-	(*ListProcessesRequest)(nil),     // 39: cloister.agent.v1.ListProcessesRequest
-	(*ListProcessesResponse)(nil),    // 40: cloister.agent.v1.ListProcessesResponse
-	(*GuestProcess)(nil),             // 41: cloister.agent.v1.GuestProcess
-	(*NextEventsRequest)(nil),        // 42: cloister.agent.v1.NextEventsRequest
-	(*NextEventsResponse)(nil),       // 43: cloister.agent.v1.NextEventsResponse
-	(*Event)(nil),                    // 44: cloister.agent.v1.Event
-	(*OOMKill)(nil),                  // 45: cloister.agent.v1.OOMKill
-	(*PingRequest)(nil),              // 46: cloister.agent.v1.PingRequest
-	(*PingResponse)(nil),             // 47: cloister.agent.v1.PingResponse
-	(*SetClockRequest)(nil),          // 48: cloister.agent.v1.SetClockRequest
-	(*SetClockResponse)(nil),         // 49: cloister.agent.v1.SetClockResponse
-	(*MountSharedRequest)(nil),       // 50: cloister.agent.v1.MountSharedRequest
-	(*MountSharedResponse)(nil),      // 51: cloister.agent.v1.MountSharedResponse
-	(*SandboxStatsRequest)(nil),      // 52: cloister.agent.v1.SandboxStatsRequest
-	(*SandboxStatsResponse)(nil),     // 53: cloister.agent.v1.SandboxStatsResponse
-	(*UpdateNetworkRequest)(nil),     // 54: cloister.agent.v1.UpdateNetworkRequest
-	(*UpdateNetworkResponse)(nil),    // 55: cloister.agent.v1.UpdateNetworkResponse
-	(*ShutdownRequest)(nil),          // 56: cloister.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 57: cloister.agent.v1.ShutdownResponse
-	nil,                              // 58: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),    // 59: google.protobuf.Timestamp
+	(*PodVolume)(nil),                // 18: cloister.agent.v1.PodVolume
+	(*ScratchVolume)(nil),            // 19: cloister.agent.v1.ScratchVolume
+	(*PutVolumeRequest)(nil),         // 20: cloister.agent.v1.PutVolumeRequest
+	(*PutVolumeResponse)(nil),        // 21: cloister.agent.v1.PutVolumeResponse
+	(*VolumeFile)(nil),               // 22: cloister.agent.v1.VolumeFile
+	(*Stdio)(nil),                    // 23: cloister.agent.v1.Stdio
+	(*CreateProcessRequest)(nil),     // 24: cloister.agent.v1.CreateProcessRequest
+	(*CreateProcessResponse)(nil),    // 25: cloister.agent.v1.CreateProcessResponse
+	(*StartProcessRequest)(nil),      // 26: cloister.agent.v1.StartProcessRequest
+	(*StartProcessResponse)(nil),     // 27: cloister.agent.v1.StartProcessResponse
+	(*WaitProcessRequest)(nil),       // 28: cloister.agent.v1.WaitProcessRequest
+	(*WaitProcessResponse)(nil),      // 29: cloister.agent.v1.WaitProcessResponse
+	(*SignalProcessRequest)(nil),     // 30: cloister.agent.v1.SignalProcessRequest
+	(*SignalProcessResponse)(nil),    // 31: cloister.agent.v1.SignalProcessResponse
+	(*ResizeTerminalRequest)(nil),    // 32: cloister.agent.v1.ResizeTerminalRequest
+	(*ResizeTerminalResponse)(nil),   // 33: cloister.agent.v1.ResizeTerminalResponse
+	(*DeleteProcessRequest)(nil),     // 34: cloister.agent.v1.DeleteProcessRequest
+	(*DeleteProcessResponse)(nil),    // 35: cloister.agent.v1.DeleteProcessResponse
+	(*PauseContainerRequest)(nil),    // 36: cloister.agent.v1.PauseContainerRequest
+	(*PauseContainerResponse)(nil),   // 37: cloister.agent.v1.PauseContainerResponse
+	(*ResumeContainerRequest)(nil),   // 38: cloister.agent.v1.ResumeContainerRequest
+	(*ResumeContainerResponse)(nil),  // 39: cloister.agent.v1.ResumeContainerResponse
+	(*UpdateContainerRequest)(nil),   // 40: cloister.agent.v1.UpdateContainerRequest
+	(*UpdateContainerResponse)(nil),  // 41: cloister.agent.v1.UpdateContainerResponse
+	(*ContainerStatsRequest)(nil),    // 42: cloister.agent.v1.ContainerStatsRequest
+	(*ContainerStatsResponse)(nil),   // 43: cloister.agent.v1.ContainerStatsResponse
+	(*ListProcessesRequest)(nil),     // 44: cloister.agent.v1.ListProcessesRequest
+	(*ListProcessesResponse)(nil),    // 45: cloister.agent.v1.ListProcessesResponse
+	(*GuestProcess)(nil),             // 46: cloister.agent.v1.GuestProcess
+	(*NextEventsRequest)(nil),        // 47: cloister.agent.v1.NextEventsRequest
+	(*NextEventsResponse)(nil),       // 48: cloister.agent.v1.NextEventsResponse
+	(*Event)(nil),                    // 49: cloister.agent.v1.Event
+	(*OOMKill)(nil),                  // 50: cloister.agent.v1.OOMKill
+	(*PingRequest)(nil),              // 51: cloister.agent.v1.PingRequest
+	(*PingResponse)(nil),             // 52: cloister.agent.v1.PingResponse
+	(*SetClockRequest)(nil),          // 53: cloister.agent.v1.SetClockRequest
+	(*SetClockResponse)(nil),         // 54: cloister.agent.v1.SetClockResponse
+	(*MountSharedRequest)(nil),       // 55: cloister.agent.v1.MountSharedRequest
+	(*MountSharedResponse)(nil),      // 56: cloister.agent.v1.MountSharedResponse
+	(*SandboxStatsRequest)(nil),      // 57: cloister.agent.v1.SandboxStatsRequest
+	(*SandboxStatsResponse)(nil),     // 58: cloister.agent.v1.SandboxStatsResponse
+	(*UpdateNetworkRequest)(nil),     // 59: cloister.agent.v1.UpdateNetworkRequest
+	(*UpdateNetworkResponse)(nil),    // 60: cloister.agent.v1.UpdateNetworkResponse
+	(*ShutdownRequest)(nil),          // 61: cloister.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 62: cloister.agent.v1.ShutdownResponse
+	nil,                              // 63: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),    // 64: google.protobuf.Timestamp
 }
 var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	1,  // 0: cloister.agent.v1.Hello.boot_timeline:type_name -> cloister.agent.v1.BootMark
-	58, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	63, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 	5,  // 2: cloister.agent.v1.ConfigureSandboxRequest.network:type_name -> cloister.agent.v1.Network
 	6,  // 3: cloister.agent.v1.Network.interfaces:type_name -> cloister.agent.v1.Interface
 	7,  // 4: cloister.agent.v1.Network.routes:type_name -> cloister.agent.v1.Route
 	8,  // 5: cloister.agent.v1.Network.neighbours:type_name -> cloister.agent.v1.Neighbour
 	11, // 6: cloister.agent.v1.CreateContainerRequest.rootfs:type_name -> cloister.agent.v1.Rootfs
 	13, // 7: cloister.agent.v1.CreateContainerRequest.mounts:type_name -> cloister.agent.v1.Mount
-	18, // 8: cloister.agent.v1.CreateContainerRequest.stdio:type_name -> cloister.agent.v1.Stdio
+	23, // 8: cloister.agent.v1.CreateContainerRequest.stdio:type_name -> cloister.agent.v1.Stdio
 	12, // 9: cloister.agent.v1.Rootfs.layers:type_name -> cloister.agent.v1.Layer
 	14, // 10: cloister.agent.v1.Mount.filesystem:type_name -> cloister.agent.v1.GuestFilesystem
 	15, // 11: cloister.agent.v1.Mount.pod_shm:type_name -> cloister.agent.v1.PodShm
 	16, // 12: cloister.agent.v1.Mount.file:type_name -> cloister.agent.v1.FileCopy
 	17, // 13: cloister.agent.v1.Mount.shared:type_name -> cloister.agent.v1.SharedPath
-	18, // 14: cloister.agent.v1.CreateProcessRequest.stdio:type_name -> cloister.agent.v1.Stdio
-	59, // 15: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
-	41, // 16: cloister.agent.v1.ListProcessesResponse.processes:type_name -> cloister.agent.v1.GuestProcess
-	44, // 17: cloister.agent.v1.NextEventsResponse.events:type_name -> cloister.agent.v1.Event
-	45, // 18: cloister.agent.v1.Event.oom:type_name -> cloister.agent.v1.OOMKill
-	5,  // 19: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
-	3,  // 20: cloister.agent.v1.Agent.ConfigureSandbox:input_type -> cloister.agent.v1.ConfigureSandboxRequest
-	9,  // 21: cloister.agent.v1.Agent.CreateContainer:input_type -> cloister.agent.v1.CreateContainerRequest
-	19, // 22: cloister.agent.v1.Agent.CreateProcess:input_type -> cloister.agent.v1.CreateProcessRequest
-	21, // 23: cloister.agent.v1.Agent.StartProcess:input_type -> cloister.agent.v1.StartProcessRequest
-	23, // 24: cloister.agent.v1.Agent.WaitProcess:input_type -> cloister.agent.v1.WaitProcessRequest
-	25, // 25: cloister.agent.v1.Agent.SignalProcess:input_type -> cloister.agent.v1.SignalProcessRequest
-	27, // 26: cloister.agent.v1.Agent.ResizeTerminal:input_type -> cloister.agent.v1.ResizeTerminalRequest
-	29, // 27: cloister.agent.v1.Agent.DeleteProcess:input_type -> cloister.agent.v1.DeleteProcessRequest
-	31, // 28: cloister.agent.v1.Agent.PauseContainer:input_type -> cloister.agent.v1.PauseContainerRequest
-	33, // 29: cloister.agent.v1.Agent.ResumeContainer:input_type -> cloister.agent.v1.ResumeContainerRequest
-	35, // 30: cloister.agent.v1.Agent.UpdateContainer:input_type -> cloister.agent.v1.UpdateContainerRequest
-	37, // 31: cloister.agent.v1.Agent.ContainerStats:input_type -> cloister.agent.v1.ContainerStatsRequest
-	39, // 32: cloister.agent.v1.Agent.ListProcesses:input_type -> cloister.agent.v1.ListProcessesRequest
-	42, // 33: cloister.agent.v1.Agent.NextEvents:input_type -> cloister.agent.v1.NextEventsRequest
-	46, // 34: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
-	48, // 35: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
-	50, // 36: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
-	52, // 37: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
-	54, // 38: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
-	56, // 39: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
-	4,  // 40: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
-	10, // 41: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
-	20, // 42: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
-	22, // 43: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
-	24, // 44: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
-	26, // 45: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
-	28, // 46: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
-	30, // 47: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
-	32, // 48: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
-	34, // 49: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
-	36, // 50: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
-	38, // 51: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
-	40, // 52: cloister.agent.v1.Agent.ListProcesses:output_type -> cloister.agent.v1.ListProcessesResponse
-	43, // 53: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
-	47, // 54: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
-	49, // 55: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
-	51, // 56: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
-	53, // 57: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
-	55, // 58: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
-	57, // 59: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
-	40, // [40:60] is the sub-list for method output_type
-	20, // [20:40] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	18, // 14: cloister.agent.v1.Mount.volume:type_name -> cloister.agent.v1.PodVolume
+	19, // 15: cloister.agent.v1.Mount.scratch:type_name -> cloister.agent.v1.ScratchVolume
+	22, // 16: cloister.agent.v1.PutVolumeRequest.files:type_name -> cloister.agent.v1.VolumeFile
+	23, // 17: cloister.agent.v1.CreateProcessRequest.stdio:type_name -> cloister.agent.v1.Stdio
+	64, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	46, // 19: cloister.agent.v1.ListProcessesResponse.processes:type_name -> cloister.agent.v1.GuestProcess
+	49, // 20: cloister.agent.v1.NextEventsResponse.events:type_name -> cloister.agent.v1.Event
+	50, // 21: cloister.agent.v1.Event.oom:type_name -> cloister.agent.v1.OOMKill
+	5,  // 22: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
+	3,  // 23: cloister.agent.v1.Agent.ConfigureSandbox:input_type -> cloister.agent.v1.ConfigureSandboxRequest
+	9,  // 24: cloister.agent.v1.Agent.CreateContainer:input_type -> cloister.agent.v1.CreateContainerRequest
+	24, // 25: cloister.agent.v1.Agent.CreateProcess:input_type -> cloister.agent.v1.CreateProcessRequest
+	26, // 26: cloister.agent.v1.Agent.StartProcess:input_type -> cloister.agent.v1.StartProcessRequest
+	28, // 27: cloister.agent.v1.Agent.WaitProcess:input_type -> cloister.agent.v1.WaitProcessRequest
+	30, // 28: cloister.agent.v1.Agent.SignalProcess:input_type -> cloister.agent.v1.SignalProcessRequest
+	32, // 29: cloister.agent.v1.Agent.ResizeTerminal:input_type -> cloister.agent.v1.ResizeTerminalRequest
+	34, // 30: cloister.agent.v1.Agent.DeleteProcess:input_type -> cloister.agent.v1.DeleteProcessRequest
+	36, // 31: cloister.agent.v1.Agent.PauseContainer:input_type -> cloister.agent.v1.PauseContainerRequest
+	38, // 32: cloister.agent.v1.Agent.ResumeContainer:input_type -> cloister.agent.v1.ResumeContainerRequest
+	40, // 33: cloister.agent.v1.Agent.UpdateContainer:input_type -> cloister.agent.v1.UpdateContainerRequest
+	42, // 34: cloister.agent.v1.Agent.ContainerStats:input_type -> cloister.agent.v1.ContainerStatsRequest
+	44, // 35: cloister.agent.v1.Agent.ListProcesses:input_type -> cloister.agent.v1.ListProcessesRequest
+	47, // 36: cloister.agent.v1.Agent.NextEvents:input_type -> cloister.agent.v1.NextEventsRequest
+	51, // 37: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
+	53, // 38: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
+	55, // 39: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
+	20, // 40: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
+	57, // 41: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
+	59, // 42: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
+	61, // 43: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
+	4,  // 44: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
+	10, // 45: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
+	25, // 46: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
+	27, // 47: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
+	29, // 48: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
+	31, // 49: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
+	33, // 50: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
+	35, // 51: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
+	37, // 52: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
+	39, // 53: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
+	41, // 54: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
+	43, // 55: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
+	45, // 56: cloister.agent.v1.Agent.ListProcesses:output_type -> cloister.agent.v1.ListProcessesResponse
+	48, // 57: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
+	52, // 58: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
+	54, // 59: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
+	56, // 60: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
+	21, // 61: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
+	58, // 62: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
+	60, // 63: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
+	62, // 64: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
+	44, // [44:65] is the sub-list for method output_type
+	23, // [23:44] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_agent_protocol_v1_agent_proto_init() }
@@ -3545,8 +3977,10 @@ func file_agent_protocol_v1_agent_proto_init() {
 		(*Mount_PodShm)(nil),
 		(*Mount_File)(nil),
 		(*Mount_Shared)(nil),
+		(*Mount_Volume)(nil),
+		(*Mount_Scratch)(nil),
 	}
-	file_agent_protocol_v1_agent_proto_msgTypes[44].OneofWrappers = []any{
+	file_agent_protocol_v1_agent_proto_msgTypes[49].OneofWrappers = []any{
 		(*Event_Oom)(nil),
 	}
 	type x struct{}
@@ -3555,7 +3989,7 @@ func file_agent_protocol_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_v1_agent_proto_rawDesc), len(file_agent_protocol_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   64,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

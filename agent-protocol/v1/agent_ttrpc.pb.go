@@ -25,6 +25,7 @@ type AgentService interface {
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
 	SetClock(context.Context, *SetClockRequest) (*SetClockResponse, error)
 	MountShared(context.Context, *MountSharedRequest) (*MountSharedResponse, error)
+	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
 	SandboxStats(context.Context, *SandboxStatsRequest) (*SandboxStatsResponse, error)
 	UpdateNetwork(context.Context, *UpdateNetworkRequest) (*UpdateNetworkResponse, error)
 	Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error)
@@ -151,6 +152,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.MountShared(ctx, &req)
+			},
+			"PutVolume": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req PutVolumeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.PutVolume(ctx, &req)
 			},
 			"SandboxStats": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req SandboxStatsRequest
@@ -318,6 +326,14 @@ func (c *agentClient) SetClock(ctx context.Context, req *SetClockRequest) (*SetC
 func (c *agentClient) MountShared(ctx context.Context, req *MountSharedRequest) (*MountSharedResponse, error) {
 	var resp MountSharedResponse
 	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "MountShared", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) PutVolume(ctx context.Context, req *PutVolumeRequest) (*PutVolumeResponse, error) {
+	var resp PutVolumeResponse
+	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "PutVolume", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -16,7 +16,17 @@ import (
 // Version of the protocol. Peers with the same Major understand each other; Minor counts additions.
 const (
 	Major = 1
-	Minor = 0
+	Minor = 1
+)
+
+// What a confidential guest is told by its launch. ParamTEE is on the kernel's command line, which is measured: it names
+// the platform (package tee), and the agent stops if the hardware is another. ParamInitdata gives initdata's binding in
+// hex where no register of the hardware holds it: in a Secure Execution image, sealed, and on the sample platform. The
+// disk with InitdataSerial carries the document itself.
+const (
+	ParamTEE       = "cloister.tee"
+	ParamInitdata  = "cloister.initdata"
+	InitdataSerial = "initdata"
 )
 
 // Vsock ports.
@@ -43,6 +53,14 @@ const (
 	// MaxFileCopy bounds one copied file, MaxFileCopies the sum of a container's.
 	MaxFileCopy   = 1 << 20
 	MaxFileCopies = 2 << 20
+	// A pod's volumes that are copied: their number, and of each the files, their names' length and the sum of their sizes.
+	// A Secret or ConfigMap has at most 1 MiB; a projected volume gathers several.
+	MaxVolumes     = 128
+	MaxVolumeFiles = 1024
+	MaxVolumePath  = 512
+	MaxVolumeBytes = 8 << 20
+	// MaxVolumeChunk bounds the contents in one PutVolume.
+	MaxVolumeChunk = 1 << 20
 	// MaxSpec bounds an OCI configuration in JSON.
 	MaxSpec = 2 << 20
 	// MaxContainers bounds the containers of a pod at one time, MaxProcesses the further processes of a container.

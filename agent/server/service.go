@@ -208,6 +208,10 @@ func (s *service) MountShared(ctx context.Context, r *agentv1.MountSharedRequest
 	return &agentv1.MountSharedResponse{}, nil
 }
 
+func (s *service) PutVolume(context.Context, *agentv1.PutVolumeRequest) (*agentv1.PutVolumeResponse, error) {
+	return nil, errdefs.ErrNotImplemented
+}
+
 func (s *service) SandboxStats(context.Context, *agentv1.SandboxStatsRequest) (*agentv1.SandboxStatsResponse, error) {
 	metrics, err := s.manager.PodStats()
 	if err != nil {

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tee
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/hypervisor"
+)
+
+// Name is a platform's name: in the configuration (tee.platform), on the guest's kernel command line (wire.ParamTEE), on
+// command lines of tools and in reports.
+type Name string
+
+// Platforms.
+const (
+	// None is an ordinary VM. Nothing of it is hidden from the host.
+	None Name = "none"
+	// Sample has all rules of a confidential VM and no hardware behind them: for tests and for learning.
+	Sample Name = "sample"
+	// SNP is AMD SEV-SNP.
+	SNP Name = "snp"
+	// TDX is Intel TDX.
+	TDX Name = "tdx"
+	// SE is IBM Secure Execution for Linux, on s390x.
+	SE Name = "se"
+)
+
+// Names lists all platforms.
+func Names() []Name { return []Name{None, Sample, SNP, TDX, SE} }
+
+// Confidential tells whether the rules of a confidential VM hold.
+func (n Name) Confidential() bool { return n != None && n != "" }
+
+// Protected tells whether hardware keeps the host out of the VM.
+func (n Name) Protected() bool { return n == SNP || n == TDX || n == SE }
+
+// Describe says in a line for people what the platform protects; it stands in a pod's status, in logs and in tools.
+func (n Name) Describe() string {
+	switch n {
+	case None:
+		return "none (the host can read this VM's memory)"
+	case Sample:
+		return "sample (NO PROTECTION: the rules of a confidential VM without its hardware; the host can read this VM's memory)"
+	case SNP:
+		return "snp (AMD SEV-SNP)"
+	case TDX:
+		return "tdx (Intel TDX)"
+	case SE:
+		return "se (IBM Secure Execution)"
+	}
+	return fmt.Sprintf("%q (unknown)", string(n))
+}
+
+// Host is what a caller of Probe found out about the node already.
+type Host struct {
+	Accelerator hypervisor.Accelerator
+	// VMMTypes are the object and device types that the VMM's binary has (qemu.Features.Types); nil: not known, no VMM
+	// was found.
+	VMMTypes []string
+}
+
+// Result of one look at the host.
+type Result string
+
+// Results.
+const (
+	OK      Result = "ok"
+	Missing Result = "missing" // the platform does not work without it
+	Note    Result = "note"
+)
+
+// Finding is what Probe saw of one thing that a platform needs.
+type Finding struct {
+	What   string `json:"what"`
+	Result Result `json:"result"`
+	Detail string `json:"detail"`
+	// Fix tells what to do; set with Missing.
+	Fix string `json:"fix,omitempty"`
+}
+
+// Inputs of Prepare, beside the document.
+type Inputs struct {
+	// InitdataDigest is initdata's digest in its own algorithm, to be bound to the launch; nil: no initdata.
+	InitdataDigest []byte
+}
+
+// Platform is one way of launching a VM. Implementations hold configuration only; all methods may be called from any
+// goroutine.
+type Platform interface {
+	Name() Name
+	// Probe looks for everything that the platform needs on this host, in the order in which it is set up. It changes
+	// nothing and needs no VM.
+	Probe(ctx context.Context, h Host) []Finding
+	// Prepare adds the platform to a document whose size, CPU model, boot files, parameters and devices stand. It reads
+	// files that the configuration and the document name (firmware, keys, boot files), looks at no hardware but the facts
+	// that do not change the measurement, and gives on every machine the same measured values for the same input. What
+	// would weaken the platform is an error: errdefs.ErrInvalidArgument, all reasons in one.
+	Prepare(ctx context.Context, doc *hypervisor.Document, in Inputs) error
+	// Measure predicts what the hardware will report of a prepared document. None and Sample give no values, SE those of
+	// its image.
+	Measure(ctx context.Context, doc hypervisor.Document) (*ReferenceValues, error)
+}
+
+// ReferenceValues are what a verifier compares evidence with.
+type ReferenceValues struct {
+	Platform Name   `json:"platform"`
+	VCPUs    int    `json:"vcpus"`
+	CPUModel string `json:"cpu_model,omitempty"`
+	// Values in the order in which a person looks for them.
+	Values []Value `json:"values"`
+	// Inputs are the files that were measured.
+	Inputs []Input `json:"inputs,omitempty"`
+	// Parameters is the measured kernel command line.
+	Parameters string `json:"parameters,omitempty"`
+}
+
+// Value is one measured register or field.
+type Value struct {
+	// Name: snp.launch_digest, snp.host_data, snp.policy, snp.id_key_digest, snp.author_key_digest, tdx.mrtd,
+	// tdx.mrtd_two_pass, tdx.rtmr0, tdx.rtmr1, tdx.rtmr2, tdx.mrconfigid, tdx.attributes, se.tag, se.image_phkh,
+	// se.attestation_phkh, se.pld, se.ald, se.tld.
+	Name string `json:"name"`
+	// Hex is the value in lower-case hexadecimal digits.
+	Hex string `json:"hex"`
+	// Note says what has to be known about the value; for people.
+	Note string `json:"note,omitempty"`
+}
+
+// Input is a measured file.
+type Input struct {
+	// Role: firmware, kernel, initrd, image.
+	Role   string `json:"role"`
+	Path   string `json:"path"`
+	SHA256 string `json:"sha256"`
+}
+
+// UnsupportedError says what a host lacks for a platform. It is errdefs.ErrFailedPrecondition.
+type UnsupportedError struct {
+	Platform Name
+	Missing  []Finding
+}
+
+// Error names everything that is missing and what to do about it.
+func (e *UnsupportedError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "this host cannot launch %s VMs:", e.Platform)
+	for _, f := range e.Missing {
+		fmt.Fprintf(&b, "\n  - %s: %s; %s", f.What, f.Detail, f.Fix)
+	}
+	return b.String()
+}
+
+// Is makes it an errdefs.ErrFailedPrecondition.
+func (e *UnsupportedError) Is(target error) bool { return target == errdefs.ErrFailedPrecondition }
+
+// Supported is nil, or an *UnsupportedError with the findings that are missing.
+func Supported(name Name, findings []Finding) error {
+	var missing []Finding
+	for _, f := range findings {
+		if f.Result == Missing {
+			missing = append(missing, f)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return &UnsupportedError{Platform: name, Missing: missing}
+}
