@@ -10,8 +10,13 @@ SHELL       := /bin/bash
 CLOISTER_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cloister
 export CLOISTER_CACHE
 
+# What is built is for amd64, or for s390x: crosswise, with what `make setup` got.
+ARCH    ?= amd64
+SUFFIX  := $(if $(filter-out amd64,$(ARCH)),-$(ARCH))
 BIN     := bin
-GUEST   := $(BIN)/guest
+# Cloister's binaries, and the guest image, of the architecture.
+OUT     := $(BIN)$(if $(SUFFIX),/$(ARCH))
+GUEST   := $(BIN)/guest$(SUFFIX)
 PREFIX  ?= /usr/local
 DESTDIR ?=
 SYSCONFDIR ?= /etc
@@ -22,12 +27,24 @@ MODULE  := github.com/cloister-project/cloister
 STAMP   := -X $(MODULE)/internal/version.Version=$(VERSION)
 GOFLAGS_COMMON := -trimpath -buildvcs=false
 
-# build-go OUTPUT ENVIRONMENT FLAGS PACKAGE builds beside the output and replaces it only if it became another, so
-# that what is made from it (the guest image) is not made anew for nothing.
+# The agent needs C: libcontainer enters namespaces before Go's runtime starts, and seccomp profiles are compiled by
+# libseccomp. Linked statically, since the guest has nothing but it. On s390x by the cross compiler, against the libseccomp
+# that setup unpacked.
+AGENT_ENV_amd64 := CGO_ENABLED=1
+AGENT_ENV_s390x = CGO_ENABLED=1 CC=s390x-linux-gnu-gcc CGO_CFLAGS="-O2 -I$$CLOISTER_S390X_SYSROOT/usr/include" \
+  CGO_LDFLAGS="-L$$CLOISTER_S390X_SYSROOT/usr/lib/s390x-linux-gnu" \
+  PKG_CONFIG_LIBDIR="$$CLOISTER_S390X_SYSROOT/usr/lib/s390x-linux-gnu/pkgconfig" PKG_CONFIG_SYSROOT_DIR="$$CLOISTER_S390X_SYSROOT"
+AGENT_FLAGS := -tags 'seccomp netgo osusergo' -ldflags '-s -w $(STAMP) -linkmode external -extldflags -static'
+
+# setup-env reads what tools/setup found and unpacked.
+setup-env = . '$(CLOISTER_CACHE)/env' || { echo 'this machine is not set up: run `make setup`' >&2; exit 1; }
+
+# build-go OUTPUT ENVIRONMENT FLAGS builds beside the output and replaces it only if it became another, so that what is
+# made from it (the guest image) is not made anew for nothing.
 define build-go
-mkdir -p $(BIN)/.new
-$(2) $(GO) build $(GOFLAGS_COMMON) $(3) -o $(BIN)/.new/$(1) ./cmd/$(1)
-cmp -s $(BIN)/.new/$(1) $(BIN)/$(1) || cp --remove-destination $(BIN)/.new/$(1) $(BIN)/$(1)
+mkdir -p $(OUT)/.new; \
+GOARCH=$(ARCH) $(2) $(GO) build $(GOFLAGS_COMMON) $(3) -o $(OUT)/.new/$(1) ./cmd/$(1); \
+cmp -s $(OUT)/.new/$(1) $(OUT)/$(1) || cp --remove-destination $(OUT)/.new/$(1) $(OUT)/$(1)
 endef
 
 ##@ Use
@@ -38,6 +55,7 @@ help: ## Show this help
 	  /^##@ / { print "\n" substr($$0, 5) ":" } \
 	  /^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\nVariables: KEEP=1 (run: leave the pod up), RUN=regexp (test, test-e2e: only these tests),\n'
+	@printf '           ARCH=s390x (build, guest, install: for IBM Z), COMPRESSION=zstd (guest: a smaller initrd),\n'
 	@printf '           PREFIX, DESTDIR, SYSCONFDIR (install), CLOISTER_CACHE (now $(CLOISTER_CACHE))\n'
 
 .PHONY: run
@@ -53,14 +71,17 @@ stop: ## Stop what `make run KEEP=1`, or a test that was killed, left up
 .PHONY: install
 install: build guest ## Install into PREFIX (/usr/local) and SYSCONFDIR (/etc); an existing cloister.toml is kept
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(PREFIX)/share/cloister' '$(DESTDIR)$(SYSCONFDIR)/cloister/config.d'
-	install -m 0755 $(BIN)/containerd-shim-cloister-v2 $(BIN)/cloister '$(DESTDIR)$(PREFIX)/bin/'
+	install -m 0755 $(OUT)/containerd-shim-cloister-v2 $(OUT)/cloister '$(DESTDIR)$(PREFIX)/bin/'
 	install -m 0644 $(GUEST)/vmlinuz $(GUEST)/initrd.img $(GUEST)/guest.json '$(DESTDIR)$(PREFIX)/share/cloister/'
-	sed 's|"/usr/share/cloister/|"$(PREFIX)/share/cloister/|' configs/cloister.toml > $(BIN)/.new/cloister.toml
+	install -m 0644 configs/containerd-config.toml configs/runtimeclass.yaml '$(DESTDIR)$(PREFIX)/share/cloister/'
+	install -d '$(DESTDIR)$(PREFIX)/share/cloister/platforms'
+	install -m 0644 configs/platforms/*.toml '$(DESTDIR)$(PREFIX)/share/cloister/platforms/'
+	sed 's|"/usr/share/cloister/|"$(PREFIX)/share/cloister/|' configs/cloister.toml > $(OUT)/.new/cloister.toml
 	@conf='$(DESTDIR)$(SYSCONFDIR)/cloister/cloister.toml'; \
-	if [ -e "$$conf" ] && ! cmp -s $(BIN)/.new/cloister.toml "$$conf"; then \
+	if [ -e "$$conf" ] && ! cmp -s $(OUT)/.new/cloister.toml "$$conf"; then \
 	  echo "keeping $$conf, the new one is beside it as cloister.toml.new"; conf=$$conf.new; \
 	fi; \
-	install -m 0644 $(BIN)/.new/cloister.toml "$$conf"
+	install -m 0644 $(OUT)/.new/cloister.toml "$$conf"
 
 ##@ Build
 
@@ -84,22 +105,37 @@ build: ## Build shim, agent and operator's tool into bin/
 	@$(call build-go,cloister,CGO_ENABLED=0,-tags no_grpc -ldflags '-s -w $(STAMP)')
 	@$(MAKE) -s agent
 
-# The agent needs C: libcontainer enters namespaces before Go's runtime starts, and seccomp profiles are compiled by
-# libseccomp. Linked statically, since the guest has nothing but it.
 .PHONY: agent
 agent:
-	@$(call build-go,cloister-agent,CGO_ENABLED=1,-tags 'seccomp netgo osusergo' -ldflags '-s -w $(STAMP) -linkmode external -extldflags -static')
+	@$(if $(SUFFIX),$(setup-env);) $(call build-go,cloister-agent,$(AGENT_ENV_$(ARCH)),$(AGENT_FLAGS))
+
+# How the initrd is packed: none starts fastest; zstd is a third of it, where size counts more (tools/guest/build.go).
+COMPRESSION ?= none
+
+GUEST_KERNEL_amd64  = $$CLOISTER_KERNEL
+GUEST_MODULES_amd64 = $$CLOISTER_MODULES
+GUEST_KERNEL_s390x  = $$CLOISTER_S390X_KERNEL
+GUEST_MODULES_s390x = $$CLOISTER_S390X_MODULES
 
 .PHONY: guest
 guest: agent ## Build the guest image, kernel and initrd, into bin/guest/
-	@. '$(CLOISTER_CACHE)/env' || { echo 'this machine is not set up: run `make setup`' >&2; exit 1; }; \
-	identity=$$(cat $(BIN)/cloister-agent tools/guest/*.go go.sum "$$CLOISTER_KERNEL" | sha256sum); \
+	@$(setup-env); \
+	identity="$(COMPRESSION) $$(cat $(OUT)/cloister-agent tools/guest/*.go go.sum "$(GUEST_KERNEL_$(ARCH))" | sha256sum)"; \
 	if [ "$$(cat $(GUEST)/.made-from 2>/dev/null)" != "$$identity" ]; then \
 	  mkdir -p $(GUEST); \
-	  CGO_ENABLED=0 $(GO) run $(GOFLAGS_COMMON) ./tools/guest -kernel "$$CLOISTER_KERNEL" -modules "$$CLOISTER_MODULES" \
-	    -agent $(BIN)/cloister-agent -version '$(VERSION)' -out $(GUEST); \
+	  CGO_ENABLED=0 $(GO) run $(GOFLAGS_COMMON) ./tools/guest -arch $(ARCH) -kernel "$(GUEST_KERNEL_$(ARCH))" \
+	    -modules "$(GUEST_MODULES_$(ARCH))" -agent $(OUT)/cloister-agent -version '$(VERSION)' \
+	    -compression '$(COMPRESSION)' -out $(GUEST); \
 	  echo "$$identity" > $(GUEST)/.made-from; \
 	fi
+
+.PHONY: build-s390x
+build-s390x: ## Build the same for IBM Z into bin/s390x/
+	@$(MAKE) -s build ARCH=s390x
+
+.PHONY: guest-s390x
+guest-s390x: ## Build the guest image for IBM Z into bin/guest-s390x/
+	@$(MAKE) -s guest ARCH=s390x
 
 ##@ Check
 
@@ -109,29 +145,51 @@ lint: ## gofmt, go vet, staticcheck, shell syntax
 	if [ -n "$$unformatted" ]; then echo "not gofmt-clean:" $$unformatted >&2; exit 1; fi
 	$(GO) vet -tags seccomp ./...
 	$(GO) tool staticcheck -tags seccomp ./...
-	@for script in tools/setup tools/conformance/build tools/left-out .ci/run; do bash -n $$script; done
+	@for script in tools/setup tools/conformance/build tools/left-out tools/qemu-next/run .ci/run; do bash -n $$script; done
 	@long=$$(git ls-files -co --exclude-standard '*.go' | grep -vE '(_test|\.pb)\.go$$' | xargs -r wc -l | \
 	  awk '$$2 != "total" && $$1 > 500 { print $$2 " (" $$1 " lines)" }'); \
 	if [ -n "$$long" ]; then echo "longer than 500 lines, split them:" $$long >&2; exit 1; fi
 
 .PHONY: test
-test: setup conformance build guest test-unit test-vm test-e2e ## All tests (as root); at the end, which lanes were left out and why
-	@tools/left-out
+test: setup conformance build guest build-s390x guest-s390x test-unit test-vm test-e2e ## All tests (as root); at the end, which lanes were left out and why
+	@tools/left-out $(BIN)
+
+# Files that tests read: firmware with known measurements, kernels, boot stubs.
+define test-files
+$(setup-env); \
+export CLOISTER_TEST_OVMF="$$CLOISTER_OVMF" CLOISTER_TEST_OVMF_AMDSEV="$$CLOISTER_OVMF_AMDSEV" \
+  CLOISTER_TEST_OVMF_INTELTDX="$$CLOISTER_OVMF_INTELTDX" CLOISTER_TEST_FIRMWARE_DESCRIPTORS="$$CLOISTER_FIRMWARE_DESCRIPTORS" \
+  CLOISTER_TEST_OVMF_TDX="$$CLOISTER_OVMF_TRIXIE" CLOISTER_TEST_SE_STUBS="$$CLOISTER_SE_STUBS" \
+  CLOISTER_TEST_S390X_KERNEL="$$CLOISTER_S390X_KERNEL" CLOISTER_TEST_S390X_MODULES="$$CLOISTER_S390X_MODULES"
+endef
+
+# Programs and guest images with which tests start VMs.
+define test-vms
+$(test-files) \
+  CLOISTER_TEST_KERNEL="$$CLOISTER_KERNEL" CLOISTER_TEST_MODULES="$$CLOISTER_MODULES" \
+  CLOISTER_TEST_QEMU="$$CLOISTER_QEMU" CLOISTER_TEST_QEMU_S390X="$$CLOISTER_QEMU_S390X" \
+  CLOISTER_TEST_VIRTIOFSD="$$CLOISTER_VIRTIOFSD" \
+  CLOISTER_TEST_GUEST='$(CURDIR)/$(BIN)/guest' CLOISTER_TEST_GUEST_S390X='$(CURDIR)/$(BIN)/guest-s390x'
+endef
 
 # The agent's packages need C (see agent above); the race detector does too.
 .PHONY: test-unit
 test-unit: setup ## The quick tests, with the race detector; what needs root or a VM is skipped
+	@$(test-files); \
 	CGO_ENABLED=1 $(GO) test -race -tags 'seccomp netgo osusergo' -timeout 15m $(if $(RUN),-run '$(RUN)') \
 	  $$($(GO) list ./... | grep -v '^$(MODULE)/test/')
 
-# Packages that start QEMU by themselves, on the kernel that setup fetched.
-VM_PACKAGES := ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share
+# Packages that start QEMU by themselves, on the kernels that setup fetched or on the guest image.
+VM_PACKAGES := ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share ./tee/...
 .PHONY: test-vm
-test-vm: setup ## Tests of single packages in real VMs (as root)
-	@. '$(CLOISTER_CACHE)/env'; \
-	export CLOISTER_TEST_KERNEL="$$CLOISTER_KERNEL" CLOISTER_TEST_MODULES="$$CLOISTER_MODULES" \
-	  CLOISTER_TEST_VIRTIOFSD="$$CLOISTER_VIRTIOFSD" CLOISTER_TEST_QEMU="$$CLOISTER_QEMU"; \
+test-vm: setup guest guest-s390x ## Tests of single packages in real VMs (as root)
+	@$(test-vms); \
 	$(GO) test -count=1 -p 1 -timeout 20m $(if $(RUN),-run '$(RUN)' -v) $(VM_PACKAGES)
+
+# Not part of `make test`: it fetches a newer Debian's QEMU and the libraries that it needs.
+.PHONY: test-qemu-next
+test-qemu-next: setup ## Command lines of all platforms against the newest QEMU, which knows TDX, unpacked into the cache
+	@tools/qemu-next/run
 
 # One package and one test at a time: each VM under emulation takes a core. No cached results: what is tested are
 # binaries and an image that Go does not know of.

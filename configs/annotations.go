@@ -3,6 +3,7 @@
 package configs
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -16,10 +17,27 @@ const annotationsFile = "pod annotations"
 // AnnotationPrefix starts every annotation that is addressed to Cloister.
 const AnnotationPrefix = "io.cloister."
 
+// Annotations with a pod's own initdata: Cloister's key, and the one that pods written for Kata Containers have. Both mean
+// the same.
+const (
+	AnnotationInitdata     = AnnotationPrefix + "initdata"
+	AnnotationKataInitdata = "io.katacontainers.config.hypervisor.cc_init_data"
+)
+
+// maxInitdataBytes bounds an annotation with initdata: Kubernetes takes 256 KiB of annotations in all. What it unpacks to
+// has a limit of its own where it is unpacked.
+const maxInitdataBytes = 256 << 10
+
 // annotation is what one annotation does: value becomes what TOML would have given for key.
 type annotation struct {
 	key   string
 	value func(c *Config, s string) (any, *problem)
+	// set is in value's place for what is no key of the files.
+	set func(c *Config, s string) *problem
+	// max is the longest value in bytes; 0: maxStringBytes.
+	max int
+	// fixed: a confidential VM's is the same for all pods of a configuration, so that its measurement is known before.
+	fixed bool
 }
 
 // annotationTable is the fixed list of what annotations can change. Never add a key that names a file or a command
@@ -34,12 +52,14 @@ func annotationTable() map[string]annotation {
 	}
 	asText := func(_ *Config, s string) (any, *problem) { return s, nil }
 	return map[string]annotation{
-		AnnotationPrefix + "sizing.vcpus":                  {"sizing.default_vcpus", whole},
-		AnnotationPrefix + "sizing.memory-mib":             {"sizing.default_memory_mib", whole},
-		AnnotationPrefix + "rootfs.writable-layer-max-mib": {"rootfs.writable_layer_max_mib", whole},
-		AnnotationPrefix + "timeouts.boot":                 {"timeouts.boot", asText},
-		AnnotationPrefix + "timeouts.create-container":     {"timeouts.create_container", asText},
-		AnnotationPrefix + "hypervisor.kernel-params": {"hypervisor.kernel_params", func(c *Config, s string) (any, *problem) {
+		AnnotationPrefix + "sizing.vcpus":                  {key: "sizing.default_vcpus", value: whole},
+		AnnotationPrefix + "sizing.memory-mib":             {key: "sizing.default_memory_mib", value: whole},
+		AnnotationPrefix + "rootfs.writable-layer-max-mib": {key: "rootfs.writable_layer_max_mib", value: whole},
+		AnnotationPrefix + "timeouts.boot":                 {key: "timeouts.boot", value: asText},
+		AnnotationPrefix + "timeouts.create-container":     {key: "timeouts.create_container", value: asText},
+		AnnotationInitdata:                                 {set: initdataAnnotation, max: maxInitdataBytes},
+		AnnotationKataInitdata:                             {set: initdataAnnotation, max: maxInitdataBytes},
+		AnnotationPrefix + "hypervisor.kernel-params": {key: "hypervisor.kernel_params", fixed: true, value: func(c *Config, s string) (any, *problem) {
 			var all []any
 			for _, p := range c.Hypervisor.KernelParams {
 				all = append(all, p)
@@ -50,6 +70,20 @@ func annotationTable() map[string]annotation {
 			return all, nil
 		}},
 	}
+}
+
+func initdataAnnotation(c *Config, s string) *problem {
+	switch {
+	case s == "":
+		return &problem{"is empty", "give base64 of the gzip of an initdata document, or remove it"}
+	case c.TEE.InitdataAnnotation != "" && c.TEE.InitdataAnnotation != s:
+		return &problem{"differs from what " + AnnotationInitdata + " says", "give one of the two"}
+	case !c.TEE.confidential():
+		return &problem{fmt.Sprintf("is given with tee.platform = %q: nothing binds it to the launch of an ordinary VM", PlatformNone),
+			"choose a RuntimeClass with a confidential platform, or remove it"}
+	}
+	c.TEE.InitdataAnnotation = s
+	return nil
 }
 
 // AnnotationKeys lists all annotations that annotations.allowed can name, sorted.
@@ -73,19 +107,13 @@ func (c *Config) ApplyAnnotations(pod map[string]string) (*Config, error) {
 		if !known || !slices.Contains(c.Annotations.Allowed, name) {
 			continue
 		}
-		if len(pod[name]) > maxStringBytes {
-			faults = append(faults, Fault{File: annotationsFile, Key: name, Reason: fmt.Sprintf("is %d bytes long", len(pod[name])), Fix: fmt.Sprintf("give at most %d", maxStringBytes)})
-			continue
-		}
-		raw, p := a.value(c, pod[name])
-		if p == nil {
-			p = byKey[a.key].set(n, raw)
-		}
-		if p != nil {
+		if p := a.apply(c, n, byKey, pod[name]); p != nil {
 			faults = append(faults, Fault{File: annotationsFile, Key: name, Reason: p.reason, Fix: p.fix})
 			continue
 		}
-		n.origins[a.key] = origin{file: annotationsFile}
+		if a.key != "" {
+			n.origins[a.key] = origin{file: annotationsFile}
+		}
 	}
 	faults = append(faults, crossCheck(n)...)
 	if err := faults.err(); err != nil {
@@ -94,13 +122,32 @@ func (c *Config) ApplyAnnotations(pod map[string]string) (*Config, error) {
 	return n, nil
 }
 
+// apply lays the value over n, a copy of the configuration c.
+func (a annotation) apply(c, n *Config, byKey map[string]setting, value string) *problem {
+	if limit := cmp.Or(a.max, maxStringBytes); len(value) > limit {
+		return &problem{fmt.Sprintf("is %d bytes long", len(value)), fmt.Sprintf("give at most %d", limit)}
+	}
+	if a.fixed && c.TEE.confidential() {
+		return &problem{fmt.Sprintf("changes what is measured, with tee.platform = %q", c.TEE.Platform),
+			"remove it: a confidential VM's kernel command line is the configuration's alone, so that its measurement is known before"}
+	}
+	if a.set != nil {
+		return a.set(n, value)
+	}
+	raw, p := a.value(c, value)
+	if p != nil {
+		return p
+	}
+	return byKey[a.key].set(n, raw)
+}
+
 // IgnoredAnnotations lists, sorted, the pod's annotations that are addressed to Cloister but have no effect, because
 // annotations.allowed does not list them or because there is no such key.
 func (c *Config) IgnoredAnnotations(pod map[string]string) []string {
 	table := annotationTable()
 	var ignored []string
 	for _, name := range slices.Sorted(maps.Keys(pod)) {
-		if !strings.HasPrefix(name, AnnotationPrefix) {
+		if !strings.HasPrefix(name, AnnotationPrefix) && name != AnnotationKataInitdata {
 			continue
 		}
 		if _, known := table[name]; !known || !slices.Contains(c.Annotations.Allowed, name) {

@@ -81,6 +81,9 @@ type TEE struct {
 	FirmwareDigests []string
 	// Initdata is the path of an initdata document for pods without one of their own; empty: none.
 	Initdata string
+	// InitdataAnnotation is the pod's own initdata as its annotation has it, base64 of gzip; empty: none. It counts in
+	// place of Initdata. Only ApplyAnnotations sets it; nothing but its length was checked.
+	InitdataAnnotation string
 	// AllowDebug accepts launches that let the host read the guest (debug policy, debug attribute).
 	AllowDebug bool
 	// SwiotlbMiB is the size of the guest's bounce buffers.

@@ -9,7 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -18,19 +18,11 @@ import (
 // openNonblock keeps an open of a FIFO from waiting for its other end.
 const openNonblock = unix.O_NONBLOCK | unix.O_CLOEXEC
 
-// CheckFiles looks at the files that every pod needs: the kernel, the initrd and the VMM. Each must be a regular file
-// that can be read (and executed, for the VMM). The error is of type Faults and names all that are missing, each with
-// its key and what to do.
+// CheckFiles looks at the files that every pod needs: the kernel and the initrd, or the sealed image that holds both; what
+// the platform reads; and the VMM. Each must be a regular file that can be read (and executed, for the VMM). The error is
+// of type Faults and names all that are missing, each with its key and what to do.
 func (c *Config) CheckFiles() error {
-	var faults Faults
-	for _, f := range []struct{ key, path string }{
-		{"hypervisor.kernel", c.Hypervisor.Kernel},
-		{"hypervisor.initrd", c.Hypervisor.Initrd},
-	} {
-		if err := checkReadable(f.path); err != nil {
-			faults = append(faults, c.fault(f.key, fmt.Sprintf("%s: %s", f.path, reasonOf(err)), "build it with `make guest` or set the key"))
-		}
-	}
+	faults := slices.Concat(c.checkBootFiles(), c.checkTEEFiles())
 	if _, err := c.QEMU(); err != nil {
 		var fs Faults
 		if errors.As(err, &fs) {
@@ -40,12 +32,34 @@ func (c *Config) CheckFiles() error {
 	return faults.err()
 }
 
+func (c *Config) checkBootFiles() Faults {
+	type bootFile struct{ key, path, fix string }
+	build := "build it with `make guest` or set the key"
+	if c.Architecture() == ArchS390X {
+		build = "build it with `make guest-s390x` or set the key"
+	}
+	files := []bootFile{{"hypervisor.kernel", c.Hypervisor.Kernel, build}, {"hypervisor.initrd", c.Hypervisor.Initrd, build}}
+	if image := c.SealedImage(); image != "" {
+		files = []bootFile{{"tee.se.image", image, "build it with `cloister image se build` or correct the key"}}
+	}
+	var faults Faults
+	for _, f := range files {
+		if err := checkReadable(f.path); err != nil {
+			faults = append(faults, c.fault(f.key, fmt.Sprintf("%s: %s", f.path, reasonOf(err)), f.fix))
+		}
+	}
+	return faults
+}
+
 // QEMU is the absolute path of the VMM's binary: hypervisor.path, or where that is empty, what is found. The error is
 // of type Faults.
 func (c *Config) QEMU() (string, error) {
-	name := "qemu-system-" + qemuArch()
-	return c.binary("hypervisor.path", c.Hypervisor.Path, name, []string{"/usr/bin", "/usr/local/bin", "/usr/libexec"},
-		"install QEMU 7.2 or later (Debian: qemu-system-x86 from backports) or set the key")
+	arch := c.Architecture()
+	fix := "install QEMU 7.2 or later (Debian: qemu-system-x86 from backports) or set the key"
+	if arch == ArchS390X {
+		fix = "install QEMU for s390x (Debian 12: qemu-system-misc, later ones: qemu-system-s390x) or set the key"
+	}
+	return c.binary("hypervisor.path", c.Hypervisor.Path, "qemu-system-"+qemuArch(arch), []string{"/usr/bin", "/usr/local/bin", "/usr/libexec"}, fix)
 }
 
 // VirtiofsdPath is the absolute path of virtiofsd: hypervisor.virtiofsd, or where that is empty, what is found. The
@@ -107,14 +121,14 @@ func checkExecutable(path string) error {
 	return nil
 }
 
-// qemuArch is the architecture as QEMU names it.
-func qemuArch() string {
-	switch runtime.GOARCH {
-	case "amd64":
+// qemuArch is an architecture as QEMU names it.
+func qemuArch(arch string) string {
+	switch arch {
+	case ArchAMD64:
 		return "x86_64"
 	case "arm64":
 		return "aarch64"
 	default:
-		return runtime.GOARCH
+		return arch
 	}
 }

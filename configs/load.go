@@ -48,6 +48,16 @@ func Load(path string) (*Config, error) {
 	return load(cmp.Or(path, os.Getenv(PathVariable)), DefaultPath, nil)
 }
 
+// Defaults is the embedded configuration alone, whatever files the node has.
+func Defaults() (*Config, error) {
+	c := &Config{origins: map[string]origin{}}
+	faults := c.mergeAll([]layer{{builtIn, base}})
+	if err := faults.err(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
 // layer is one TOML document.
 type layer struct {
 	file string
@@ -89,6 +99,15 @@ func load(path, defaultPath string, top *layer) (*Config, error) {
 	}
 
 	c := &Config{origins: map[string]origin{}}
+	faults = append(faults, c.mergeAll(layers)...)
+	if err := faults.err(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// mergeAll lays documents over c, one after the other.
+func (c *Config) mergeAll(layers []layer) (faults Faults) {
 	table := make(map[string]setting)
 	for _, s := range settings() {
 		table[s.key] = s
@@ -96,11 +115,7 @@ func load(path, defaultPath string, top *layer) (*Config, error) {
 	for _, l := range layers {
 		faults = append(faults, c.merge(table, l)...)
 	}
-	faults = append(faults, crossCheck(c)...)
-	if err := faults.err(); err != nil {
-		return nil, err
-	}
-	return c, nil
+	return append(faults, crossCheck(c)...)
 }
 
 // listDropIns names the drop-ins in lexical order. A folder that does not exist has none.

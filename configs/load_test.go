@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -231,11 +232,11 @@ func TestCheckFiles(t *testing.T) {
 }
 
 func TestBinariesAreFound(t *testing.T) {
-	dir := write(t, map[string]string{"qemu-system-" + qemuArch(): "", "virtiofsd": ""})
+	dir := write(t, map[string]string{"qemu-system-" + qemuArch(runtime.GOARCH): "", "virtiofsd": ""})
 	c, err := load("", filepath.Join(dir, "none"), nil)
 	require.NoError(t, err)
 	t.Setenv("PATH", dir)
-	for name, find := range map[string]func() (string, error){"qemu-system-" + qemuArch(): c.QEMU, "virtiofsd": c.VirtiofsdPath} {
+	for name, find := range map[string]func() (string, error){"qemu-system-" + qemuArch(runtime.GOARCH): c.QEMU, "virtiofsd": c.VirtiofsdPath} {
 		require.NoError(t, os.Chmod(filepath.Join(dir, name), 0o755))
 		got, err := find()
 		require.NoError(t, err)

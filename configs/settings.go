@@ -149,8 +149,13 @@ func list(key string, field func(*Config) *[]string, check func([]string) *probl
 // settings is the table of all keys, in the order of cloister.toml. It is built anew by each call: the package keeps
 // no mutable state, and it is used once in a shim's life.
 func settings() []setting {
+	return slices.Concat(hypervisorSettings(), teeSettings(), podSettings())
+}
+
+func hypervisorSettings() []setting {
 	return []setting{
 		text("hypervisor.kind", func(c *Config) *string { return &c.Hypervisor.Kind }, oneOf(KindQEMU)),
+		text("hypervisor.arch", func(c *Config) *string { return &c.Hypervisor.Arch }, emptyOr(oneOf(ArchAMD64, ArchS390X))),
 		text("hypervisor.path", func(c *Config) *string { return &c.Hypervisor.Path }, emptyOr(absolutePath)),
 		text("hypervisor.accel", func(c *Config) *string { return &c.Hypervisor.Accel }, oneOf(AccelAuto, AccelKVM, AccelTCG)),
 		text("hypervisor.cpu_model", func(c *Config) *string { return &c.Hypervisor.CPUModel }, cpuModel),
@@ -160,7 +165,11 @@ func settings() []setting {
 		text("hypervisor.vsock", func(c *Config) *string { return &c.Hypervisor.Vsock }, oneOf(VsockAuto, VsockVhost, VsockVhostUser)),
 		flag("hypervisor.sandbox", func(c *Config) *bool { return &c.Hypervisor.Sandbox }),
 		text("hypervisor.virtiofsd", func(c *Config) *string { return &c.Hypervisor.Virtiofsd }, emptyOr(absolutePath)),
+	}
+}
 
+func podSettings() []setting {
+	return []setting{
 		number("sizing.default_vcpus", func(c *Config) *int { return &c.Sizing.DefaultVCPUs }, 1, maxVCPUs),
 		number("sizing.default_memory_mib", func(c *Config) *int { return &c.Sizing.DefaultMemoryMiB }, 2*minGuestMiB, maxMemoryMiB),
 		number("sizing.overhead_memory_mib", func(c *Config) *int { return &c.Sizing.OverheadMemoryMiB }, minGuestMiB, maxMemoryMiB),
@@ -207,7 +216,7 @@ func crossCheck(c *Config) Faults {
 		fs = append(fs, c.fault("rootfs.cache_dir", fmt.Sprintf("%s is inside state.dir = %s", c.Rootfs.CacheDir, c.State.Dir),
 			"give a folder that outlives a reboot, outside of state.dir"))
 	}
-	return fs
+	return append(fs, crossCheckTEE(c)...)
 }
 
 func wrongType(raw any, want string) *problem {
@@ -289,8 +298,11 @@ func cpuModel(s string) *problem {
 	return nil
 }
 
-// reservedParams decide what the guest's PID 1 is, or end the kernel's own parameters: Cloister sets them itself.
+// reservedParams decide what the guest's PID 1 is, or end the kernel's own parameters: Cloister sets them itself, and all
+// that begin with ownParams, which tell the agent what it is.
 var reservedParams = [...]string{"init", "rdinit", "root", "initrd"}
+
+const ownParams = "cloister."
 
 func kernelParams(params []string) *problem {
 	total := 0
@@ -301,7 +313,7 @@ func kernelParams(params []string) *problem {
 			return &problem{fmt.Sprintf("entry %d is empty", i+1), "remove it"}
 		case strings.ContainsAny(p, " \"'") || !isASCII(p):
 			return &problem{fmt.Sprintf("entry %d: %q has spaces, quotes or characters outside of ASCII", i+1, clip(p)), "give one parameter an entry, without quotes"}
-		case p == "--" || slices.Contains(reservedParams[:], name):
+		case p == "--" || slices.Contains(reservedParams[:], name) || strings.HasPrefix(name, ownParams):
 			return &problem{fmt.Sprintf("entry %d: %q is set by Cloister itself", i+1, clip(p)), "remove it"}
 		}
 		total += len(p) + 1

@@ -38,6 +38,7 @@ type Document struct {
 	// UUID of the VM, RFC 9562 text form.
 	UUID string `json:"uuid"`
 
+	// Architecture of the guest; empty counts as amd64.
 	Architecture Architecture `json:"architecture"`
 	Accelerator  Accelerator  `json:"accelerator"`
 	CPU          CPU          `json:"cpu"`

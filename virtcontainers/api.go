@@ -60,6 +60,9 @@ type PodConfig struct {
 	// Hooks to run around the pod's network, with State as their input; for pods of one container made without CRI.
 	Hooks       *specs.Hooks
 	Annotations map[string]string
+	// Only is the specification of the pod's only container, where the pod is made for it alone: what is refused in it is
+	// refused before the VM starts. Nil where containers come later.
+	Only *specs.Spec
 
 	// OnOOM is called when the OOM killer struck in a container, before the Wait of a process that it killed returns.
 	// It must not block. May be nil.

@@ -125,8 +125,8 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 	if !wire.ValidID(cfg.ID) {
 		return nil, fmt.Errorf("container id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
 	}
-	plan, err := planContainer(cfg.Spec, p.cfg)
-	if err = withUnshareable(err, cfg.Spec); err != nil {
+	plan, err := planWhole(cfg.Spec, p.cfg, p.launch.apart())
+	if err != nil {
 		return nil, fmt.Errorf("container %s: %w", cfg.ID, err)
 	}
 	g := p.agent()
@@ -171,9 +171,21 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 	return c, nil
 }
 
-// withUnshareable adds to what the specification alone shows to be impossible what the host's files show, so that all
-// of it is told at once.
-func withUnshareable(err error, spec *specs.Spec) error {
+// planWhole is planContainer with a look at the host's files, so that all that is refused is told at once.
+func planWhole(spec *specs.Spec, pod PodConfig, apart string) (*containerPlan, error) {
+	plan, err := planContainer(spec, pod, apart)
+	look := unshareable
+	if apart != "" {
+		look = func(m specs.Mount) string { return refusePart(m, apart) }
+	}
+	if err := withUnshareable(err, spec, look); err != nil {
+		return nil, err
+	}
+	return plan, nil
+}
+
+// withUnshareable adds to what the specification alone shows to be impossible what a look at the host's files shows.
+func withUnshareable(err error, spec *specs.Spec, look func(specs.Mount) string) error {
 	var refused *RefusedError
 	if err != nil && !errors.As(err, &refused) {
 		return err
@@ -184,7 +196,7 @@ func withUnshareable(err error, spec *specs.Spec) error {
 	}
 	for _, m := range spec.Mounts {
 		if isLive(m) && filepath.IsAbs(m.Source) {
-			if reason := unshareable(m); reason != "" {
+			if reason := look(m); reason != "" {
 				reasons = append(reasons, reason)
 			}
 		}

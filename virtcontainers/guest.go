@@ -40,13 +40,14 @@ type guest struct {
 	closing sync.Once
 }
 
-// acceptGuest waits for the agent's ready connection on the listener, shakes hands and opens the second connection.
-func acceptGuest(ctx context.Context, transport vsock.Transport, ready net.Listener, timeout time.Duration) (*guest, error) {
+// acceptGuest waits for the agent's ready connection on the listener, shakes hands and opens the second connection. What
+// the agent says of itself is refused with check's error.
+func acceptGuest(ctx context.Context, transport vsock.Transport, ready net.Listener, timeout time.Duration, check func(*agentv1.Hello) error) (*guest, error) {
 	conn, err := acceptContext(ctx, ready)
 	if err != nil {
 		return nil, err
 	}
-	hello, err := shakeHands(conn)
+	hello, err := shakeHands(conn, check)
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
@@ -82,7 +83,7 @@ func acceptContext(ctx context.Context, l net.Listener) (net.Conn, error) {
 	return conn, nil
 }
 
-func shakeHands(conn net.Conn) (*agentv1.Hello, error) {
+func shakeHands(conn net.Conn, check func(*agentv1.Hello) error) (*agentv1.Hello, error) {
 	if err := conn.SetDeadline(time.Now().Add(handshakeTime)); err != nil {
 		return nil, err
 	}
@@ -90,25 +91,39 @@ func shakeHands(conn net.Conn) (*agentv1.Hello, error) {
 	if err := wire.ReadFrame(conn, hello); err != nil {
 		return nil, fmt.Errorf("read the agent's hello: %w", err)
 	}
+	if hello.GetRefusal() != "" {
+		return nil, &guestRefusal{words: sentence(hello.GetRefusal())} // it waits for no answer
+	}
 	reply := &agentv1.HelloReply{
 		ProtocolMajor: wire.Major, ProtocolMinor: wire.Minor,
 		ShimVersion: version.Version, UnixNanos: time.Now().UnixNano(),
 	}
-	if hello.GetProtocolMajor() != wire.Major {
-		reply.Error = fmt.Sprintf("the shim (%s) speaks agent protocol %d.%d, the guest image's agent (%.64q) speaks %d.%d: "+
-			"install shim and guest image of the same release", version.Version, wire.Major, wire.Minor,
-			hello.GetAgentVersion(), hello.GetProtocolMajor(), hello.GetProtocolMinor())
+	refused := checkVersion(hello)
+	if refused == nil {
+		refused = check(hello)
+	}
+	if refused != nil {
+		reply.Error = refused.Error()
 	}
 	if err := wire.WriteFrame(conn, reply); err != nil {
 		return nil, fmt.Errorf("answer the agent's hello: %w", err)
 	}
-	if reply.Error != "" {
-		return nil, fmt.Errorf("%s: %w", reply.Error, errdefs.ErrFailedPrecondition)
+	if refused != nil {
+		return nil, refused
 	}
 	if len(hello.BootTimeline) > maxBootMarks {
 		hello.BootTimeline = hello.BootTimeline[:maxBootMarks]
 	}
 	return hello, conn.SetDeadline(time.Time{})
+}
+
+func checkVersion(hello *agentv1.Hello) error {
+	if hello.GetProtocolMajor() == wire.Major {
+		return nil
+	}
+	return fmt.Errorf("the shim (%s) speaks agent protocol %d.%d, the guest image's agent (%.64q) speaks %d.%d: "+
+		"install shim and guest image of the same release: %w", version.Version, wire.Major, wire.Minor,
+		hello.GetAgentVersion(), hello.GetProtocolMajor(), hello.GetProtocolMinor(), errdefs.ErrFailedPrecondition)
 }
 
 // call runs one RPC with the guest's time limit and turns its status into an errdefs kind.

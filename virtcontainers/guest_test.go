@@ -5,13 +5,16 @@ package virtcontainers
 import (
 	"context"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/tee"
 )
 
 func TestHandshake(t *testing.T) {
@@ -31,7 +34,7 @@ func TestHandshake(t *testing.T) {
 				_ = wire.ReadFrame(agent, reply)
 				replies <- reply
 			}()
-			hello, err := shakeHands(host)
+			hello, err := shakeHands(host, func(*agentv1.Hello) error { return nil })
 			reply := <-replies
 			if tc.want == "" {
 				require.NoError(t, err)
@@ -58,4 +61,41 @@ func TestAcceptEndsWithTheContext(t *testing.T) {
 func TestPrintable(t *testing.T) {
 	require.Equal(t, "6.12??-?x", printable("6.12\x1b\n =x"))
 	require.Len(t, printable(string(make([]byte, 4096))), 128)
+}
+
+// A guest that refuses to run says why; what it says is quoted within bounds, and waits for no answer.
+func TestHandshakeWithAGuestThatRefuses(t *testing.T) {
+	for _, tc := range []struct{ words, want string }{
+		{"the initdata disk holds another document", "the guest refuses to run: the initdata disk holds another document"},
+		{"two\nlines\x1b[31m", "the guest refuses to run: two lines?[31m"},
+		{strings.Repeat("x", wire.MaxFrame/2), "the guest refuses to run: " + strings.Repeat("x", maxSentence) + "..."},
+	} {
+		host, agent := net.Pipe()
+		go func() {
+			_ = wire.WriteFrame(agent, &agentv1.Hello{ProtocolMajor: wire.Major + 1, Refusal: tc.words})
+			_ = agent.Close()
+		}()
+		_, err := shakeHands(host, func(*agentv1.Hello) error { return nil })
+		require.EqualError(t, err, tc.want)
+		require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+		require.NoError(t, host.Close())
+	}
+}
+
+// What the host does not like of a guest's Hello is told to both.
+func TestHandshakeWithAnotherLaunch(t *testing.T) {
+	host, agent := net.Pipe()
+	defer host.Close()
+	replies := make(chan *agentv1.HelloReply, 1)
+	go func() {
+		defer agent.Close()
+		_ = wire.WriteFrame(agent, &agentv1.Hello{ProtocolMajor: wire.Major, Tee: "snp"})
+		reply := &agentv1.HelloReply{}
+		_ = wire.ReadFrame(agent, reply)
+		replies <- reply
+	}()
+	_, err := shakeHands(host, (&launch{platform: fakePlatform{name: tee.None}}).checkHello)
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, err, `guest says "snp"`)
+	require.Contains(t, (<-replies).GetError(), `guest says "snp"`)
 }

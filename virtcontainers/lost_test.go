@@ -54,12 +54,12 @@ func TestUnshareableFilesAreToldWithTheRest(t *testing.T) {
 	fine := []specs.Mount{
 		bind(t.TempDir(), "/folder"), bind("/nowhere", "/missing"), bind(socket, "/etc/hosts"), {Type: "tmpfs", Source: socket, Destination: "/tmp"},
 	}
-	require.NoError(t, withUnshareable(nil, &specs.Spec{Mounts: fine}))
+	require.NoError(t, withUnshareable(nil, &specs.Spec{Mounts: fine}, unshareable))
 
 	spec := &specs.Spec{Mounts: append(fine, bind(socket, "/one"), bind("/dev/null", "/two"))}
 	for _, before := range []error{nil, &RefusedError{Reasons: []string{"a device"}}} {
 		var refused *RefusedError
-		require.ErrorAs(t, withUnshareable(before, spec), &refused)
+		require.ErrorAs(t, withUnshareable(before, spec, unshareable), &refused)
 		require.ErrorContains(t, refused, socket)
 		require.ErrorContains(t, refused, "/two")
 		if before != nil {
@@ -67,5 +67,5 @@ func TestUnshareableFilesAreToldWithTheRest(t *testing.T) {
 		}
 	}
 	other := errors.New("no process")
-	require.Equal(t, other, withUnshareable(other, nil))
+	require.Equal(t, other, withUnshareable(other, nil, unshareable))
 }

@@ -6,16 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -29,8 +26,8 @@ import (
 const shareTag = "cloister"
 
 // attachMounts turns a container's mounts into what the agent mounts: filesystems of the guest's kernel, the pod's
-// /dev/shm, copies of the files that containerd writes for every container, and live folders and files of the host.
-// Everything that cannot be had is gathered into one RefusedError.
+// /dev/shm, copies of the files that containerd writes for every container, and live folders and files of the host, or
+// what a confidential VM gets in their place. Everything that cannot be had is gathered into one RefusedError.
 func (p *Pod) attachMounts(ctx context.Context, c *Container, mounts []specs.Mount) ([]*agentv1.Mount, error) {
 	var (
 		out     []*agentv1.Mount
@@ -53,6 +50,19 @@ func (p *Pod) attachMounts(ctx context.Context, c *Container, mounts []specs.Mou
 			}
 			copied += len(file.Content)
 			g.Source = &agentv1.Mount_File{File: file}
+		case p.launch.apart() != "":
+			made, reason, err := p.attachApart(ctx, c, m)
+			if err != nil {
+				return nil, err
+			}
+			if reason != "" {
+				refused = append(refused, reason)
+			}
+			if made == nil || reason != "" {
+				continue
+			}
+			copied += len(made.GetFile().GetContent())
+			g = made
 		default:
 			if _, err := os.Stat(m.Source); err != nil {
 				return nil, fmt.Errorf("bind mount of %s at %s: %w", m.Source, m.Destination, err)
@@ -111,33 +121,11 @@ const podShm = "/dev/shm"
 
 // podFile reads the host's file, or writes one from the pod's configuration where there is none (PodConfig.OwnFiles).
 func (p *Pod) podFile(m specs.Mount) (*agentv1.FileCopy, error) {
-	f, err := os.OpenFile(m.Source, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	file, err := readFileCopy(m)
 	if errors.Is(err, fs.ErrNotExist) {
 		return &agentv1.FileCopy{Content: p.generatedFile(filepath.Clean(m.Destination)), Mode: 0o644}, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("mount at %s: %w", m.Destination, err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("mount at %s: %s is not a regular file: %w", m.Destination, m.Source, errdefs.ErrInvalidArgument)
-	}
-	content, err := io.ReadAll(io.LimitReader(f, wire.MaxFileCopy+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(content) > wire.MaxFileCopy {
-		return nil, fmt.Errorf("mount at %s: %s is larger than %d bytes: %w", m.Destination, m.Source, wire.MaxFileCopy, errdefs.ErrInvalidArgument)
-	}
-	file := &agentv1.FileCopy{Content: content, Mode: uint32(info.Mode().Perm())}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		file.Uid, file.Gid = st.Uid, st.Gid
-	}
-	return file, nil
+	return file, err
 }
 
 func (p *Pod) generatedFile(destination string) []byte {

@@ -24,6 +24,7 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/network"
 	"github.com/cloister-project/cloister/virtcontainers/rootfs"
 	"github.com/cloister-project/cloister/virtcontainers/share"
+	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
 // Pod is one pod: a VM, its agent and the containers in it.
@@ -33,6 +34,9 @@ type Pod struct {
 	stateDir string
 	rootfs   *rootfs.Cache
 	disks    disks
+	launch   *launch
+	// volumes are those that a confidential guest has in place of the host's.
+	volumes *volumes.Set
 
 	// shareTurn is held (one element) while share is made; share is written under it and read by its owner, or after
 	// all users have gone.
@@ -44,6 +48,8 @@ type Pod struct {
 	vmmPID int
 	net    *network.Network
 	doc    *hypervisor.Document
+	// measured is the launch measurement's predicted main value, under mu.
+	measured string
 
 	// life ends when the pod does; tracked goroutines run on it.
 	life    context.Context
@@ -77,13 +83,8 @@ type timelineMark struct {
 
 // NewPod checks what can be checked without touching anything.
 func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
-	if !wire.ValidID(cfg.ID) {
-		return nil, fmt.Errorf("sandbox id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
-	}
-	if err := refuseHost(cfg); err != nil {
-		return nil, err
-	}
-	if err := hooks.Validate(cfg.Hooks); err != nil {
+	l, err := checkPod(cfg)
+	if err != nil {
 		return nil, err
 	}
 	if err := cfg.Config.CheckFiles(); err != nil {
@@ -94,11 +95,12 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 		return nil, err
 	}
 	life, endLife := context.WithCancel(context.WithoutCancel(ctx))
-	return &Pod{
+	p := &Pod{
 		cfg:        cfg,
 		created:    time.Now(),
 		stateDir:   stateDir(cfg.Config.State.Dir, cfg.Namespace, cfg.ID),
 		rootfs:     cache,
+		launch:     l,
 		shareTurn:  make(chan struct{}, 1),
 		life:       life,
 		endLife:    endLife,
@@ -107,11 +109,52 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 		cleanup:    undo{budget: cfg.Config.Timeouts.Cleanup},
 		state:      PodCreated,
 		containers: map[string]*Container{},
-	}, nil
+	}
+	p.volumes = volumes.NewSet(p.putVolume, p.goTracked)
+	return p, nil
 }
 
-// refuseHost refuses what a pod can have of the host only in a container.
-func refuseHost(cfg PodConfig) error {
+// checkPod checks what a pod's configuration asks for, its only container's specification included where that is known.
+// All that is refused is told at once.
+func checkPod(cfg PodConfig) (*launch, error) {
+	if !wire.ValidID(cfg.ID) {
+		return nil, fmt.Errorf("sandbox id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
+	}
+	if err := hooks.Validate(cfg.Hooks); err != nil {
+		return nil, err
+	}
+	reasons := refuseHost(cfg)
+	l, err := newLaunch(cfg)
+	if more, other := refusedBy(err); other != nil {
+		return nil, other
+	} else {
+		reasons = append(reasons, more...)
+	}
+	if cfg.Only != nil {
+		_, err := planWhole(cfg.Only, cfg, l.apart())
+		more, other := refusedBy(err)
+		if other != nil {
+			return nil, other
+		}
+		reasons = append(reasons, more...)
+	}
+	if reasons != nil {
+		return nil, &RefusedError{Reasons: reasons}
+	}
+	return l, nil
+}
+
+// refusedBy takes the reasons out of a RefusedError; any other error it gives back.
+func refusedBy(err error) ([]string, error) {
+	var refused *RefusedError
+	if errors.As(err, &refused) {
+		return refused.Reasons, nil
+	}
+	return nil, err
+}
+
+// refuseHost tells what a pod can have of the host only in a container.
+func refuseHost(cfg PodConfig) []string {
 	var reasons []string
 	for _, one := range []struct {
 		wanted bool
@@ -125,10 +168,7 @@ func refuseHost(cfg PodConfig) error {
 			reasons = append(reasons, one.reason+"; run this pod with another runtime")
 		}
 	}
-	if reasons == nil {
-		return nil
-	}
-	return &RefusedError{Reasons: reasons}
+	return reasons
 }
 
 // Info is a snapshot of the pod.
@@ -146,7 +186,13 @@ func (p *Pod) Info() PodInfo {
 		info.Extra["vcpus"] = fmt.Sprint(p.doc.CPU.Count)
 		info.Extra["memoryMiB"] = fmt.Sprint(p.doc.Memory.Bytes >> 20)
 		// Said outright so that nobody takes a VM for a confidential one.
-		info.Extra["tee"] = "none (the host can read this VM's memory)"
+		info.Extra["tee"] = p.launch.name().Describe()
+		if digest := p.launch.initdata.digest(); digest != "" {
+			info.Extra["initdata"] = digest
+		}
+		if p.measured != "" {
+			info.Extra["launchMeasurement"] = p.measured
+		}
 	}
 	if p.guest != nil {
 		info.Extra["guestKernel"] = printable(p.guest.hello.GetKernelRelease())

@@ -17,7 +17,6 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
-	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/pvh"
 	"github.com/cloister-project/cloister/hypervisor/qemu"
@@ -67,7 +66,13 @@ func (p *Pod) Start(ctx context.Context) error {
 	p.goTracked(func(ctx context.Context) { p.watchGuest(ctx, vm, g) })
 	p.goTracked(func(ctx context.Context) { p.keepClock(ctx, g) })
 	go p.watchVM(vm)
-	log.G(ctx).WithField("timeline", p.Info().Extra["bootTimeline"]).Info("sandbox ready")
+	info := p.Info()
+	ready := log.G(ctx).WithField("timeline", info.Extra["bootTimeline"]).WithField("tee", info.Extra["tee"])
+	if name := p.launch.name(); name.Confidential() && !name.Protected() {
+		ready.Warn("sandbox ready, with the rules of a confidential VM and NO PROTECTION")
+	} else {
+		ready.Info("sandbox ready")
+	}
 	return nil
 }
 
@@ -127,6 +132,14 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		}
 	}()
 
+	driver, err := openDriver(ctx, p.cfg.Config, qemuCache(p.cfg.Config))
+	if err != nil {
+		return nil, nil, err
+	}
+	// What the host lacks for the platform is told before anything is made.
+	if err := p.launch.probe(ctx, probedHost(p.cfg.Config, driver)); err != nil {
+		return nil, nil, err
+	}
 	if err := p.makeStateDir(); err != nil {
 		return nil, nil, err
 	}
@@ -151,19 +164,16 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 	if err := p.makeCgroup(ctx); err != nil {
 		return nil, nil, err
 	}
-	driver, err := p.driver(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
 	host, vhost, err := p.probeHost(ctx, driver)
 	if err != nil {
 		return nil, nil, err
 	}
-	doc := buildDocument(p.cfg.Config, p.cfg, kernel, p.net, host)
-	p.mu.Lock()
-	p.doc = doc
-	p.mu.Unlock()
-
+	host.kernel = kernel
+	doc, err := p.prepareDocument(ctx, host)
+	if err != nil {
+		closeFile(vhost)
+		return nil, nil, err
+	}
 	taps, err := p.tapFiles()
 	if err != nil {
 		closeFile(vhost)
@@ -186,10 +196,20 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		return nil, nil, err
 	}
 	p.mark("vmm")
+	// The prediction hashes boot files; the guest needs longer to boot.
+	var predict errgroup.Group
+	predict.Go(func() error { return p.predict(ctx, *doc) })
 	g, err := p.boot(ctx, vm)
+	if perr := predict.Wait(); err == nil && perr != nil {
+		g.close()
+		err = perr
+	}
 	if err != nil {
 		vm.Kill()
-		if exit := vm.Exit(); exit.Reason != hypervisor.ExitStopped {
+		var refusal *guestRefusal
+		if errors.As(err, &refusal) {
+			// The guest ends itself after it; its own words say more.
+		} else if exit := vm.Exit(); exit.Reason != hypervisor.ExitStopped {
 			// The VM's own end says more than the call that failed because of it.
 			err = fmt.Errorf("start of the guest: %w", exit)
 		} else if errors.Is(err, context.DeadlineExceeded) {
@@ -199,6 +219,18 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		return nil, nil, err
 	}
 	return vm, g, nil
+}
+
+// predict keeps what the launch is predicted to be measured as, for Info.
+func (p *Pod) predict(ctx context.Context, doc hypervisor.Document) error {
+	measured, err := p.launch.predicted(ctx, doc)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.measured = measured
+	p.mu.Unlock()
+	return nil
 }
 
 // boot lets the guest run and waits for its agent.
@@ -223,7 +255,7 @@ func (p *Pod) boot(ctx context.Context, vm hypervisor.VM) (*guest, error) {
 		_ = ready.Close()
 		return nil, err
 	}
-	g, err := acceptGuest(gone, vm.Vsock(), ready, p.cfg.Config.Timeouts.RPC)
+	g, err := acceptGuest(gone, vm.Vsock(), ready, p.cfg.Config.Timeouts.RPC, p.launch.checkHello)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -250,17 +282,21 @@ func (p *Pod) sandboxRequest() *agentv1.ConfigureSandboxRequest {
 	}
 }
 
-// driver finds QEMU and what it can do.
-func (p *Pod) driver(ctx context.Context) (*qemu.Driver, error) {
-	path, err := p.cfg.Config.QEMU()
-	if err != nil {
-		return nil, err
+// prepareDocument describes the VM, with what its platform adds, and writes initdata's disk.
+func (p *Pod) prepareDocument(ctx context.Context, host hostFacts) (*hypervisor.Document, error) {
+	doc := buildDocument(p.cfg, p.launch, p.net.Interfaces, host)
+	if p.launch.initdata != nil {
+		if err := p.launch.initdata.writeDisk(p.stateDir); err != nil {
+			return nil, err
+		}
 	}
-	driver, err := qemu.New(ctx, qemu.Config{Path: path, CacheDir: filepath.Join(p.cfg.Config.Rootfs.CacheDir, "qemu")})
-	if err != nil {
-		return nil, fmt.Errorf("hypervisor.path: %w", err)
+	if err := p.launch.platform.Prepare(ctx, doc, p.launch.inputs()); err != nil {
+		return nil, fmt.Errorf("launch with tee.platform = %q: %w", p.launch.name(), err)
 	}
-	return driver, nil
+	p.mu.Lock()
+	p.doc = doc
+	p.mu.Unlock()
+	return doc, nil
 }
 
 // vhostUserCID is the guest's CID on the embedded device: every guest has a device of its own, so that it need not be
@@ -275,18 +311,18 @@ func (p *Pod) probeHost(ctx context.Context, driver *qemu.Driver) (hostFacts, *o
 	if err != nil {
 		return hostFacts{}, nil, fmt.Errorf("hypervisor.accel = %q: %w", h.Accel, err)
 	}
-	facts := hostFacts{accel: accel, cpu: h.CPUModel, vsock: hypervisor.VsockVhostUser, cid: vhostUserCID}
-	if facts.cpu == "" {
-		facts.cpu = qemu.DefaultCPU(accel)
+	facts := hostFacts{
+		arch: p.launch.arch, accel: accel, cpu: cpuModel(p.cfg.Config, p.launch, accel),
+		vsock: vsockKind(p.cfg.Config, p.launch.name()), cid: vhostUserCID,
 	}
-	if h.Vsock == configs.VsockVhostUser || (h.Vsock == configs.VsockAuto && !exists("/dev/vhost-vsock")) {
+	if facts.vsock == hypervisor.VsockVhostUser {
 		return facts, nil, nil
 	}
 	cid, file, err := vsock.AllocateCID(ctx)
 	if err != nil {
 		return hostFacts{}, nil, fmt.Errorf("hypervisor.vsock = %q: %w", h.Vsock, err)
 	}
-	facts.vsock, facts.cid = hypervisor.VsockVhost, cid
+	facts.cid = cid
 	return facts, file, nil
 }
 
@@ -296,9 +332,12 @@ func closeFile(f *os.File) {
 	}
 }
 
-// kernelImage is the uncompressed kernel, taken out of the configured one once and kept.
+// kernelImage is the kernel to boot. For an ordinary VM it is uncompressed: taken out of the configured one once and kept.
 func (p *Pod) kernelImage(ctx context.Context) (string, error) {
 	cfg := p.cfg.Config
+	if !p.launch.unpacked() {
+		return cfg.Hypervisor.Kernel, nil
+	}
 	image, err := pvh.Extract(ctx, cfg.Hypervisor.Kernel, filepath.Join(cfg.Rootfs.CacheDir, "kernels"))
 	if err != nil {
 		return "", fmt.Errorf("unpack the guest's kernel (hypervisor.kernel) into rootfs.cache_dir = %q: %w", cfg.Rootfs.CacheDir, err)

@@ -45,7 +45,9 @@ var guestDevices = []string{
 
 // planContainer splits a specification into what the guest gets and what the host does about it. What is left out here
 // is either meaningless in a VM or made anew there; what cannot be honoured is refused, all of it in one RefusedError.
-func planContainer(spec *specs.Spec, pod PodConfig) (*containerPlan, error) {
+// The agent of a confidential VM has rules of its own; here its mounts are refused with what can be done about them.
+// apart tells why the VM shares no files with the host, if so (launch.apart).
+func planContainer(spec *specs.Spec, pod PodConfig, apart string) (*containerPlan, error) {
 	if spec == nil || spec.Process == nil {
 		return nil, fmt.Errorf("the OCI specification has no process: %w", errdefs.ErrInvalidArgument)
 	}
@@ -102,6 +104,12 @@ func planContainer(spec *specs.Spec, pod PodConfig) (*containerPlan, error) {
 		if reason := checkMount(m); reason != "" {
 			refused = append(refused, fmt.Sprintf("mount of %s (type %q) at %s: %s", m.Source, m.Type, m.Destination, reason))
 			continue
+		}
+		if apart != "" && isLive(m) {
+			if reason := refuseLive(m, apart); reason != "" {
+				refused = append(refused, reason)
+				continue
+			}
 		}
 		plan.mounts = append(plan.mounts, m)
 	}

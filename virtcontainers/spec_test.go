@@ -42,7 +42,7 @@ func TestPlanContainerKeepsTheHostOut(t *testing.T) {
 			{Destination: "/data", Type: "bind", Source: "/srv/data", Options: []string{"rbind", "rw"}},
 		},
 	}
-	plan, err := planContainer(spec, PodConfig{})
+	plan, err := planContainer(spec, PodConfig{}, "")
 	require.NoError(t, err)
 	require.Len(t, plan.mounts, 2)
 	for _, word := range []string{"/run/containerd", "secret", "/proc/7", "kubepods", "apparmor", "/bin/true", "/srv/data", "0-63"} {
@@ -81,7 +81,7 @@ func TestPlanContainerAddsThePodsFiles(t *testing.T) {
 				Process: &specs.Process{}, Root: &specs.Root{Readonly: c.readonly}, Mounts: []specs.Mount{shm, own},
 				Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.IPCNamespace, Path: c.ipc}}},
 			}
-			plan, err := planContainer(spec, c.pod)
+			plan, err := planContainer(spec, c.pod, "")
 			require.NoError(t, err)
 			got := map[string]string{}
 			for _, m := range plan.mounts {
@@ -114,7 +114,7 @@ func TestPlanContainerRefusesEverythingAtOnce(t *testing.T) {
 		{"huge", &specs.Spec{Process: &specs.Process{Env: []string{strings.Repeat("x", wire.MaxSpec)}}}, []string{"environment"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, err := planContainer(tc.spec, PodConfig{})
+			_, err := planContainer(tc.spec, PodConfig{}, "")
 			require.Error(t, err)
 			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 			for _, w := range tc.want {

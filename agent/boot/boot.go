@@ -14,12 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent/launch"
 )
 
 // System is the guest as its PID 1 sees it.
 type System struct {
 	reaper   *Reaper
 	powerOff sync.Once
+
+	launch    launch.Launch
+	launchErr error
 
 	// modules is closed when the background loading has ended; modulesErr is valid from then on.
 	modules    chan struct{}
@@ -30,8 +34,9 @@ type System struct {
 }
 
 // Init brings the guest up. It must be called once, by PID 1, in the initramfs. When it returns without an error vsock
-// works; see WaitModules for what may still be on its way. After an error the guest is of no use: the caller prints it
-// and exits, which makes the kernel panic.
+// works; see WaitModules for what may still be on its way. In a confidential guest nothing is: the launch can be checked
+// against hardware and disks before the host hears of the guest (Launch, and WaitModules for what could not be loaded).
+// After an error the guest is of no use: the caller prints it and exits, which makes the kernel panic.
 func Init(ctx context.Context) (*System, error) {
 	if pid := os.Getpid(); pid != 1 {
 		return nil, fmt.Errorf("the agent runs as PID 1 of a guest only, this is process %d", pid)
@@ -51,6 +56,11 @@ func Init(ctx context.Context) (*System, error) {
 		return nil, err
 	}
 	s.mark("mounts")
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	s.launch, s.launchErr = launch.Parse(string(cmdline))
 	if err := loadModules(initramfs, list, phaseEarly, s.mark); err != nil {
 		return nil, err
 	}
@@ -73,9 +83,21 @@ func Init(ctx context.Context) (*System, error) {
 		log.G(ctx).Warn("the kernel's random number generator is not seeded yet")
 	}
 	s.mark("up")
-	go s.loadLater(ctx, initramfs, list)
+	if !s.launch.Confidential() {
+		go s.loadLater(ctx, initramfs, list)
+		return s, nil
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.loadLater(ctx, initramfs, list)
+	}()
+	<-done
 	return s, nil
 }
+
+// Launch is what the kernel's command line says of the launch. An error means that the guest must not go on.
+func (s *System) Launch() (launch.Launch, error) { return s.launch, s.launchErr }
 
 // loaderNice is the niceness of loading in the background.
 const loaderNice = 10
@@ -89,6 +111,9 @@ func (s *System) loadLater(ctx context.Context, initramfs *os.Root, list []liste
 		log.G(ctx).WithError(err).Warn("lower the priority of module loading")
 	}
 	err := loadModules(initramfs, list, phaseLater, s.mark)
+	if err == nil && s.launch.Confidential() {
+		err = s.loadPlatform(initramfs, list)
+	}
 	if err == nil {
 		err = lockModules(len(list) > 0)
 	}
@@ -105,6 +130,23 @@ func (s *System) loadLater(ctx context.Context, initramfs *os.Root, list []liste
 		log.G(ctx).WithError(err).Error("disks may be missing")
 	}
 	s.mark("disks")
+}
+
+// loadPlatform loads the modules of the platform's own phase and mounts configfs, where they offer reports.
+func (s *System) loadPlatform(initramfs *os.Root, list []listed) error {
+	// A driver that does not find its device means that this is not the platform's hardware: the check of the launch says
+	// so better, and refuses to go on.
+	if err := loadModules(initramfs, list, s.launch.Platform, s.mark); err != nil && !errors.Is(err, unix.ENODEV) {
+		return err
+	}
+	const configfs = "/sys/kernel/config"
+	if _, err := os.Stat(configfs); errors.Is(err, os.ErrNotExist) {
+		return nil // the platform has no use for it; whoever needs it says so
+	}
+	if err := unix.Mount("configfs", configfs, "configfs", hardened, ""); err != nil {
+		return fmt.Errorf("mount configfs at %s: %w", configfs, err)
+	}
+	return nil
 }
 
 // WaitModules waits until every module of the image is loaded and the kernel refuses further ones. Whoever mounts

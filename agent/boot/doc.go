@@ -28,7 +28,21 @@
 // # Trust
 //
 // The initramfs is measured with the launch of a confidential guest and trusted. What the host asks for later
-// (hostname, sysctls, clock) is checked here against an allow-list. The kernel command line is read by nothing here.
+// (hostname, sysctls, clock) is checked here against an allow-list. Of the kernel's command line package launch reads the
+// words that say what kind of guest this is; in a confidential guest it is measured.
+//
+// The wall clock is the host's in a confidential guest, too: it can be set to any time at any moment. Nothing whose safety
+// depends on the time (the age of certificates, of evidence) may trust it alone.
+//
+// Random numbers come from the CPU (random.trust_cpu): the image has no driver of a device that gives the host's, and what
+// a boot loader hands over is mixed in but counts for nothing (random.trust_bootloader=off). Without RDRAND, or TRNG on
+// s390x, reads wait until the kernel has gathered enough from timings.
+//
+// # Confidential guests
+//
+// All modules are loaded before Init returns, those of the platform's phase last, and module loading is locked; then the
+// launch is checked (package launch) and only then the host hears of the guest. What fails on the way is told in
+// Hello.refusal, and the guest ends.
 //
 // # Locks
 //

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,10 @@ const (
 	phaseEarly = "early"
 	phaseLater = "later"
 )
+
+// phases are all phases. Those behind the first two have the names of platforms: their modules are loaded in guests that
+// are launched on it, after the later ones.
+var phases = []string{phaseEarly, phaseLater, "snp", "tdx", "se"}
 
 // listed is a line of the list.
 type listed struct{ phase, file, params string }
@@ -42,8 +47,8 @@ func parseLoadList(r io.Reader) ([]listed, error) {
 	for lines.Scan() {
 		phase, rest, _ := strings.Cut(lines.Text(), " ")
 		file, params, _ := strings.Cut(rest, " ")
-		if phase != phaseEarly && phase != phaseLater || file == "" || strings.Contains(file, "/") {
-			return nil, fmt.Errorf("/%s has a line that is not \"early FILE\" or \"later FILE\": %q", loadList, lines.Text())
+		if !slices.Contains(phases, phase) || file == "" || strings.Contains(file, "/") {
+			return nil, fmt.Errorf("/%s has a line that is not \"PHASE FILE\" with a phase of %s: %q", loadList, strings.Join(phases, ", "), lines.Text())
 		}
 		out = append(out, listed{phase, file, params})
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
@@ -51,6 +52,7 @@ type Storage interface {
 	container.Storage
 	SetupShm(bytes uint64) error
 	MountShared(ctx context.Context, tag string) error
+	PutVolume(ctx context.Context, r *agentv1.PutVolumeRequest) error
 }
 
 // Config is what a Server works with.
@@ -67,6 +69,10 @@ type Config struct {
 	Cgroup string
 	// Version is that of the build, for people.
 	Version string
+	// Platform that the guest was launched on, as package tee names it; empty for an ordinary VM.
+	Platform string
+	// Initdata is the digest of the document that the launch is bound to, "sha384:HEX"; empty if there is none.
+	Initdata string
 }
 
 // Server serves the agent protocol.
@@ -159,13 +165,65 @@ func (s *Server) run(ctx context.Context) (err error) {
 	return context.Cause(ctx)
 }
 
+// dialHost connects to the host's ready port; the connection has the handshake's deadline.
+func (s *Server) dialHost(ctx context.Context) (net.Conn, error) {
+	conn, err := s.cfg.Transport.DialReady(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("tell the host that the guest is ready: %w", err)
+	}
+	deadline, _ := ctx.Deadline()
+	if err := conn.SetDeadline(deadline); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return conn, nil
+}
+
+func (s *Server) newHello() *agentv1.Hello {
+	return &agentv1.Hello{
+		ProtocolMajor: wire.Major,
+		ProtocolMinor: wire.Minor,
+		AgentVersion:  s.cfg.Version,
+		KernelRelease: kernelRelease(),
+		BootId:        bootID(),
+		BootTimeline:  s.cfg.System.Timeline(),
+		Tee:           s.cfg.Platform,
+		Initdata:      s.cfg.Initdata,
+	}
+}
+
+// maxRefusal bounds the reason that Refuse tells, bytes.
+const maxRefusal = 4 << 10
+
+// Refuse tells the host why the guest does not go on. It returns when the host has heard it and hung up, or after some
+// time; the caller powers the guest off.
+func (s *Server) Refuse(ctx context.Context, reason error) error {
+	ctx, cancel := context.WithTimeout(ctx, handshakeBudget)
+	defer cancel()
+	conn, err := s.dialHost(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	hello := s.newHello()
+	hello.Refusal = reason.Error()
+	if len(hello.Refusal) > maxRefusal {
+		hello.Refusal = strings.ToValidUTF8(hello.Refusal[:maxRefusal], "")
+	}
+	if err := wire.WriteFrame(conn, hello); err != nil {
+		return fmt.Errorf("tell the host why the guest ends: %w", err)
+	}
+	// The host answers and closes; whatever it says changes nothing.
+	_, err = io.Copy(io.Discard, io.LimitReader(conn, wire.MaxFrame))
+	return err
+}
+
 // hello dials the host and exchanges versions.
 func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeBudget)
 	defer cancel()
-	conn, err := s.cfg.Transport.DialReady(ctx)
+	conn, err := s.dialHost(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("tell the host that the guest is ready: %w", err)
+		return nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -173,18 +231,7 @@ func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
 			err = fmt.Errorf("handshake with the host: %w", err)
 		}
 	}()
-	deadline, _ := ctx.Deadline()
-	if err := conn.SetDeadline(deadline); err != nil {
-		return nil, err
-	}
-	hello := &agentv1.Hello{
-		ProtocolMajor: wire.Major,
-		ProtocolMinor: wire.Minor,
-		AgentVersion:  s.cfg.Version,
-		KernelRelease: kernelRelease(),
-		BootId:        bootID(),
-		BootTimeline:  s.cfg.System.Timeline(),
-	}
+	hello := s.newHello()
 	if err := wire.WriteFrame(conn, hello); err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -84,6 +85,9 @@ func (f fakeStorage) MountShared(_ context.Context, tag string) error {
 		panic("oh")
 	}
 	return errors.New("no such tag")
+}
+func (f fakeStorage) PutVolume(_ context.Context, r *agentv1.PutVolumeRequest) error {
+	return fmt.Errorf("volume %s: %w", r.GetName(), errdefs.ErrInvalidArgument)
 }
 func (f fakeStorage) PrepareMounts(context.Context, string, []*agentv1.Mount) ([]specs.Mount, error) {
 	return []specs.Mount{{Destination: "/proc", Type: "proc", Source: "proc"}, {Destination: "/dev", Type: "tmpfs", Source: "tmpfs"}}, nil
@@ -218,8 +222,8 @@ func TestHandshakeFailures(t *testing.T) {
 		reply *agentv1.HelloReply
 		want  string
 	}{
-		"other version": {&agentv1.HelloReply{ProtocolMajor: wire.Major + 1, ShimVersion: "v9"}, `the shim (version "v9") speaks protocol 2.0, this agent (version v-test) 1.0`},
-		"refused":       {&agentv1.HelloReply{ProtocolMajor: wire.Major, Error: "no"}, `the host refuses this agent (version v-test, protocol 1.0): "no"`},
+		"other version": {&agentv1.HelloReply{ProtocolMajor: wire.Major + 1, ShimVersion: "v9"}, `the shim (version "v9") speaks protocol 2.0, this agent (version v-test) 1.1`},
+		"refused":       {&agentv1.HelloReply{ProtocolMajor: wire.Major, Error: "no"}, `the host refuses this agent (version v-test, protocol 1.1): "no"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := boot(t, tc.reply)
@@ -227,6 +231,27 @@ func TestHandshakeFailures(t *testing.T) {
 			require.EqualValues(t, 1, h.system.powerOff.Load())
 		})
 	}
+}
+
+func TestRefuse(t *testing.T) {
+	dir := sockets(t.TempDir())
+	l, err := dir.Listen(wire.ReadyPort(testCID))
+	require.NoError(t, err)
+	defer l.Close()
+	told := make(chan error, 1)
+	go func() {
+		s := New(Config{System: &fakeSystem{}, Transport: dir, Version: "v-test", Platform: "snp"})
+		told <- s.Refuse(context.Background(), errors.New("another document"+strings.Repeat("é", maxRefusal)))
+	}()
+	conn, err := l.Accept()
+	require.NoError(t, err)
+	var hello agentv1.Hello
+	require.NoError(t, wire.ReadFrame(conn, &hello))
+	require.Equal(t, "snp", hello.GetTee())
+	require.True(t, strings.HasPrefix(hello.GetRefusal(), "another document"))
+	require.LessOrEqual(t, len(hello.GetRefusal()), maxRefusal)
+	require.NoError(t, conn.Close())
+	require.NoError(t, <-told)
 }
 
 func TestNoHost(t *testing.T) {

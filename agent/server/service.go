@@ -208,8 +208,11 @@ func (s *service) MountShared(ctx context.Context, r *agentv1.MountSharedRequest
 	return &agentv1.MountSharedResponse{}, nil
 }
 
-func (s *service) PutVolume(context.Context, *agentv1.PutVolumeRequest) (*agentv1.PutVolumeResponse, error) {
-	return nil, errdefs.ErrNotImplemented
+func (s *service) PutVolume(ctx context.Context, r *agentv1.PutVolumeRequest) (*agentv1.PutVolumeResponse, error) {
+	if err := s.cfg.Storage.PutVolume(ctx, r); err != nil {
+		return nil, err
+	}
+	return &agentv1.PutVolumeResponse{}, nil
 }
 
 func (s *service) SandboxStats(context.Context, *agentv1.SandboxStatsRequest) (*agentv1.SandboxStatsResponse, error) {

@@ -8,6 +8,8 @@
 //
 //	layers/N    read-only EROFS images, one for each disk, shared by all containers that name it
 //	shares/N    virtio-fs devices, one for each tag, mounted until the guest ends
+//	volumes/N   copied volumes, in the layout of the kubelet's AtomicWriter, see volumes.go
+//	scratch/N   scratch volumes (emptyDir), a tmpfs each, until the guest ends
 //	shm         the pod's /dev/shm
 //	c/N         a container: rootfs (overlayfs of its layers), rw (its writable layer, a tmpfs), file copies and
 //	            binds of shared paths
@@ -27,6 +29,8 @@
 //
 // # Locks
 //
+// A volume has a turn, too (volume.turn): parts of generations are written, and files of it copied, one request at a time.
+//
 // Store.mu guards the tables and is never held over I/O. Operations on one container take turns (container.turn);
 // those on different containers run side by side.
 //
@@ -35,5 +39,9 @@
 // Requests and disks come from a hostile host. Disks are found by serial number alone, identifiers and options pass
 // allow-lists, counts and sizes have limits. A shared folder's entry is opened without following links and bind mounted
 // to a place of ours: no path of the host is ever resolved as a path. What an image of a file system holds is parsed by
-// the guest's kernel; images of confidential guests will be verified below it (dm-verity).
+// the guest's kernel: in a confidential guest, too, layers are taken as the host gives them, until images are verified below
+// the file system (dm-verity). Only initdata's disk is held against something that the launch bound (package launch).
+//
+// Volumes are files that the host sends. Their names are checked (manifest.go) and resolved below a folder of ours without
+// following links; containers see them read-only. In a confidential guest live folders of the host are refused.
 package storage

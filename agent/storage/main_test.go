@@ -113,6 +113,9 @@ func newStore(t *testing.T) (*Store, *fakeDisks) {
 		require.Empty(t, below(t, root, "c"), "folders of containers are left")
 		require.Empty(t, below(t, root, "layers"), "folders of layers are left")
 		_ = unix.Unmount(s.shmPath(), 0)
+		for _, sc := range s.scratch {
+			require.NoError(t, unix.Unmount(sc.path, 0))
+		}
 		require.NoError(t, unix.Unmount(root, 0), "mounts are left")
 	})
 	return s, disks

@@ -37,7 +37,7 @@ func (s *Store) PrepareMounts(ctx context.Context, containerID string, mounts []
 	keep := len(c.done)
 	out := make([]specs.Mount, 0, len(mounts))
 	for i, m := range mounts {
-		prepared, err := s.prepare(c, i, m)
+		prepared, err := s.prepare(ctx, c, i, m)
 		if err != nil {
 			return nil, s.rollback(c, keep, fmt.Errorf("mount %d (at %s) of container %s: %w", i+1, m.GetDestination(), containerID, err))
 		}
@@ -63,6 +63,10 @@ func checkMounts(mounts []*agentv1.Mount) error {
 			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()), checkFile(source.File))
 		case *agentv1.Mount_PodShm, *agentv1.Mount_Shared:
 			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()))
+		case *agentv1.Mount_Volume:
+			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()), checkPodVolume(source.Volume))
+		case *agentv1.Mount_Scratch:
+			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()), checkScratch(source.Scratch))
 		default:
 			err = errors.Join(err, fmt.Errorf("has no source that is known: %w", errdefs.ErrInvalidArgument))
 		}
@@ -83,6 +87,16 @@ func checkDestination(path string) error {
 	return nil
 }
 
+func checkPodVolume(v *agentv1.PodVolume) error {
+	if !validVolumeName(v.GetName()) {
+		return fmt.Errorf("name of a volume %.80q: %w", v.GetName(), errdefs.ErrInvalidArgument)
+	}
+	if v.GetPath() == "" {
+		return nil
+	}
+	return checkVolumePath(v.GetPath())
+}
+
 func checkFile(f *agentv1.FileCopy) error {
 	const noID = 1<<32 - 1 // (uid_t)-1, "leave as it is" to chown
 	switch {
@@ -96,7 +110,7 @@ func checkFile(f *agentv1.FileCopy) error {
 	return nil
 }
 
-func (s *Store) prepare(c *container, index int, m *agentv1.Mount) (specs.Mount, error) {
+func (s *Store) prepare(ctx context.Context, c *container, index int, m *agentv1.Mount) (specs.Mount, error) {
 	out := specs.Mount{Destination: filepath.Clean(m.GetDestination()), Options: slices.Clone(m.GetOptions())}
 	if fs, ok := m.GetSource().(*agentv1.Mount_Filesystem); ok {
 		out.Type, out.Source = fs.Filesystem.GetType(), fs.Filesystem.GetType()
@@ -124,7 +138,13 @@ func (s *Store) prepare(c *container, index int, m *agentv1.Mount) (specs.Mount,
 	case *agentv1.Mount_Shared:
 		out.Source, err = s.bindShared(c, index, source.Shared)
 		// A bind mount with flags of its own forgets those of its source.
-		out.Options = append(slices.DeleteFunc(out.Options, func(o string) bool { return o == "suid" || o == "dev" }), "nosuid", "nodev")
+		out.Options = harmless(out.Options)
+	case *agentv1.Mount_Volume:
+		out.Source, err = s.bindVolume(ctx, c, index, source.Volume)
+		out.Options = readOnly(out.Options)
+	case *agentv1.Mount_Scratch:
+		out.Source, err = s.bindScratch(ctx, source.Scratch)
+		out.Options = harmless(out.Options)
 	}
 	return out, err
 }

@@ -142,6 +142,14 @@ func TestShm(t *testing.T) {
 	}
 }
 
+func TestConfidentialTakesNoFolders(t *testing.T) {
+	s := &Store{}
+	s.Confidential("snp")
+	require.ErrorIs(t, s.MountShared(t.Context(), "there"), errdefs.ErrFailedPrecondition)
+	_, err := s.bindShared(&container{}, 0, &agentv1.SharedPath{Tag: "there", Name: "x"})
+	require.ErrorContains(t, err, "platform snp")
+}
+
 func TestMountShared(t *testing.T) {
 	s, _ := newStore(t)
 	for _, tag := range []string{"", "a/b", "-a", strings.Repeat("a", 37)} {

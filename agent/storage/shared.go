@@ -36,6 +36,9 @@ type share struct {
 // MountShared mounts the virtio-fs device with the tag; containers' SharedPath mounts then find it. It waits for the
 // device until ctx ends. A device that is mounted already stays so.
 func (s *Store) MountShared(ctx context.Context, tag string) error {
+	if err := s.refuseShared(); err != nil {
+		return err
+	}
 	if len(tag) > maxTag || !wire.ValidID(tag) {
 		return fmt.Errorf("tag of a shared folder %.40q is not 1 to %d of [A-Za-z0-9_.-], the first alphanumeric: %w", tag, maxTag, errdefs.ErrInvalidArgument)
 	}
@@ -64,6 +67,15 @@ func (s *Store) MountShared(ctx context.Context, tag string) error {
 	}
 	close(sh.mounted)
 	return sh.err
+}
+
+// refuseShared keeps the host's folders, whose content it can change at any moment, out of a confidential guest.
+func (s *Store) refuseShared() error {
+	if s.platform == "" {
+		return nil
+	}
+	return fmt.Errorf("this is a confidential guest (platform %s): it takes no live folders of the host; use volumes that are copied: %w",
+		s.platform, errdefs.ErrFailedPrecondition)
 }
 
 func (s *Store) mountShare(ctx context.Context, tag, path string) error {
@@ -98,6 +110,9 @@ func (s *Store) mountShare(ctx context.Context, tag, path string) error {
 
 // bindShared bind mounts an entry of a shared folder to a place of the container and gives that place.
 func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (string, error) {
+	if err := s.refuseShared(); err != nil {
+		return "", err
+	}
 	if !wire.ValidID(p.GetName()) {
 		return "", fmt.Errorf("name in a shared folder %.140q is not one element of a path: %w", p.GetName(), errdefs.ErrInvalidArgument)
 	}

@@ -20,6 +20,12 @@ import (
 // defaultShm is the size of the pod's /dev/shm unless it is given.
 const defaultShm = 64 << 20
 
+// Where the guest's kernel lists disks, and where their device nodes are.
+const (
+	sysBlock = "/sys/block"
+	devices  = "/dev"
+)
+
 // Store is the guest's storage. Its methods may be called from any goroutine.
 type Store struct {
 	root string
@@ -29,6 +35,8 @@ type Store struct {
 	newDisks func() (diskFinder, error)
 	// virtiofs is where the kernel lists virtio-fs devices.
 	virtiofs string
+	// platform names what the guest is confidential by; empty for an ordinary VM.
+	platform string
 
 	mu         sync.Mutex
 	names      uint64
@@ -36,6 +44,8 @@ type Store struct {
 	images     map[string]*image // by the serial of the first disk
 	diskUsers  map[string]int    // mounted images by the serial of each of their disks
 	shares     map[string]*share // by tag
+	volumes    map[string]*volume
+	scratch    map[string]*scratch
 	shm        bool
 }
 
@@ -52,14 +62,16 @@ func New(root string) (*Store, error) {
 	}
 	s := &Store{
 		root:       root,
-		newDisks:   func() (diskFinder, error) { return newSysfsDisks("/sys/block", "/dev") },
+		newDisks:   func() (diskFinder, error) { return newSysfsDisks(sysBlock, devices) },
 		virtiofs:   "/sys/fs/virtiofs",
 		containers: map[string]*container{},
 		images:     map[string]*image{},
 		diskUsers:  map[string]int{},
 		shares:     map[string]*share{},
+		volumes:    map[string]*volume{},
+		scratch:    map[string]*scratch{},
 	}
-	for _, dir := range []string{"layers", "shares", "shm", "c"} {
+	for _, dir := range []string{"layers", "shares", "shm", "volumes", "scratch", "c"} {
 		if err := os.Mkdir(filepath.Join(root, dir), 0o711); err != nil {
 			return nil, err
 		}
@@ -69,6 +81,10 @@ func New(root string) (*Store, error) {
 
 // After makes everything that needs kernel modules wait for the function first. It must be called before anything else.
 func (s *Store) After(wait func(context.Context) error) { s.gate = wait }
+
+// Confidential makes the Store refuse live folders of the host from now on, in the name of the platform. It must be called
+// before anything else.
+func (s *Store) Confidential(platform string) { s.platform = platform }
 
 func (s *Store) wait(ctx context.Context) error {
 	if s.gate == nil {

@@ -4,17 +4,14 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	"github.com/spf13/cobra"
 
 	"github.com/cloister-project/cloister/configs"
-	"github.com/cloister-project/cloister/hypervisor"
-	"github.com/cloister-project/cloister/hypervisor/qemu"
+	"github.com/cloister-project/cloister/tee"
 )
 
 // Results of a check.
@@ -32,131 +29,152 @@ type finding struct {
 	Fix    string `json:"fix,omitempty"`
 }
 
+// checkReport is what a check found.
+type checkReport struct {
+	// Usable: pods of the platform that was asked for can start; with all, those of the configured one.
+	Usable bool `json:"usable"`
+	// Node is what holds for every platform.
+	Node      []finding       `json:"node"`
+	Platforms []platformCheck `json:"platforms"`
+}
+
+// platformCheck is about one platform.
+type platformCheck struct {
+	Platform    tee.Name  `json:"platform"`
+	Description string    `json:"description"`
+	Configured  bool      `json:"configured"`
+	Usable      bool      `json:"usable"`
+	Findings    []finding `json:"findings"`
+}
+
+// teeAll is every platform.
+const teeAll = "all"
+
 func checkCommand() *cobra.Command {
-	var (
-		path   string
-		asJSON bool
-	)
+	var f nodeFlags
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Tell what this node offers for running pods and what is missing, each line with the fix",
-		Long: "check reads the configuration as the shim does and looks at what pods need on this node.\n" +
-			"It starts no VM and changes nothing. The exit status is 1 if something that pods need is missing.",
-		Args: cobra.NoArgs,
+		Long: "check reads the configuration as the shim does and looks at what pods need on this node: for ordinary VMs, or for\n" +
+			"those of the platform that --tee names, in the order in which the platform is set up. It starts no VM and changes\n" +
+			"nothing.\n\n" +
+			"Exit status, for readiness scripts: 0 pods can start, 1 something is missing, 2 wrong usage. With --tee all every\n" +
+			"platform is listed, and the status is that of the configured one.",
+		Example: "  cloister check --tee snp && kubectl label node \"$NODE\" io.cloister/tee-snp=true",
+		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			findings := check(cmd.Context(), path)
-			if err := report(cmd.OutOrStdout(), findings, asJSON); err != nil {
-				return err
-			}
-			missing := 0
-			for _, f := range findings {
-				if f.Result == bad {
-					missing++
+			if f.tee != teeAll {
+				if err := checkName(f.tee); err != nil {
+					return err
 				}
 			}
-			if missing > 0 {
-				return fmt.Errorf("%d of %d checks failed: pods will not start", missing, len(findings))
+			report := check(cmd.Context(), f.config, f.tee)
+			if f.json {
+				if err := printJSON(cmd.OutOrStdout(), report); err != nil {
+					return err
+				}
+			} else if err := report.print(cmd.OutOrStdout()); err != nil {
+				return err
+			}
+			if !report.Usable {
+				return report.verdict()
 			}
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&path, "config", "", "configuration file (default: as the shim: "+configs.DefaultPath+", else built in)")
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	f.add(cmd, "look at this platform: none, sample, snp, tdx, se, or all (default: the configured one)")
 	return cmd
 }
 
-func report(w io.Writer, findings []finding, asJSON bool) error {
-	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(findings)
-	}
-	for _, f := range findings {
-		if _, err := fmt.Fprintf(w, "%-8s %-14s %s\n", f.Result, f.What, f.Detail); err != nil {
-			return err
-		}
-		if f.Fix != "" {
-			if _, err := fmt.Fprintf(w, "%-8s %-14s   fix: %s\n", "", "", f.Fix); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
 // check looks at everything in the order in which a pod's start needs it.
-func check(ctx context.Context, path string) []finding {
+func check(ctx context.Context, path, name string) checkReport {
 	cfg, err := configs.Load(path)
 	if err != nil {
-		return faults("configuration", err)
+		return checkReport{Node: faults("configuration", err), Platforms: []platformCheck{}}
 	}
-	findings := []finding{{What: "configuration", Result: good}}
-	if err := cfg.CheckFiles(); err != nil {
-		findings = append(findings, faults("files", err)...)
-	} else {
-		findings = append(findings, finding{What: "guest image", Result: good, Detail: cfg.Hypervisor.Kernel + ", " + cfg.Hypervisor.Initrd})
-	}
-	findings = append(findings, checkQEMU(ctx, cfg)...)
-	if _, err := cfg.VirtiofsdPath(); err != nil {
-		for _, f := range faults("virtiofsd", err) {
-			f.Result = note
-			f.Detail += " (only pods that mount folders of the host need it; in Kubernetes nearly all do)"
-			findings = append(findings, f)
-		}
-	} else {
-		findings = append(findings, finding{What: "virtiofsd", Result: good})
-	}
-	findings = append(findings, openable("tap devices", "/dev/net/tun", "load the module tun"), checkVsock(cfg))
-	// Said outright, so that nobody takes this for more than it is.
-	return append(findings, finding{What: "tee", Result: note, Detail: "none: pods run in ordinary VMs, whose memory the host can read"})
-}
-
-func checkQEMU(ctx context.Context, cfg *configs.Config) []finding {
-	path, err := cfg.QEMU()
-	if err != nil {
-		return nil // among the files already
-	}
-	driver, err := qemu.New(ctx, qemu.Config{Path: path})
-	if err != nil {
-		return []finding{{What: "QEMU", Result: bad, Detail: err.Error(), Fix: "set hypervisor.path to a QEMU that runs on this node"}}
-	}
-	findings := []finding{{What: "QEMU", Result: good, Detail: fmt.Sprintf("%s, %s", driver.Path(), driver.Features().Version)}}
-	accel, err := driver.Accelerator(cfg.Hypervisor.Accel)
-	switch {
-	case err != nil:
-		return append(findings, finding{What: "accelerator", Result: bad, Detail: err.Error(), Fix: `set hypervisor.accel = "auto", or mend what is named`})
-	case accel == hypervisor.AccelTCG:
-		detail := "tcg: the guest is emulated, about ten times slower"
-		if _, err := driver.Accelerator(configs.AccelKVM); err != nil {
-			detail += "; no KVM: " + err.Error()
-		}
-		return append(findings, finding{What: "accelerator", Result: note, Detail: detail})
+	r := checkReport{Node: checkNode()}
+	configured := tee.Name(cfg.TEE.Platform)
+	names, decisive := []tee.Name{configured}, configured
+	switch name {
+	case "":
+	case teeAll:
+		names = tee.Names()
 	default:
-		return append(findings, finding{What: "accelerator", Result: good, Detail: string(accel)})
+		names, decisive = []tee.Name{tee.Name(name)}, tee.Name(name)
 	}
+	for _, n := range names {
+		p := checkPlatform(ctx, cfg, n)
+		p.Configured = n == configured
+		p.Usable = missing(p.Findings) == 0
+		if n == decisive {
+			r.Usable = p.Usable && missing(r.Node) == 0
+		}
+		r.Platforms = append(r.Platforms, p)
+	}
+	return r
 }
 
-func checkVsock(cfg *configs.Config) finding {
-	const device = "/dev/vhost-vsock"
-	kernel := openable("vsock", device, "load the module vhost_vsock, or set hypervisor.vsock")
-	switch cfg.Hypervisor.Vsock {
-	case configs.VsockVhost:
-		return kernel
-	case configs.VsockAuto:
-		if kernel.Result == good {
-			return kernel
+func missing(findings []finding) int {
+	n := 0
+	for _, f := range findings {
+		if f.Result == bad {
+			n++
 		}
 	}
-	return finding{What: "vsock", Result: good, Detail: "the shim's own vhost-user device"}
+	return n
 }
 
-func openable(what, path, fix string) finding {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return finding{What: what, Result: bad, Detail: err.Error(), Fix: fix}
+// verdict is the error of a node that is not usable.
+func (r checkReport) verdict() error {
+	all, gone, of := len(r.Node), missing(r.Node), ""
+	for _, p := range r.Platforms {
+		if len(r.Platforms) == 1 || p.Configured {
+			all, gone = all+len(p.Findings), gone+missing(p.Findings)
+			of = fmt.Sprintf(" of platform %q", p.Platform)
+		}
 	}
-	_ = f.Close()
-	return finding{What: what, Result: good, Detail: path}
+	return fmt.Errorf("%d of %s failed: pods%s will not start", gone, plural(all, "check"), of)
+}
+
+func (r checkReport) print(w io.Writer) error {
+	p := printer{w: w}
+	p.findings(r.Node)
+	for _, one := range r.Platforms {
+		if len(r.Platforms) > 1 {
+			mark := ""
+			if one.Configured {
+				mark = ", configured"
+			}
+			verdict := "usable"
+			if !one.Usable || missing(r.Node) > 0 {
+				verdict = fmt.Sprintf("NOT usable, %d missing", missing(one.Findings)+missing(r.Node))
+			}
+			p.line("\n%s%s: %s", one.Description, mark, verdict)
+		}
+		p.findings(one.Findings)
+	}
+	return p.err
+}
+
+// printer keeps the first error of many writes.
+type printer struct {
+	w   io.Writer
+	err error
+}
+
+func (p *printer) line(format string, a ...any) {
+	if p.err == nil {
+		_, p.err = fmt.Fprintf(p.w, format+"\n", a...)
+	}
+}
+
+func (p *printer) findings(all []finding) {
+	for _, f := range all {
+		p.line("%-8s %-27s %s", f.Result, f.What, f.Detail)
+		if f.Fix != "" {
+			p.line("%-8s %-27s   fix: %s", "", "", f.Fix)
+		}
+	}
 }
 
 // faults turns an error of package configs into a line each.

@@ -9,13 +9,26 @@ import (
 )
 
 func configCommand() *cobra.Command {
-	return &cobra.Command{
+	var name string
+	cmd := &cobra.Command{
 		Use:   "config",
 		Short: "Print the reference configuration: every key with its default and its reason",
-		Args:  cobra.NoArgs,
+		Long: "config prints the reference configuration: every key with its default and its reason. With --tee it prints the\n" +
+			"drop-in of a platform, to be copied into config.d beside a node's cloister.toml.",
+		Example: "  cloister config --tee snp > /etc/cloister/config.d/50-snp.toml",
+		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := cmd.OutOrStdout().Write(configs.Base())
+			text := configs.Base()
+			if name != "" {
+				var err error
+				if text, err = configs.PlatformDropIn(name); err != nil {
+					return usage("--tee: %w", err)
+				}
+			}
+			_, err := cmd.OutOrStdout().Write(text)
 			return err
 		},
 	}
+	cmd.Flags().StringVar(&name, "tee", "", "print the drop-in of this platform: sample, snp, tdx or se")
+	return cmd
 }

@@ -93,8 +93,9 @@ func virtualizationFlag(cpuinfo string) (string, error) {
 	return "", s.Err()
 }
 
-// DefaultCPU is the CPU model to use with an accelerator if nobody says another.
-func DefaultCPU(a hypervisor.Accelerator) string {
+// DefaultCPU is the CPU model to use with an accelerator if nobody says another. A confidential VM's platform names its
+// own.
+func DefaultCPU(_ hypervisor.Architecture, a hypervisor.Accelerator) string {
 	if a == hypervisor.AccelKVM {
 		return "host"
 	}

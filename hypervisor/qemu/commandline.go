@@ -23,7 +23,10 @@ const (
 	fileVhost   = "vhost:" // followed by NIC.ID
 )
 
-// PCI slots of the root bus; fixed, so that the guest sees the same addresses whatever else the VM has. 0 is the host
+// typeMonitor is the type of a QMP monitor as an object.
+const typeMonitor = "monitor-qmp"
+
+// PCI slots of the root bus, and device numbers of the channel subsystem; fixed, so that the guest sees the same addresses whatever else the VM has. 0 is the host
 // bridge, 0x1f the LPC bridge.
 const (
 	slotSCSI    = 0x2
@@ -53,17 +56,30 @@ func (m *Missing) Is(target error) bool { return target == errdefs.ErrNotImpleme
 // NewCommandLine builds the command line for a valid document. It touches nothing; drivers tells the block driver of
 // each disk that is there at boot ("file" or "host_device"), by Disk.ID.
 func NewCommandLine(doc hypervisor.Document, f Features, drivers map[string]string) (CommandLine, error) {
+	if want := architecture(doc); f.Architecture != want {
+		return CommandLine{}, fmt.Errorf("the VM is for %s and this QEMU for %s: %w", want, f.Architecture, errdefs.ErrInvalidArgument)
+	}
 	if err := f.lacks(doc); err != nil {
 		return CommandLine{}, err
 	}
-	b := builder{}
-	b.machine(doc, f)
+	b := builder{doc: doc}
+	if err := b.machine(f); err != nil {
+		return CommandLine{}, err
+	}
 	b.boot(doc.Boot)
 	b.chardevSocket("qmp", fileQMP)
-	b.add("-mon", "chardev=qmp,mode=control")
+	if slices.Contains(f.Types, typeMonitor) {
+		b.add("-object", typeMonitor+",id=monitor,chardev=qmp")
+	} else {
+		b.add("-mon", "chardev=qmp,mode=control") // deprecated where there is the other
+	}
 	b.chardevSocket("console", fileConsole)
-	b.add("-serial", "chardev:console")
-	b.device("virtio-scsi-pci", "id="+scsiController, pciAddress(slotSCSI, 0), "romfile=")
+	if b.ccw() {
+		b.device("sclpconsole", "chardev=console")
+	} else {
+		b.add("-serial", "chardev:console")
+	}
+	b.virtio("virtio-scsi", scsiController, slotSCSI)
 	b.vsock(doc.Vsock)
 	for i, n := range doc.NICs {
 		b.nic(n, slotNIC+i)
@@ -89,21 +105,29 @@ func (f Features) lacks(doc hypervisor.Document) error {
 			}
 		}
 	}
-	need("virtio-scsi-pci", "scsi-hd", string(doc.Accelerator)+"-accel")
+	bus := "-pci"
+	if architecture(doc) == hypervisor.ArchS390X {
+		bus = "-ccw"
+		need("sclpconsole")
+	}
+	need("virtio-scsi"+bus, "scsi-hd", string(doc.Accelerator)+"-accel")
 	if f.Machine == "" {
-		m.What = append(m.What, "the q35 machine")
+		m.What = append(m.What, "the "+machineAlias[architecture(doc)]+" machine")
 	}
 	if doc.Memory.Shared {
 		need("memory-backend-memfd")
 	}
 	switch doc.Vsock.Kind {
 	case hypervisor.VsockVhost:
-		need("vhost-vsock-pci")
+		need("vhost-vsock" + bus)
 	case hypervisor.VsockVhostUser:
-		need("vhost-user-vsock-pci")
+		need("vhost-user-vsock-pci") // there is none for the channel subsystem
+		if bus == "-ccw" {
+			need("zpci")
+		}
 	}
 	if len(doc.NICs) > 0 {
-		need("virtio-net-pci")
+		need("virtio-net" + bus)
 	}
 	if doc.SharedFolderPorts > 0 {
 		need("pcie-root-port", "vhost-user-fs-pci")
@@ -111,15 +135,22 @@ func (f Features) lacks(doc hypervisor.Document) error {
 	if doc.Sandboxed && !f.Sandbox {
 		m.What = append(m.What, "seccomp (-sandbox)")
 	}
+	m.What = append(m.What, f.lacksTEE(doc)...)
 	if len(m.What) == 0 {
 		return nil
 	}
 	return &m
 }
 
-type builder struct{ CommandLine }
+type builder struct {
+	CommandLine
+	doc hypervisor.Document
+}
 
 func (b *builder) add(args ...string) { b.Args = append(b.Args, args...) }
+
+// ccw: devices are on IBM's channel subsystem, not on PCI.
+func (b *builder) ccw() bool { return architecture(b.doc) == hypervisor.ArchS390X }
 
 func (b *builder) device(props ...string) { b.add("-device", strings.Join(props, ",")) }
 
@@ -135,52 +166,60 @@ func (b *builder) chardevSocket(id, file string) {
 
 func pciAddress(slot, function int) string { return fmt.Sprintf("addr=%#x.%#x", slot, function) }
 
-func (b *builder) machine(doc hypervisor.Document, f Features) {
-	b.add("-name", "cloister-"+doc.ID+",debug-threads=on", "-uuid", doc.UUID)
-	b.add("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-S")
-	if doc.Sandboxed {
-		b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+// virtio adds a virtio device in its slot, on the bus that the machine has.
+func (b *builder) virtio(name, id string, slot int, props ...string) {
+	if b.ccw() {
+		// A channel device has no legacy interface to switch off: a guest that does not take VIRTIO_F_ACCESS_PLATFORM,
+		// which only virtio 1 has, is refused by QEMU.
+		b.device(append([]string{name + "-ccw", "id=" + id, fmt.Sprintf("devno=fe.0.%04x", slot)}, append(b.dmaRules(), props...)...)...)
+		return
 	}
-	if f.ExitWithParent {
-		b.add("-run-with", "exit-with-parent=on")
-	}
-	mib := strconv.FormatUint(doc.Memory.Bytes>>20, 10) + "M"
-	machine := f.Machine
-	// What a guest without firmware services, graphics and human does not need; each is probed by the firmware and the
-	// kernel at boot. Without the HPET the kernel executes about 10 % fewer instructions until init; it calibrates
-	// against the PM timer. dump-guest-core keeps the guest's memory out of a core dump of QEMU.
-	for _, off := range machineOff {
-		if slices.Contains(f.MachineOptions, off) {
-			machine += "," + off + "=off"
-		}
-	}
-	if doc.Memory.Shared {
-		machine += ",memory-backend=mem0"
-		b.add("-object", "memory-backend-memfd,id=mem0,size="+mib+",share=on")
-	}
-	b.add("-machine", machine)
-	accel := string(doc.Accelerator)
-	if doc.Accelerator == hypervisor.AccelTCG {
-		accel += ",thread=multi"
-	}
-	b.add("-accel", accel, "-cpu", doc.CPU.Model)
-	b.add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", doc.CPU.Count, doc.CPU.Count), "-m", "size="+mib)
+	b.virtioPCI(name, id, slot, props...)
 }
 
-// machineOff are options of the machine that are switched off where the binary has them.
-var machineOff = [...]string{"usb", "vmport", "smm", "sata", "smbus", "i8042", "hpet", "dump-guest-core"}
+// virtioPCI adds a virtio device on PCI.
+func (b *builder) virtioPCI(name, id string, slot int, props ...string) {
+	fixed := []string{name + "-pci", "id=" + id, pciAddress(slot, 0), "romfile="}
+	if b.doc.Confidential != nil {
+		fixed = append(fixed, "disable-legacy=on")
+	}
+	b.device(append(fixed, append(b.dmaRules(), props...)...)...)
+}
+
+// dmaRules make a confidential guest use its DMA interface, that is buffers that it shares on purpose: virtio 1.2,
+// section 6, VIRTIO_F_ACCESS_PLATFORM.
+func (b *builder) dmaRules() []string {
+	if b.doc.Confidential == nil {
+		return nil
+	}
+	return []string{"iommu_platform=on"}
+}
 
 func (b *builder) boot(boot hypervisor.Boot) {
 	// Each is an argument of its own: nothing in it is parsed as options.
-	b.add("-kernel", boot.Kernel, "-initrd", boot.Initrd, "-append", strings.Join(boot.Parameters, " "))
+	if boot.Firmware != "" {
+		b.add("-bios", boot.Firmware)
+	}
+	b.add("-kernel", boot.Kernel)
+	if !boot.Sealed {
+		b.add("-initrd", boot.Initrd, "-append", strings.Join(boot.Parameters, " "))
+	}
 }
 
 func (b *builder) vsock(v hypervisor.Vsock) {
 	switch v.Kind {
 	case hypervisor.VsockVhost:
-		b.device("vhost-vsock-pci", "id=vsock0", pciAddress(slotVsock, 0), "romfile=", fmt.Sprintf("guest-cid=%d", v.CID), "vhostfd="+b.fd(fileVsock))
+		b.virtio("vhost-vsock", "vsock0", slotVsock, fmt.Sprintf("guest-cid=%d", v.CID), "vhostfd="+b.fd(fileVsock))
 	case hypervisor.VsockVhostUser:
 		b.chardevSocket("vsock", fileVsock)
+		if !b.ccw() {
+			b.virtioPCI("vhost-user-vsock", "vsock0", slotVsock, "chardev=vsock")
+			return
+		}
+		// PCI devices of this machine are behind an IOMMU. With iommu_platform QEMU would have the vhost-user device
+		// follow it (VHOST_USER_IOTLB_MSG), which the embedded one does not. No hardware protects such a VM anyway:
+		// Secure Execution has no PCI, and Validate refuses the two together.
+		b.device("zpci", fmt.Sprintf("uid=%d,fid=%d", slotVsock, slotVsock), "target=vsock0")
 		b.device("vhost-user-vsock-pci", "id=vsock0", pciAddress(slotVsock, 0), "romfile=", "chardev=vsock")
 	}
 }
@@ -191,11 +230,11 @@ func (b *builder) nic(n hypervisor.NIC, slot int) {
 		netdev += ",vhost=on,vhostfd=" + b.fd(fileVhost+n.ID)
 	}
 	b.add("-netdev", netdev)
-	props := []string{"virtio-net-pci", "id=nic-" + n.ID, pciAddress(slot, 0), "romfile=", "netdev=net-" + n.ID, "mac=" + n.MAC}
+	props := []string{"netdev=net-" + n.ID, "mac=" + n.MAC}
 	if n.MTU != 0 {
 		props = append(props, fmt.Sprintf("host_mtu=%d", n.MTU))
 	}
-	b.device(props...)
+	b.virtio("virtio-net", "nic-"+n.ID, slot, props...)
 }
 
 func rootPortID(i int) string { return fmt.Sprintf("folder%d", i) }

@@ -20,25 +20,34 @@ var update = flag.Bool("update", false, "write testdata/*.golden anew")
 // debianFeatures are those of QEMU 10.0.2 of Debian's backports.
 func debianFeatures() Features {
 	return Features{
-		Version: "10.0.2",
-		Machine: "pc-q35-10.0",
+		Version:      "10.0.2",
+		Architecture: hypervisor.ArchAMD64,
+		Machine:      "pc-q35-10.0",
 		MachineOptions: []string{
 			"usb", "vmport", "smm", "sata", "smbus", "i8042", "hpet", "dump-guest-core",
 		},
-		Types:   wantedTypes[:],
+		Types: []string{
+			"kvm-accel", "tcg-accel", "memory-backend-memfd", "pcie-root-port", "scsi-hd", "vhost-user-fs-pci",
+			"vhost-user-vsock-pci", "vhost-vsock-pci", "virtio-net-pci", "virtio-scsi-pci", "sev-snp-guest",
+		},
+		Objects: map[string][]string{typeSNP: {
+			"author-key-enabled", "cbitpos", "guest-visible-workarounds", "host-data", "id-auth", "id-block", "kernel-hashes",
+			"policy", "reduced-phys-bits", "sev-device", "vcek-disabled",
+		}},
 		Sandbox: true,
 	}
 }
 
 func goldenDocument() hypervisor.Document {
 	return hypervisor.Document{
-		ID:          "0123abc",
-		UUID:        "7d444840-9dc0-11d1-b245-5ffdce74fad2",
-		Accelerator: hypervisor.AccelTCG,
-		CPU:         hypervisor.CPU{Model: "max", Count: 2},
-		Memory:      hypervisor.Memory{Bytes: 512 << 20, Shared: true},
+		ID:           "0123abc",
+		Architecture: hypervisor.ArchAMD64,
+		UUID:         "7d444840-9dc0-11d1-b245-5ffdce74fad2",
+		Accelerator:  hypervisor.AccelTCG,
+		CPU:          hypervisor.CPU{Model: "max", Count: 2},
+		Memory:       hypervisor.Memory{Bytes: 512 << 20, Shared: true},
 		Boot: hypervisor.Boot{
-			Kernel: "/var/cache/cloister/vmlinux,1", Initrd: "/usr/share/cloister/initrd",
+			Kernel: goldenKernel, Initrd: goldenInitrd,
 			Parameters: []string{"console=ttyS0", "panic=-1"},
 		},
 		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
@@ -49,43 +58,9 @@ func goldenDocument() hypervisor.Document {
 }
 
 func TestCommandLineGolden(t *testing.T) {
-	for name, tc := range map[string]struct {
-		doc      func(*hypervisor.Document)
-		features func(*Features)
-	}{
-		"tcg-vhost-user": {},
-		"kvm-vhost": {doc: func(d *hypervisor.Document) {
-			d.Accelerator, d.CPU.Model = hypervisor.AccelKVM, "host"
-			d.Memory.Shared, d.SharedFolderPorts = false, 0
-			d.Vsock = hypervisor.Vsock{Kind: hypervisor.VsockVhost, CID: 4711}
-			d.NICs = []hypervisor.NIC{
-				{ID: "eth0", MAC: "02:00:00:00:00:01", VhostNet: true},
-				{ID: "eth1", MAC: "02:00:00:00:00:02"},
-			}
-			d.Disks = []hypervisor.Disk{
-				{ID: "layer0", Path: "/var/lib/cloister/layers/a,b.erofs", Serial: "layer0", ReadOnly: true},
-				{ID: "scratch", Path: "/var/lib/cloister/scratch", Serial: "scratch"},
-			}
-		}},
-		"old-qemu": {
-			doc: func(d *hypervisor.Document) { d.NICs, d.SharedFolderPorts, d.Sandboxed = nil, 0, false },
-			features: func(f *Features) {
-				f.Machine, f.MachineOptions, f.Sandbox = "pc-q35-7.2", []string{"usb"}, false
-			},
-		},
-		"exit-with-parent": {features: func(f *Features) { f.ExitWithParent = true }},
-	} {
+	for name, tc := range goldenCases() {
 		t.Run(name, func(t *testing.T) {
-			doc, features := goldenDocument(), debianFeatures()
-			if tc.doc != nil {
-				tc.doc(&doc)
-			}
-			if tc.features != nil {
-				tc.features(&features)
-			}
-			require.NoError(t, Validate(doc))
-			c, err := NewCommandLine(doc, features, map[string]string{"layer0": "file", "scratch": "host_device"})
-			require.NoError(t, err)
+			c := tc.commandLine(t, tc.features)
 			got := strings.Join(c.Args, "\n") + "\n# inherited: " + strings.Join(c.Files, " ") + "\n"
 			golden := filepath.Join("testdata", name+".golden")
 			if *update {
@@ -99,7 +74,7 @@ func TestCommandLineGolden(t *testing.T) {
 }
 
 func TestCommandLineNeedsFeatures(t *testing.T) {
-	_, err := NewCommandLine(goldenDocument(), Features{}, nil)
+	_, err := NewCommandLine(goldenDocument(), Features{Architecture: hypervisor.ArchAMD64}, nil)
 	require.ErrorIs(t, err, errdefs.ErrNotImplemented)
 	var missing *Missing
 	require.ErrorAs(t, err, &missing)

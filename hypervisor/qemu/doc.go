@@ -9,6 +9,26 @@
 // opens what it names and starts QEMU with the virtual CPUs stopped; VM.Boot lets them run. In between, the caller
 // binds its vsock listeners and adds disks, so nothing of the guest's first words is missed.
 //
+// # Machines
+//
+//	amd64  q35; devices on PCI; an ELF kernel starts by PVH, with firmware a bzImage by the firmware
+//	s390x  s390-ccw-virtio; devices on the channel subsystem; a raw kernel, or a sealed image that holds everything
+//
+// Both are given as the concrete type behind these names, so that a guest and what is measured of it change only with
+// QEMU. Disks are on virtio-scsi in both, where they come and go without a PCI slot each. The embedded vsock device
+// exists for PCI only; on s390x it is behind zPCI.
+//
+// # Confidential VMs
+//
+// Document.Confidential adds the platform's object (sev-snp-guest, tdx-guest, s390-pv-guest), always as JSON and with
+// every value that the document has: a property that the binary's QMP schema does not list is a *Missing that names it.
+// Validate refuses what QEMU or the hardware would refuse late, and what would leave the guest without the protection
+// that its description promises. Every virtio device follows the guest's DMA rules (iommu_platform) and has the modern
+// interface only; the one exception, the embedded vsock device on s390x, is out of reach of any platform with hardware.
+// The platform sample is the same without an object: nothing protects it.
+//
+// What such a guest says of its own end (TDX's fatal error, SEV's termination request) is in Exit.Detail.
+//
 // # States of a VM
 //
 //	Start ─► prepared ─Boot─► running ◄─Pause/Resume─► paused

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/hypervisor"
-	"github.com/cloister-project/cloister/hypervisor/pvh"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 	"github.com/cloister-project/cloister/hypervisor/vsock/vhostuser"
@@ -28,6 +27,8 @@ const (
 
 // Config of a Driver.
 type Config struct {
+	// Arch of the guests; where empty, the host's.
+	Arch hypervisor.Architecture
 	// Path of the QEMU binary. Where empty, the usual places are searched.
 	Path string
 	// CacheDir keeps what is known of the binary; made if missing. Where empty, each New probes the binary (0.1 s or so).
@@ -42,15 +43,22 @@ type Driver struct {
 }
 
 // New finds the QEMU binary and what it can do. Errors: os.ErrNotExist or errdefs.ErrNotFound, errdefs.ErrInvalidArgument
-// (not executable), or what the binary itself said if it is no QEMU.
+// (not executable, or for another architecture), or what the binary itself said if it is no QEMU.
 func New(ctx context.Context, c Config) (*Driver, error) {
-	path, err := findBinary(c.Path)
+	if c.Arch == "" {
+		c.Arch = hostArchitecture()
+	}
+	path, err := findBinary(c.Path, c.Arch)
 	if err != nil {
 		return nil, err
 	}
 	f, err := featuresOf(ctx, path, c.CacheDir)
 	if err != nil {
 		return nil, err
+	}
+	if f.Architecture != c.Arch {
+		return nil, fmt.Errorf("%s is a QEMU for %s guests and one for %s is needed; correct hypervisor.path or hypervisor.arch: %w",
+			path, f.Architecture, c.Arch, errdefs.ErrInvalidArgument)
 	}
 	return &Driver{path: path, features: f, host: host{kvm: "/dev/kvm", cpuinfo: "/proc/cpuinfo"}}, nil
 }
@@ -103,14 +111,7 @@ func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervi
 // preflight checks what the document names on the host. It returns the block driver of each disk.
 func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]string, error) {
 	var f faults
-	if _, err := pvh.Inspect(doc.Boot.Kernel); err != nil {
-		f.add("boot.kernel: %w", err)
-	}
-	if fi, err := os.Stat(doc.Boot.Initrd); err != nil {
-		f.add("boot.initrd: %w", err)
-	} else if !fi.Mode().IsRegular() || fi.Size() == 0 {
-		f.add("boot.initrd: %s is empty or no regular file", doc.Boot.Initrd)
-	}
+	f.bootFiles(doc)
 	drivers := make(map[string]string, len(doc.Disks))
 	for _, disk := range doc.Disks {
 		driver, err := diskDriver(disk.Path)

@@ -22,6 +22,8 @@ type endEvents struct {
 	shutdown string
 	// panicked is what GUEST_PANICKED said, for people.
 	panicked string
+	// byTEE: it says why a confidential guest ended itself, which its console may not tell.
+	byTEE bool
 }
 
 const (
@@ -45,7 +47,7 @@ func (v *vm) onEvent(e qmp.Event) {
 		v.mu.Unlock()
 	case "GUEST_PANICKED", "GUEST_CRASHLOADED":
 		v.mu.Lock()
-		v.end.panicked = describePanic(e.Data)
+		v.end.panicked, v.end.byTEE = describePanic(e.Data)
 		v.mu.Unlock()
 	case "DEVICE_DELETED":
 		var d struct{ Device string }
@@ -100,33 +102,44 @@ func (v *vm) onIOError(data json.RawMessage) {
 	}
 }
 
-// describePanic turns GUEST_PANICKED's data into a line: TDX and SEV guests tell why they ended themselves.
-func describePanic(data json.RawMessage) string {
+// describePanic turns GUEST_PANICKED's data (GuestPanicInformation of QEMU's qapi/run-state.json) into a line: TDX and SEV
+// guests tell why they ended themselves. tee is true for these.
+func describePanic(data json.RawMessage) (line string, tee bool) {
 	var d struct {
 		Info struct {
-			Type      string
+			Type string
+			// tdx: the guest's ReportFatalError, Intel TDX Guest-Hypervisor Communication Interface.
 			ErrorCode *uint64 `json:"error-code"`
 			Message   string
-			Set       *uint64
-			Code      *uint64
+			GPA       *uint64
+			// sev: the guest's termination request, SEV-ES Guest-Hypervisor Communication Block Standardization (AMD 56421).
+			Set  *uint64
+			Code *uint64
+			// s390
+			Reason string
 		}
 	}
 	_ = json.Unmarshal(data, &d)
+	i := d.Info
 	s := "the guest reported a panic"
-	if d.Info.Type != "" {
-		s += " (" + clip(d.Info.Type)
-		if d.Info.ErrorCode != nil {
-			s += fmt.Sprintf(", error code %#x", *d.Info.ErrorCode)
-		}
-		if d.Info.Set != nil && d.Info.Code != nil {
-			s += fmt.Sprintf(", set %#x, code %#x", *d.Info.Set, *d.Info.Code)
-		}
-		if d.Info.Message != "" {
-			s += ", " + clip(d.Info.Message)
-		}
-		s += ")"
+	if i.Type == "" {
+		return s, false
 	}
-	return s
+	s += " (" + clip(i.Type)
+	for _, n := range []struct {
+		name  string
+		value *uint64
+	}{{"error code", i.ErrorCode}, {"set", i.Set}, {"code", i.Code}, {"more at guest address", i.GPA}} {
+		if n.value != nil {
+			s += fmt.Sprintf(", %s %#x", n.name, *n.value)
+		}
+	}
+	for _, words := range []string{i.Message, i.Reason} {
+		if words = clip(words); words != "" {
+			s += ", " + words
+		}
+	}
+	return s + ")", i.Type == "tdx" || i.Type == "sev"
 }
 
 // clip makes a guest's words fit for an error message.
@@ -148,15 +161,17 @@ func (v *vm) classify() hypervisor.Exit {
 	status := v.proc.state.Sys().(syscall.WaitStatus)
 	switch {
 	case end.panicked != "" || end.shutdown == "guest-panic":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
-		if e.Detail == "" {
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, lastWords(v.doc, text)
+		switch {
+		case e.Detail != "" && end.byTEE:
+			e.Detail += "; " + end.panicked
+		case e.Detail == "" && end.panicked != "":
 			e.Detail = end.panicked
-		}
-		if e.Detail == "" {
+		case e.Detail == "":
 			e.Detail = "the guest reported a panic"
 		}
 	case end.shutdown == "guest-reset":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, lastWords(v.doc, text)
 		if e.Detail == "" {
 			e.Detail = "the guest reset itself, without a kernel panic on its console"
 		}
@@ -181,6 +196,9 @@ func (v *vm) classify() hypervisor.Exit {
 		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU ended itself (%s), exit status %d", clip(end.shutdown), status.ExitStatus())
 	default:
 		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU exited with status %d", status.ExitStatus())
+		if advice := adviceFor(e.VMMLog); advice != "" {
+			e.Detail += ": " + advice
+		}
 	}
 	return e
 }

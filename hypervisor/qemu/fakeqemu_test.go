@@ -25,6 +25,10 @@ const fakeVariable = "CLOISTER_TEST_FAKE_QEMU"
 
 // fakeQEMU never returns. It logs each command to stderr.
 func fakeQEMU(mode string) {
+	if mode == "refuses-snp" {
+		fmt.Fprintln(os.Stderr, "qemu: -accel kvm,kernel-irqchip=split: vm-type SEV-SNP not supported by KVM")
+		os.Exit(1)
+	}
 	if mode == "dies" {
 		fmt.Fprintln(os.Stderr, "qemu: \x1b[31mno such thing\x07")
 		os.Exit(1)
@@ -53,6 +57,21 @@ func fakeQEMU(mode string) {
 		switch mode + "/" + c.Execute {
 		case "panics/cont":
 			event("GUEST_PANICKED", `{"action": "poweroff", "info": {"type": "tdx", "error-code": 66, "message": "evil \u001b[2J words", "gpa": 0}}`)
+			event("SHUTDOWN", `{"guest": true, "reason": "guest-panic"}`)
+			os.Exit(0)
+		case "panics-sev/cont":
+			event("GUEST_PANICKED", `{"action": "poweroff", "info": {"type": "sev", "set": 1, "code": 18}}`)
+			event("SHUTDOWN", `{"guest": true, "reason": "guest-panic"}`)
+			os.Exit(0)
+		case "panics-twice/cont":
+			console := inherited("console")
+			fmt.Fprintln(console, "[    1.0] Kernel panic - not syncing: no init")
+			console.Close()
+			event("GUEST_PANICKED", `{"action": "poweroff", "info": {"type": "tdx", "error-code": 1, "message": "`+strings.Repeat("long ", 400)+`", "gpa": 4096}}`)
+			event("SHUTDOWN", `{"guest": true, "reason": "guest-panic"}`)
+			os.Exit(0)
+		case "panics-oddly/cont":
+			event("GUEST_PANICKED", `{"action": "poweroff", "info": {"type": 7, "set": "x"}}`)
 			event("SHUTDOWN", `{"guest": true, "reason": "guest-panic"}`)
 			os.Exit(0)
 		case "stuck/cont":
@@ -128,11 +147,14 @@ func TestFaults(t *testing.T) {
 		reason hypervisor.ExitReason
 		detail string
 	}{
-		"panics":  {hypervisor.ExitGuestPanic, "the guest reported a panic (tdx, error code 0x42, evil words)"},
-		"stuck":   {hypervisor.ExitVMM, "cannot execute the guest any more: internal-error"},
-		"garbage": {hypervisor.ExitVMM, "control connection broke"},
-		"hangs":   {hypervisor.ExitVMM, "did not end"},
-		"exits":   {hypervisor.ExitVMM, "QEMU exited with status 7"},
+		"panics":       {hypervisor.ExitGuestPanic, "the guest reported a panic (tdx, error code 0x42, more at guest address 0x0, evil words)"},
+		"panics-sev":   {hypervisor.ExitGuestPanic, "the guest reported a panic (sev, set 0x1, code 0x12)"},
+		"panics-twice": {hypervisor.ExitGuestPanic, "Kernel panic - not syncing: no init; the guest reported a panic (tdx, error code 0x1, more at guest address 0x1000, long long"},
+		"panics-oddly": {hypervisor.ExitGuestPanic, "the guest reported a panic"},
+		"stuck":        {hypervisor.ExitVMM, "cannot execute the guest any more: internal-error"},
+		"garbage":      {hypervisor.ExitVMM, "control connection broke"},
+		"hangs":        {hypervisor.ExitVMM, "did not end"},
+		"exits":        {hypervisor.ExitVMM, "QEMU exited with status 7"},
 	} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
@@ -142,6 +164,7 @@ func TestFaults(t *testing.T) {
 			exit := waitEnd(t, v)
 			require.Equal(t, want.reason, exit.Reason, exit.Error())
 			require.Contains(t, exit.Detail, want.detail)
+			require.Less(t, len(exit.Detail), 600)
 			require.Contains(t, exit.VMMLog, "command cont")
 			require.ErrorIs(t, v.Resume(context.Background()), errdefs.ErrFailedPrecondition)
 		})
@@ -158,6 +181,12 @@ func TestStartFaults(t *testing.T) {
 		left, err := os.ReadDir(dir)
 		require.NoError(t, err)
 		require.Empty(t, left)
+	})
+	t.Run("refuses the platform", func(t *testing.T) {
+		d, doc := fakeDriver(t, "refuses-snp")
+		_, err := d.Start(context.Background(), doc, hypervisor.Resources{StateDir: t.TempDir()})
+		require.ErrorContains(t, err, "QEMU exited with status 1: KVM on this host runs no SEV-SNP guests; `cloister check --tee snp`")
+		require.ErrorContains(t, err, "vm-type SEV-SNP not supported by KVM")
 	})
 	t.Run("mute", func(t *testing.T) {
 		d, doc := fakeDriver(t, "mute")
@@ -182,6 +211,19 @@ func TestAddDiskRefused(t *testing.T) {
 	require.ErrorContains(t, v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"}), "no such bus")
 	log, _ = v.log.text()
 	require.Contains(t, log, "command chardev-remove chr-folder-a")
+}
+
+func TestAddSharedFolderToConfidentialVM(t *testing.T) {
+	d, doc := fakeDriver(t, "none")
+	doc.SharedFolderPorts, doc.Confidential = 0, &hypervisor.Confidential{Platform: platformSample}
+	v := startGuest(t, d, doc)
+	err := v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"})
+	require.ErrorIs(t, err, errdefs.ErrPermissionDenied)
+	require.ErrorContains(t, err, "this VM is confidential")
+	log, _ := v.log.text()
+	require.NotContains(t, log, "chardev-add")
+	// Disks are no folders.
+	require.NoError(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)))
 }
 
 func TestAddDiskCancelled(t *testing.T) {

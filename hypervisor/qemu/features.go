@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
 )
 
@@ -26,12 +28,17 @@ import (
 type Features struct {
 	// Version is for people; nothing is decided by it.
 	Version string `json:"version"`
-	// Machine is the concrete type behind q35, pc-q35-10.0 for example; empty if there is none.
+	// Architecture of the guests that it runs; QEMU's own word if Cloister does not know it.
+	Architecture hypervisor.Architecture `json:"architecture"`
+	// Machine is the concrete type behind q35 or s390-ccw-virtio, pc-q35-10.0 for example; empty if there is none.
 	Machine string `json:"machine"`
 	// MachineOptions are those of machineOff that the machine has.
 	MachineOptions []string `json:"machine_options"`
 	// Types are those of wantedTypes that the binary has.
 	Types []string `json:"types"`
+	// Objects are the properties of the confidential platforms' objects, as the binary's QMP schema lists them. An object
+	// whose type is not in Types cannot be made all the same.
+	Objects map[string][]string `json:"objects"`
 	// Sandbox: it was built with seccomp.
 	Sandbox bool `json:"sandbox"`
 	// ExitWithParent: -run-with exit-with-parent exists.
@@ -42,10 +49,12 @@ type Features struct {
 var wantedTypes = [...]string{
 	"kvm-accel", "tcg-accel", "memory-backend-memfd", "pcie-root-port", "scsi-hd", "vhost-user-fs-pci",
 	"vhost-user-vsock-pci", "vhost-vsock-pci", "virtio-net-pci", "virtio-scsi-pci",
+	"sclpconsole", "vhost-vsock-ccw", "virtio-net-ccw", "virtio-scsi-ccw", "zpci",
+	typeMonitor, typeSNP, typeTDX, typeSE,
 }
 
 const (
-	featuresVersion = 1
+	featuresVersion = 2
 	featuresPrefix  = "qemu-features-"
 	maxFeaturesFile = 64 << 10
 	probeTimeout    = 30 * time.Second
@@ -67,11 +76,25 @@ type cachedFeatures struct {
 	Features Features       `json:"features"`
 }
 
-// candidates are the binaries looked for where none is configured: Debian's and Fedora's names.
-var candidates = [...]string{"/usr/bin/qemu-system-x86_64", "/usr/local/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"}
+// candidates are the binaries looked for where none is configured: Debian's and Fedora's names. Fedora's qemu-kvm is
+// for the host's architecture.
+func candidates(arch hypervisor.Architecture) []string {
+	name := "qemu-system-" + qemuTarget[arch]
+	list := []string{"/usr/bin/" + name, "/usr/local/bin/" + name}
+	if arch == hostArchitecture() {
+		list = append(list, "/usr/libexec/qemu-kvm")
+	}
+	return list
+}
+
+// debianPackage of each architecture's QEMU.
+var debianPackage = map[hypervisor.Architecture]string{
+	hypervisor.ArchAMD64: "qemu-system-x86",
+	hypervisor.ArchS390X: "qemu-system-s390x",
+}
 
 // findBinary returns the path of the QEMU to use.
-func findBinary(configured string) (string, error) {
+func findBinary(configured string, arch hypervisor.Architecture) (string, error) {
 	if configured != "" {
 		switch fi, err := os.Stat(configured); {
 		case err != nil:
@@ -81,15 +104,19 @@ func findBinary(configured string) (string, error) {
 		}
 		return configured, nil
 	}
-	for _, c := range candidates {
+	if qemuTarget[arch] == "" {
+		return "", fmt.Errorf("guests of the architecture %q are not supported (amd64 and s390x are); set hypervisor.arch: %w", arch, errdefs.ErrNotImplemented)
+	}
+	for _, c := range candidates(arch) {
 		if fi, err := os.Stat(c); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return c, nil
 		}
 	}
-	if p, err := exec.LookPath("qemu-system-x86_64"); err == nil {
+	if p, err := exec.LookPath("qemu-system-" + qemuTarget[arch]); err == nil {
 		return p, nil
 	}
-	return "", fmt.Errorf("no QEMU found at %v or in PATH; install qemu-system-x86 or set hypervisor.path: %w", candidates, errdefs.ErrNotFound)
+	return "", fmt.Errorf("no QEMU for %s found at %v or in PATH; install %s or set hypervisor.path: %w",
+		arch, candidates(arch), debianPackage[arch], errdefs.ErrNotFound)
 }
 
 func identifyBinary(path string) (binaryIdentity, error) {
@@ -215,7 +242,7 @@ func probe(ctx context.Context, path string) (f Features, err error) {
 	}()
 	client, err := qmp.New(ctx, conn, nil)
 	if err != nil {
-		return f, fmt.Errorf("%w (is it a QEMU for x86-64?)", err)
+		return f, fmt.Errorf("%w (is it a QEMU?)", err)
 	}
 	defer func() {
 		client.Close()
@@ -236,6 +263,17 @@ func ask(ctx context.Context, c *qmp.Client) (Features, error) {
 	}
 	f.Version = fmt.Sprintf("%d.%d.%d %s", version.QEMU.Major, version.QEMU.Minor, version.QEMU.Micro, version.Package)
 
+	var target struct{ Arch string }
+	if err := c.Execute(ctx, "query-target", nil, &target); err != nil {
+		return f, err
+	}
+	f.Architecture = hypervisor.Architecture(target.Arch)
+	for arch, name := range qemuTarget {
+		if name == target.Arch {
+			f.Architecture = arch
+		}
+	}
+
 	var types []struct{ Name string }
 	if err := c.Execute(ctx, "qom-list-types", map[string]any{"abstract": false}, &types); err != nil {
 		return f, err
@@ -246,13 +284,23 @@ func ask(ctx context.Context, c *qmp.Client) (Features, error) {
 		}
 	}
 	slices.Sort(f.Types)
+	known, err := querySchema(ctx, c)
+	if err != nil {
+		return f, err
+	}
+	f.Objects = make(map[string][]string)
+	for _, kind := range []string{typeSNP, typeTDX} {
+		if props := known.object(kind); props != nil {
+			f.Objects[kind] = slices.Sorted(maps.Keys(props))
+		}
+	}
 
 	var machines []struct{ Name, Alias string }
 	if err := c.Execute(ctx, "query-machines", nil, &machines); err != nil {
 		return f, err
 	}
 	for _, m := range machines {
-		if m.Alias == "q35" || (m.Name == "q35" && f.Machine == "") {
+		if want := machineAlias[f.Architecture]; want != "" && (m.Alias == want || (m.Name == want && f.Machine == "")) {
 			f.Machine = m.Name
 		}
 	}

@@ -15,7 +15,7 @@ import (
 )
 
 func TestProbeAndCache(t *testing.T) {
-	path, err := findBinary(os.Getenv("CLOISTER_TEST_QEMU"))
+	path, err := findBinary(os.Getenv("CLOISTER_TEST_QEMU"), hypervisor.ArchAMD64)
 	if err != nil {
 		t.Skip(err)
 	}
@@ -32,7 +32,7 @@ func TestProbeAndCache(t *testing.T) {
 	// The second time it comes from the cache: a mark in it is seen.
 	id, err := identifyBinary(path)
 	require.NoError(t, err)
-	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion, Binary: id, Features: Features{Version: "mark"}}))
+	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion, Binary: id, Features: Features{Version: "mark", Architecture: hypervisor.ArchAMD64}}))
 	d, err = New(context.Background(), Config{Path: path, CacheDir: dir})
 	require.NoError(t, err)
 	require.Equal(t, "mark", d.Features().Version)
@@ -101,4 +101,20 @@ func TestAccelerator(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestNewForAnotherArchitecture(t *testing.T) {
+	s390x := driverFor(t, hypervisor.ArchS390X)
+	f := s390x.Features()
+	require.Equal(t, hypervisor.ArchS390X, f.Architecture)
+	require.Contains(t, f.Machine, "s390-ccw-virtio-", "a concrete type")
+	require.NotContains(t, f.Types, typeSE, "it is in builds for s390x hosts only")
+	require.NoError(t, f.lacks(s390xDocument()))
+	_, err := New(context.Background(), Config{Path: s390x.Path(), Arch: hypervisor.ArchAMD64})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	require.ErrorContains(t, err, "is a QEMU for s390x guests and one for amd64 is needed")
+
+	_, err = New(context.Background(), Config{Arch: "riscv64"})
+	require.ErrorIs(t, err, errdefs.ErrNotImplemented)
+	require.ErrorContains(t, err, "riscv64")
 }

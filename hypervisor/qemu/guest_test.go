@@ -39,6 +39,9 @@ func TestMain(m *testing.M) {
 const (
 	kernelVariable  = "CLOISTER_TEST_KERNEL"
 	modulesVariable = "CLOISTER_TEST_MODULES"
+	// The same for emulated s390x guests; the kernel is a raw image.
+	s390xKernelVariable  = "CLOISTER_TEST_S390X_KERNEL"
+	s390xModulesVariable = "CLOISTER_TEST_S390X_MODULES"
 
 	// bootTimeout is generous: emulation on a busy machine.
 	bootTimeout = 120 * time.Second
@@ -49,7 +52,7 @@ var scsiModules = []string{"scsi_common", "scsi_mod", "virtio_scsi", "sd_mod"}
 
 func testDriver(t testing.TB) *Driver {
 	t.Helper()
-	if _, err := findBinary(os.Getenv("CLOISTER_TEST_QEMU")); err != nil {
+	if _, err := findBinary(os.Getenv("CLOISTER_TEST_QEMU"), hypervisor.ArchAMD64); err != nil {
 		t.Skipf("no QEMU: %v", err)
 	}
 	d, err := New(context.Background(), Config{Path: os.Getenv("CLOISTER_TEST_QEMU"), CacheDir: filepath.Join(cacheDir(t), "qemu")})
@@ -82,13 +85,18 @@ func testKernel(t testing.TB) string {
 // testInitrd builds testdata/init and packs it, with modules.
 func testInitrd(t testing.TB, modules ...string) string {
 	t.Helper()
-	path := filepath.Join(cacheDir(t), "initrd-"+strings.Join(modules, "-"))
+	return testInitrdFor(t, hypervisor.ArchAMD64, modules...)
+}
+
+func testInitrdFor(t testing.TB, arch hypervisor.Architecture, modules ...string) string {
+	t.Helper()
+	path := filepath.Join(cacheDir(t), "initrd-"+string(arch)+"-"+strings.Join(modules, "-"))
 	if _, err := os.Stat(path); err == nil {
 		return path
 	}
 	binary := filepath.Join(t.TempDir(), "init")
 	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, "./testdata/init")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+string(arch))
 	out, err := build.CombinedOutput()
 	require.NoError(t, err, string(out))
 	init, err := os.ReadFile(binary)
@@ -101,17 +109,21 @@ func testInitrd(t testing.TB, modules ...string) string {
 	require.NoError(t, w.WriteRecord(cpio.StaticFile("init", string(init), 0o755)))
 	require.NoError(t, w.WriteRecord(cpio.Directory("modules", 0o755)))
 	for i, m := range modules {
-		require.NoError(t, w.WriteRecord(cpio.StaticFile(fmt.Sprintf("modules/%02d-%s.ko", i, m), string(testModule(t, m)), 0o644)))
+		require.NoError(t, w.WriteRecord(cpio.StaticFile(fmt.Sprintf("modules/%02d-%s.ko", i, m), string(testModule(t, arch, m)), 0o644)))
 	}
 	require.NoError(t, cpio.WriteTrailer(w))
 	require.NoError(t, os.WriteFile(path, buf.Bytes(), 0o600))
 	return path
 }
 
-func testModule(t testing.TB, name string) []byte {
-	dir := os.Getenv(modulesVariable)
+func testModule(t testing.TB, arch hypervisor.Architecture, name string) []byte {
+	variable := modulesVariable
+	if arch == hypervisor.ArchS390X {
+		variable = s390xModulesVariable
+	}
+	dir := os.Getenv(variable)
 	if dir == "" {
-		t.Skip(modulesVariable + " (a folder like lib/modules/<release>) is not set")
+		t.Skip(variable + " (a folder like lib/modules/<release>) is not set")
 	}
 	var found string
 	err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
@@ -136,14 +148,15 @@ func testModule(t testing.TB, name string) []byte {
 func testDocument(t testing.TB, kernel, initrd, do string) hypervisor.Document {
 	t.Helper()
 	return hypervisor.Document{
-		ID:          "test",
-		UUID:        uuid.NewString(),
-		Accelerator: hypervisor.AccelTCG,
-		CPU:         hypervisor.CPU{Model: DefaultCPU(hypervisor.AccelTCG), Count: 1},
-		Memory:      hypervisor.Memory{Bytes: 256 << 20, Shared: true},
+		ID:           "test",
+		Architecture: hypervisor.ArchAMD64,
+		UUID:         uuid.NewString(),
+		Accelerator:  hypervisor.AccelTCG,
+		CPU:          hypervisor.CPU{Model: DefaultCPU(hypervisor.ArchAMD64, hypervisor.AccelTCG), Count: 1},
+		Memory:       hypervisor.Memory{Bytes: 256 << 20, Shared: true},
 		Boot: hypervisor.Boot{
 			Kernel: kernel, Initrd: initrd,
-			Parameters: append(KernelParameters(hypervisor.AccelTCG), "init.do="+do),
+			Parameters: append(KernelParameters(hypervisor.ArchAMD64, hypervisor.AccelTCG), "init.do="+do),
 		},
 		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
 		SharedFolderPorts: 2,

@@ -269,6 +269,10 @@ func (v *vm) AddSharedFolder(ctx context.Context, s hypervisor.SharedFolder) (er
 	if err := validateFolder(s); err != nil {
 		return err
 	}
+	if v.doc.Confidential != nil {
+		return fmt.Errorf("add shared folder %s: this VM is confidential, and a folder of the host would be outside of what it protects; "+
+			"give it a disk or copy the files into the guest: %w", s.ID, errdefs.ErrPermissionDenied)
+	}
 	v.mu.Lock()
 	port, err := v.folders.reserve(s)
 	v.mu.Unlock()

@@ -101,7 +101,7 @@ func TestStartWithKVM(t *testing.T) {
 	}
 	f.Close()
 	doc := testDocument(t, testKernel(t), testInitrd(t), "idle")
-	doc.Accelerator, doc.CPU.Model = hypervisor.AccelKVM, DefaultCPU(hypervisor.AccelKVM)
+	doc.Accelerator, doc.CPU.Model = hypervisor.AccelKVM, DefaultCPU(hypervisor.ArchAMD64, hypervisor.AccelKVM)
 	if _, err := d.Accelerator("kvm"); err != nil {
 		doc.CPU.Model = "qemu64"
 	}

@@ -23,7 +23,7 @@ const (
 	minMemory  = 64 << 20
 	// maxCPUs keeps APIC ids in 8 bits: no interrupt remapping needed.
 	maxCPUs = 240
-	// maxCommandLine is COMMAND_LINE_SIZE of x86 Linux less the final NUL.
+	// maxCommandLine is COMMAND_LINE_SIZE of x86 Linux less the final NUL. What an s390x kernel takes is in its header.
 	maxCommandLine = 2047
 	maxNICs        = 8
 	maxFolderPorts = 32
@@ -66,9 +66,13 @@ func Validate(doc hypervisor.Document) error {
 	if doc.Memory.Bytes < minMemory || doc.Memory.Bytes%memoryStep != 0 {
 		f.add("memory.bytes %d is less than %d MiB or no multiple of 2 MiB", doc.Memory.Bytes, minMemory>>20)
 	}
-	f.boot(doc.Boot)
+	if qemuTarget[architecture(doc)] == "" {
+		f.add("architecture %q is neither %q nor %q", doc.Architecture, hypervisor.ArchAMD64, hypervisor.ArchS390X)
+	}
+	f.boot(doc)
 	f.vsock(doc)
 	f.devices(doc)
+	f.confidential(doc)
 	return f.err()
 }
 
@@ -79,9 +83,25 @@ func (f faults) err() error {
 	return fmt.Errorf("the VM's description is not valid: %w (%w)", errors.Join(f...), errdefs.ErrInvalidArgument)
 }
 
-func (f *faults) boot(b hypervisor.Boot) {
+func (f *faults) boot(doc hypervisor.Document) {
+	b, arch := doc.Boot, architecture(doc)
 	if !filepath.IsAbs(b.Kernel) {
 		f.add("boot.kernel %q is no absolute path", b.Kernel)
+	}
+	if b.Firmware != "" && !filepath.IsAbs(b.Firmware) {
+		f.add("boot.firmware %q is no absolute path", b.Firmware)
+	}
+	if b.Firmware != "" && arch != hypervisor.ArchAMD64 {
+		f.add("boot.firmware is for %s, not for %s", hypervisor.ArchAMD64, arch)
+	}
+	if b.Sealed {
+		if arch != hypervisor.ArchS390X {
+			f.add("boot.sealed is for %s, not for %s", hypervisor.ArchS390X, arch)
+		}
+		if b.Initrd != "" || len(b.Parameters) > 0 {
+			f.add("boot.sealed: initrd and parameters are in the sealed image, others would not be used")
+		}
+		return
 	}
 	if !filepath.IsAbs(b.Initrd) {
 		f.add("boot.initrd %q is no absolute path", b.Initrd)
@@ -91,7 +111,7 @@ func (f *faults) boot(b hypervisor.Boot) {
 			f.add("boot.parameters: %q is empty or has white space or control characters", p)
 		}
 	}
-	if n := len(strings.Join(b.Parameters, " ")); n > maxCommandLine {
+	if n := len(strings.Join(b.Parameters, " ")); n > maxCommandLine && arch == hypervisor.ArchAMD64 {
 		f.add("boot.parameters have %d bytes, the kernel takes %d", n, maxCommandLine)
 	}
 }
@@ -145,6 +165,9 @@ func (f *faults) devices(doc hypervisor.Document) {
 	}
 	if doc.SharedFolderPorts < 0 || doc.SharedFolderPorts > maxFolderPorts {
 		f.add("shared_folder_ports %d is not between 0 and %d", doc.SharedFolderPorts, maxFolderPorts)
+	}
+	if doc.SharedFolderPorts > 0 && architecture(doc) != hypervisor.ArchAMD64 {
+		f.add("shared_folder_ports is for %s, not for %s: there is no place for hot-plugged PCI devices", hypervisor.ArchAMD64, architecture(doc))
 	}
 	if doc.SharedFolderPorts > 0 && !doc.Memory.Shared {
 		f.add("shared_folder_ports needs memory.shared")

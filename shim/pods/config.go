@@ -137,7 +137,7 @@ func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.P
 			return vc.PodConfig{}, err
 		}
 	} else {
-		p.Hooks = spec.Hooks
+		p.Hooks, p.Only = spec.Hooks, spec
 	}
 	return p, nil
 }

@@ -15,7 +15,16 @@ const (
 	HandlerCloister = "cloister"
 	HandlerErofs    = "cloister-erofs"
 	HandlerClassic  = "cloister-classic"
-	HandlerRunc     = "runc"
+	// HandlerSample has the rules of a confidential VM without its hardware: tee.platform is "sample".
+	HandlerSample = "cloister-sample"
+	// HandlerOptions is as HandlerSample, with the platform in containerd's options, laid over the node's cloister.toml.
+	HandlerOptions = "cloister-options"
+	// HandlerS390X runs pods in emulated s390x guests; their images hold s390x binaries, see [BusyboxS390X].
+	HandlerS390X = "cloister-s390x"
+	// HandlerSealed is HandlerS390X with the sample platform, for guests out of a sealed image, which a test names in
+	// tee.se.image by [Node.WriteHandlerDropIn].
+	HandlerSealed = "cloister-sealed"
+	HandlerRunc   = "runc"
 )
 
 // PauseImage is the sandbox image that containerd 2.4 asks for by default.
@@ -92,13 +101,18 @@ disabled_plugins = [
         runtime_path = '{{$.Shim}}'
         sandboxer = '{{.Sandboxer}}'
         snapshotter = '{{.Snapshotter}}'
-        pod_annotations = ['io.cloister.*']
+        pod_annotations = ['io.cloister.*', 'io.katacontainers.config.hypervisor.cc_init_data']
         privileged_without_host_devices = true
 {{- if eq .Sandboxer "shim"}}
         disable_pause_image_pull = true
 {{- end}}
         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{{.Name}}.options]
-          ConfigPath = '{{$.CloisterConfig}}'
+{{- if .ConfigPath}}
+          ConfigPath = '{{.ConfigPath}}'
+{{- end}}
+{{- range .Options}}
+          {{.}}
+{{- end}}
 {{- end}}
 `))
 
@@ -141,7 +155,56 @@ var cniConfig = template.Must(template.New("10-node.conflist").Parse(`{
 }
 `))
 
-type handler struct{ Name, Sandboxer, Snapshotter string }
+// Drop-ins of the handlers that have a configuration of their own.
+const (
+	sampleDropIn = `[tee]
+platform = 'sample'
+`
+	// Emulating another architecture takes its time, more so on a machine that does much else.
+	s390xDropIn = `[hypervisor]
+arch = 's390x'
+path = '{{.QEMUS390X}}'
+kernel = '{{.KernelS390X}}'
+initrd = '{{.InitrdS390X}}'
+# The shim's own device, on zPCI, also where the host has /dev/vhost-vsock.
+vsock = 'vhost-user'
+
+[timeouts]
+boot = '240s'
+`
+)
+
+// handler is a runtime handler of containerd's configuration.
+type handler struct {
+	Name, Sandboxer, Snapshotter string
+	// ConfigPath is the handler's cloister.toml; empty: the node's, with Options laid over it.
+	ConfigPath string
+	Options    []string
+	// dropIn is a template of what is laid over it, for a handler with a configuration of its own.
+	dropIn string
+}
+
+// handlers lists Cloister's handlers. Those without a dropIn share the node's cloister.toml, each other one has its own.
+func (n *Node) handlers() []handler {
+	own := func(name, dropIn string) handler {
+		return handler{Name: name, Sandboxer: "shim", Snapshotter: "overlayfs", ConfigPath: n.handlerConfig(name), dropIn: dropIn}
+	}
+	return []handler{
+		{Name: HandlerCloister, Sandboxer: "shim", Snapshotter: "overlayfs", ConfigPath: n.CloisterConfig},
+		{Name: HandlerErofs, Sandboxer: "shim", Snapshotter: "erofs", ConfigPath: n.CloisterConfig},
+		{Name: HandlerClassic, Sandboxer: "podsandbox", Snapshotter: "overlayfs", ConfigPath: n.CloisterConfig},
+		// As configs/containerd-config.toml has it.
+		{Name: HandlerOptions, Sandboxer: "shim", Snapshotter: "overlayfs", Options: []string{
+			"tee.platform = 'sample'",
+			"annotations.allowed = ['io.cloister.initdata', 'io.katacontainers.config.hypervisor.cc_init_data']",
+		}},
+		own(HandlerSample, sampleDropIn),
+		own(HandlerS390X, s390xDropIn),
+		own(HandlerSealed, s390xDropIn+"\n"+sampleDropIn),
+	}
+}
+
+func (n *Node) handlerConfig(name string) string { return filepath.Join(n.Dir, name, "cloister.toml") }
 
 func (n *Node) writeConfig() error {
 	data := struct {
@@ -151,21 +214,25 @@ func (n *Node) writeConfig() error {
 		Handlers   []handler
 	}{Node: n, Artifacts: n.artifacts, PauseImage: PauseImage}
 	if n.Cloister {
-		data.Handlers = []handler{
-			{HandlerCloister, "shim", "overlayfs"},
-			{HandlerErofs, "shim", "erofs"},
-			{HandlerClassic, "podsandbox", "overlayfs"},
-		}
+		data.Handlers = n.handlers()
 	}
-	for _, f := range []struct {
+	type file struct {
 		path string
 		tmpl *template.Template
-	}{
+	}
+	files := []file{
 		{n.configPath(), containerdConfig},
 		{n.CloisterConfig, cloisterConfig},
 		{filepath.Join(n.Dir, "cni", "10-node.conflist"), cniConfig},
 		{filepath.Join(n.nerdctlNetworks(), "10-node.conflist"), cniConfig},
-	} {
+	}
+	for _, h := range data.Handlers {
+		if h.dropIn != "" {
+			files = append(files, file{h.ConfigPath, cloisterConfig},
+				file{dropInPath(h.ConfigPath, "10-handler"), template.Must(template.New(h.Name).Parse(h.dropIn))})
+		}
+	}
+	for _, f := range files {
 		var b bytes.Buffer
 		if err := f.tmpl.Execute(&b, data); err != nil {
 			return fmt.Errorf("making %s: %w", f.path, err)
@@ -180,16 +247,31 @@ func (n *Node) writeConfig() error {
 	return nil
 }
 
-// WriteDropIn lays text over the node's cloister.toml for pods made from now on: it becomes config.d/name.toml beside it.
-func (n *Node) WriteDropIn(name, text string) error {
-	dir := filepath.Join(filepath.Dir(n.CloisterConfig), "config.d")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, name+".toml"), []byte(text), 0o600)
+func dropInPath(config, name string) string {
+	return filepath.Join(filepath.Dir(config), "config.d", name+".toml")
 }
 
+func writeDropIn(config, name, text string) error {
+	path := dropInPath(config, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(path, []byte(text), 0o600)
+}
+
+// WriteDropIn lays text over the node's cloister.toml for pods made from now on: it becomes config.d/name.toml beside
+// it. Handlers with a configuration of their own do not see it, see [Node.WriteHandlerDropIn].
+func (n *Node) WriteDropIn(name, text string) error { return writeDropIn(n.CloisterConfig, name, text) }
+
 // RemoveDropIn undoes WriteDropIn.
-func (n *Node) RemoveDropIn(name string) error {
-	return os.Remove(filepath.Join(filepath.Dir(n.CloisterConfig), "config.d", name+".toml"))
+func (n *Node) RemoveDropIn(name string) error { return os.Remove(dropInPath(n.CloisterConfig, name)) }
+
+// WriteHandlerDropIn is WriteDropIn for one of [HandlerSample], [HandlerS390X] and [HandlerSealed].
+func (n *Node) WriteHandlerDropIn(handler, name, text string) error {
+	return writeDropIn(n.handlerConfig(handler), name, text)
+}
+
+// RemoveHandlerDropIn undoes WriteHandlerDropIn.
+func (n *Node) RemoveHandlerDropIn(handler, name string) error {
+	return os.Remove(dropInPath(n.handlerConfig(handler), name))
 }

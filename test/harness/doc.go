@@ -5,11 +5,15 @@
 // A [Node] is one containerd 2.4 with everything that belongs to it (root, state, sockets, CNI configuration, logs,
 // Cloister's own configuration and state) below one folder, /var/tmp/clXXXXXX, and with a network namespace of the same
 // name in which containerd, its shims and its CNI plugins run. Nothing of the machine's own containerd, network or
-// configuration is touched. Four runtime handlers are there:
+// configuration is touched. These runtime handlers are there:
 //
 //	cloister          sandboxer = "shim", overlayfs
 //	cloister-erofs    sandboxer = "shim", the EROFS snapshotter
 //	cloister-classic  sandboxer = "podsandbox", overlayfs
+//	cloister-sample   as the first, with the rules of a confidential VM and no hardware behind them
+//	cloister-options  the same, by containerd's options instead of a configuration of its own
+//	cloister-s390x    as the first, in guests of another architecture, emulated
+//	cloister-sealed   both, for guests out of a sealed image
 //	runc              the baseline
 //
 // Images are made here from Debian's busybox-static ([Busybox], [Empty], [Deep], or an [Image] of one's own) and

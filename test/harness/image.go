@@ -47,14 +47,21 @@ const BusyboxImage = "localhost/cloister/busybox:latest"
 
 // Busybox is a one-layer image made from a static busybox, with its applets as links in /bin and the usual few files.
 // It runs a shell unless told otherwise.
-func Busybox(name, path string) (*Image, error) {
+func Busybox(name, path string) (*Image, error) { return busybox(name, path, path) }
+
+// BusyboxS390X is [Busybox] with a binary for s390x. The image's configuration says amd64 all the same: containerd on an
+// amd64 host takes, and unpacks, images for its own architecture only, and what runs the binary is not the host. This
+// machine cannot run it to ask for its applets, so native, the same program for this machine, is asked.
+func BusyboxS390X(name, path, native string) (*Image, error) { return busybox(name, path, native) }
+
+func busybox(name, path, askedFor string) (*Image, error) {
 	binary, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	list, err := exec.Command(path, "--list").Output()
+	list, err := exec.Command(askedFor, "--list").Output()
 	if err != nil {
-		return nil, fmt.Errorf("%s --list: %w", path, err)
+		return nil, fmt.Errorf("%s --list: %w", askedFor, err)
 	}
 	files := []File{
 		{Name: "bin", Dir: true},

@@ -29,11 +29,15 @@ type Artifacts struct {
 	QEMU, Virtiofsd, MkfsErofs string
 	// Busybox is Debian's static busybox.
 	Busybox string
+	// QEMUS390X emulates s390x; KernelS390X, InitrdS390X and BusyboxS390X are what its guests are made of. Only
+	// pods of the handlers for s390x need them, see [Artifacts.CheckS390X].
+	QEMUS390X, KernelS390X, InitrdS390X, BusyboxS390X string
 }
 
-// Locate finds the artifacts of the repository that the working directory is in. CLOISTER_CACHE, CLOISTER_BIN and
-// CLOISTER_GUEST replace the places of the cache, of Cloister's binaries and of its boot files. It fails if tools/setup
-// has not run; whether the single files are there is checked when a node needs them, see [Artifacts.Check].
+// Locate finds the artifacts of the repository that the working directory is in. CLOISTER_CACHE, CLOISTER_BIN,
+// CLOISTER_GUEST and CLOISTER_GUEST_S390X replace the places of the cache, of Cloister's binaries and of its boot files.
+// It fails if tools/setup has not run; whether the single files are there is checked when a node needs them, see
+// [Artifacts.Check].
 func Locate() (Artifacts, error) {
 	repository, err := findRepository()
 	if err != nil {
@@ -49,7 +53,8 @@ func Locate() (Artifacts, error) {
 	}
 	bin := envOr("CLOISTER_BIN", filepath.Join(repository, "bin"))
 	guest := envOr("CLOISTER_GUEST", filepath.Join(repository, "bin", "guest"))
-	a := Artifacts{
+	guestS390X := envOr("CLOISTER_GUEST_S390X", filepath.Join(repository, "bin", "guest-s390x"))
+	return Artifacts{
 		Repository:  repository,
 		Cache:       cache,
 		Conformance: env["CLOISTER_CONFORMANCE_BIN"],
@@ -60,8 +65,12 @@ func Locate() (Artifacts, error) {
 		Virtiofsd:   env["CLOISTER_VIRTIOFSD"],
 		MkfsErofs:   env["CLOISTER_MKFS_EROFS"],
 		Busybox:     "/bin/busybox",
-	}
-	return a, nil
+
+		QEMUS390X:    env["CLOISTER_QEMU_S390X"],
+		KernelS390X:  filepath.Join(guestS390X, "vmlinuz"),
+		InitrdS390X:  filepath.Join(guestS390X, "initrd.img"),
+		BusyboxS390X: env["CLOISTER_S390X_BUSYBOX"],
+	}, nil
 }
 
 // Shim is the path of Cloister's shim.
@@ -70,7 +79,6 @@ func (a Artifacts) Shim() string { return filepath.Join(a.Bin, "containerd-shim-
 // Check reports every file that a node needs and that is not there. Cloister's own files count only if cloister is set:
 // a node can serve runc alone.
 func (a Artifacts) Check(cloister bool) error {
-	type need struct{ path, how string }
 	needs := []need{
 		{a.QEMU, "make setup"}, {a.MkfsErofs, "make setup"}, {a.Busybox, "make setup"},
 	}
@@ -80,6 +88,21 @@ func (a Artifacts) Check(cloister bool) error {
 	if cloister {
 		needs = append(needs, need{a.Shim(), "make build"}, need{a.Kernel, "make guest"}, need{a.Initrd, "make guest"})
 	}
+	return missing(needs)
+}
+
+// CheckS390X reports every file that pods on emulated s390x need beside what [Artifacts.Check] is for.
+func (a Artifacts) CheckS390X() error {
+	return missing([]need{
+		{a.QEMUS390X, "make setup"}, {a.BusyboxS390X, "make setup"},
+		{a.KernelS390X, "make guest-s390x"}, {a.InitrdS390X, "make guest-s390x"},
+	})
+}
+
+// need is a file and the command that makes it.
+type need struct{ path, how string }
+
+func missing(needs []need) error {
 	var faults []error
 	for _, n := range needs {
 		if _, err := os.Stat(n.path); err != nil {

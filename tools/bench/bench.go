@@ -65,7 +65,7 @@ func (b *bench) start(ctx context.Context) (err error) {
 		return err
 	}
 	b.bare = bareQEMU{
-		path: b.artifacts.QEMU, accelerator: string(b.accel), cpu: qemu.DefaultCPU(b.accel),
+		path: b.artifacts.QEMU, accelerator: string(b.accel), cpu: qemu.DefaultCPU(hypervisor.ArchAMD64, b.accel),
 		vcpus: defaults.Sizing.DefaultVCPUs, memoryMiB: defaults.Sizing.DefaultMemoryMiB,
 		initrd: filepath.Join(b.dir, "empty.img"),
 	}

@@ -12,8 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
@@ -33,6 +35,8 @@ const defaultCompression = "none"
 
 // inputs of a build.
 type inputs struct {
+	// Arch is a key of architectures.
+	Arch                                              string
 	Kernel, Modules, Agent, Out, Version, Compression string
 	KeepSignatures                                    bool
 }
@@ -40,7 +44,9 @@ type inputs struct {
 // manifest describes a guest image: guest.json.
 type manifest struct {
 	// Format is 1.
-	Format       int             `json:"format"`
+	Format int `json:"format"`
+	// Architecture in Go's words.
+	Architecture string          `json:"architecture"`
 	AgentVersion string          `json:"agent_version"`
 	Kernel       kernelManifest  `json:"kernel"`
 	Initrd       initrdManifest  `json:"initrd"`
@@ -84,11 +90,15 @@ func digest(b []byte) string {
 // build makes the image. Each file appears whole or not at all; the manifest comes last, so that it never describes
 // files that are not there.
 func build(in inputs) (*manifest, error) {
+	arch, known := architectures[in.Arch]
+	if !known {
+		return nil, fmt.Errorf("unknown architecture %q: %s are known", in.Arch, strings.Join(slices.Sorted(maps.Keys(architectures)), " and "))
+	}
 	kernel, err := os.ReadFile(in.Kernel)
 	if err != nil {
 		return nil, fmt.Errorf("read the kernel: %w", err)
 	}
-	release, err := kernelRelease(kernel)
+	release, err := arch.release(kernel)
 	if err != nil {
 		return nil, fmt.Errorf("kernel %s: %w", in.Kernel, err)
 	}
@@ -96,10 +106,10 @@ func build(in inputs) (*manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the agent: %w", err)
 	}
-	if err := checkStatic(agent); err != nil {
+	if err := checkAgent(agent, arch.machine); err != nil {
 		return nil, fmt.Errorf("agent %s: %w", in.Agent, err)
 	}
-	t, err := openTree(in.Modules, release)
+	t, err := openTree(in.Modules, release, arch)
 	if err != nil {
 		return nil, err
 	}
@@ -119,6 +129,7 @@ func build(in inputs) (*manifest, error) {
 
 	m := &manifest{
 		Format:       1,
+		Architecture: in.Arch,
 		AgentVersion: in.Version,
 		Kernel:       kernelManifest{File: kernelFile, Release: release, Size: len(kernel), SHA256: digest(kernel)},
 		Initrd: initrdManifest{
@@ -147,11 +158,15 @@ func build(in inputs) (*manifest, error) {
 	return m, nil
 }
 
-// checkStatic refuses an agent that would need a loader and libraries, which the initrd does not have.
-func checkStatic(agent []byte) error {
+// checkAgent refuses an agent that is for another architecture, or would need a loader and libraries, which the initrd
+// does not have.
+func checkAgent(agent []byte, machine elf.Machine) error {
 	file, err := elf.NewFile(bytes.NewReader(agent))
 	if err != nil {
 		return fmt.Errorf("not an executable for Linux: %w", err)
+	}
+	if file.Machine != machine {
+		return fmt.Errorf("was built for %s, the guest is %s", file.Machine, machine)
 	}
 	for _, p := range file.Progs {
 		if p.Type == elf.PT_INTERP {
@@ -174,7 +189,9 @@ func initrd(agent []byte, modules []module) ([]byte, error) {
 		cpio.Directory("lib", 0o755),
 		cpio.Directory("lib/modules", 0o755),
 	}
-	for _, m := range sortedByName(modules) {
+	// A module may be listed for several platforms.
+	files := slices.CompactFunc(sortedByName(modules), func(a, b module) bool { return a.name == b.name })
+	for _, m := range files {
 		records = append(records, cpio.StaticRecord(m.data, cpio.Info{Name: "lib/modules/" + m.name + ".ko", Mode: cpio.S_IFREG | 0o444}))
 	}
 	records = append(records, cpio.StaticRecord(load.Bytes(), cpio.Info{Name: "lib/modules/load", Mode: cpio.S_IFREG | 0o444}))

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -25,15 +26,23 @@ const release = "6.12.0-test"
 
 // fakeELF makes an ELF file with one section, and a program header of the type if it is not PT_NULL.
 func fakeELF(section string, content []byte, prog elf.ProgType) []byte {
+	return fakeELFFor(elf.EM_X86_64, section, content, prog)
+}
+
+func fakeELFFor(machine elf.Machine, section string, content []byte, prog elf.ProgType) []byte {
 	names := "\x00.shstrtab\x00" + section + "\x00"
 	const headSize, progSize, sectionSize = 64, 56, 64
 	dataAt := uint64(headSize + progSize)
 	namesAt := dataAt + uint64(len(content))
 	sectionsAt := namesAt + uint64(len(names))
 	var out bytes.Buffer
-	write := func(v any) { _ = binary.Write(&out, binary.LittleEndian, v) }
+	order, data := binary.ByteOrder(binary.LittleEndian), elf.ELFDATA2LSB
+	if machine == elf.EM_S390 {
+		order, data = binary.BigEndian, elf.ELFDATA2MSB
+	}
+	write := func(v any) { _ = binary.Write(&out, order, v) }
 	write(elf.Header64{
-		Ident: [16]byte{0x7f, 'E', 'L', 'F', 2, 1, 1}, Type: uint16(elf.ET_REL), Machine: uint16(elf.EM_X86_64), Version: 1,
+		Ident: [16]byte{0x7f, 'E', 'L', 'F', 2, byte(data), 1}, Type: uint16(elf.ET_REL), Machine: uint16(machine), Version: 1,
 		Phoff: headSize, Shoff: sectionsAt, Ehsize: headSize, Phentsize: progSize, Phnum: 1, Shentsize: sectionSize, Shnum: 3, Shstrndx: 1,
 	})
 	write(elf.Prog64{Type: uint32(prog)})
@@ -45,8 +54,10 @@ func fakeELF(section string, content []byte, prog elf.ProgType) []byte {
 	return out.Bytes()
 }
 
-func fakeModule(info ...string) []byte {
-	return fakeELF(".modinfo", []byte(strings.Join(info, "\x00")+"\x00"), elf.PT_NULL)
+func fakeModule(info ...string) []byte { return fakeModuleFor(elf.EM_X86_64, info...) }
+
+func fakeModuleFor(machine elf.Machine, info ...string) []byte {
+	return fakeELFFor(machine, ".modinfo", []byte(strings.Join(info, "\x00")+"\x00"), elf.PT_NULL)
 }
 
 func sign(module []byte) []byte {
@@ -64,22 +75,32 @@ func fakeKernel(version string) []byte {
 	return image
 }
 
+func fakeS390XKernel(version string) []byte {
+	image := make([]byte, 0x12000)
+	copy(image[0x10008:], "S390EP")
+	binary.BigEndian.PutUint64(image[0x10428:], 0x11000)
+	copy(image[0x11000:], version)
+	return image
+}
+
 // fakeInputs makes a kernel, an agent and modules: every wanted one, of which virtio_net needs a (soft: b), a needs c.
 func fakeInputs(t *testing.T) inputs {
 	t.Helper()
 	dir := t.TempDir()
 	in := inputs{
-		Kernel: filepath.Join(dir, "vmlinuz"), Modules: filepath.Join(dir, release), Agent: filepath.Join(dir, "agent"),
+		Arch: "amd64", Kernel: filepath.Join(dir, "vmlinuz"), Modules: filepath.Join(dir, release), Agent: filepath.Join(dir, "agent"),
 		Out: filepath.Join(dir, "out"), Version: "v1", Compression: "none",
 	}
 	require.NoError(t, os.WriteFile(in.Kernel, fakeKernel(release+" (builder) #1"), 0o600))
 	require.NoError(t, os.WriteFile(in.Agent, fakeELF(".text", []byte("agent"), elf.PT_LOAD), 0o700))
-	for _, w := range wanted {
+	for _, w := range architectures["amd64"].wanted() {
 		switch w.name {
 		case "virtio_net":
 			addModule(t, in, "drivers/virtio-net.ko.xz", "vermagic="+release+" SMP", "depends=a", "softdep=pre: b missing post: d")
 		case "virtio_blk":
 			// built in
+		case "sev_guest", "tdx_guest":
+			addModule(t, in, "coco/"+w.name+".ko", "vermagic="+release+" SMP", "depends=tsm,c-c")
 		default:
 			addModule(t, in, "x/"+w.name+".ko", "vermagic="+release+" SMP", "depends=")
 		}
@@ -88,6 +109,7 @@ func fakeInputs(t *testing.T) inputs {
 	addModule(t, in, "lib/b.ko", "vermagic="+release+" SMP")
 	addModule(t, in, "lib/c-c.ko", "vermagic="+release+" SMP")
 	addModule(t, in, "lib/d.ko", "vermagic="+release+" SMP")
+	addModule(t, in, "lib/tsm.ko", "vermagic="+release+" SMP")
 	require.NoError(t, os.WriteFile(filepath.Join(in.Modules, "modules.builtin"), []byte("kernel/virtio_blk.ko\nkernel/built-in.ko\n"), 0o600))
 	return in
 }
@@ -96,7 +118,7 @@ func addModule(t *testing.T, in inputs, name string, info ...string) {
 	t.Helper()
 	path := filepath.Join(in.Modules, name)
 	require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
-	data := sign(fakeModule(info...))
+	data := sign(fakeModuleFor(architectures[in.Arch].machine, info...))
 	if strings.HasSuffix(name, ".xz") {
 		var packed bytes.Buffer
 		w, err := xz.NewWriter(&packed)
@@ -140,8 +162,11 @@ func TestImage(t *testing.T) {
 	require.Equal(t, strings.Join([]string{
 		"early vmw_vsock_virtio_transport.ko",
 		"later c_c.ko", "later a.ko", "later b.ko", "later virtio_net.ko",
-		"later virtio_scsi.ko", "later sd_mod.ko", "later erofs.ko", "later overlay.ko", "later pvpanic_pci.ko", "",
+		"later virtio_scsi.ko", "later sd_mod.ko", "later erofs.ko", "later overlay.ko", "later pvpanic_pci.ko",
+		// Either platform's guest loads what it needs, of which the other's has some too.
+		"snp tsm.ko", "snp sev_guest.ko", "tdx tsm.ko", "tdx tdx_guest.ko", "",
 	}, "\n"), content["lib/modules/load"])
+	require.Equal(t, slices.Sorted(slices.Values(names)), slices.Compact(slices.Sorted(slices.Values(names))), "each file once")
 
 	var read manifest
 	text, err := os.ReadFile(filepath.Join(in.Out, "guest.json"))
@@ -152,13 +177,50 @@ func TestImage(t *testing.T) {
 	require.Equal(t, "v1", read.AgentVersion)
 	require.Equal(t, digest(archive), read.Initrd.SHA256)
 	require.Equal(t, len(archive), read.Initrd.Size)
-	require.Len(t, read.Modules, 10)
+	require.Equal(t, "amd64", read.Architecture)
+	require.Len(t, read.Modules, 14)
 	kernel, err := os.ReadFile(filepath.Join(in.Out, "vmlinuz"))
 	require.NoError(t, err)
 	require.Equal(t, digest(kernel), read.Kernel.SHA256)
 	entries, err := os.ReadDir(in.Out)
 	require.NoError(t, err)
 	require.Len(t, entries, 3, "no temporary file is left")
+}
+
+func TestS390X(t *testing.T) {
+	in := fakeInputs(t)
+	in.Arch = "s390x"
+	in.Modules = filepath.Join(t.TempDir(), release)
+	for _, w := range architectures["s390x"].wanted() {
+		addModule(t, in, "x/"+w.name+".ko.xz", "vermagic="+release+" SMP", "depends=")
+	}
+	require.NoError(t, os.WriteFile(filepath.Join(in.Modules, "modules.builtin"), nil, 0o600))
+	require.NoError(t, os.WriteFile(in.Kernel, fakeS390XKernel(release+" (builder) #1"), 0o600))
+	_, err := build(in)
+	require.ErrorContains(t, err, "was built for EM_X86_64, the guest is EM_S390", "an agent for the wrong machine")
+	require.NoError(t, os.WriteFile(in.Agent, fakeELFFor(elf.EM_S390, ".text", []byte("agent"), elf.PT_LOAD), 0o700))
+	m, err := build(in)
+	require.NoError(t, err)
+	require.Equal(t, "s390x", m.Architecture)
+	require.Equal(t, release, m.Kernel.Release)
+	archive, err := os.ReadFile(filepath.Join(in.Out, "initrd.img"))
+	require.NoError(t, err)
+	_, content := files(t, archive)
+	require.Equal(t, strings.Join([]string{
+		"later crc32c_generic.ko", "early vmw_vsock_virtio_transport.ko", "later virtio_net.ko", "later virtio_scsi.ko", "later sd_mod.ko",
+		"later erofs.ko", "later overlay.ko", "later virtio_blk.ko", "se uvdevice.ko", "",
+	}, "\n"), content["lib/modules/load"])
+
+	for name, kernel := range map[string][]byte{
+		"not a kernel image for s390x":       fakeKernel(release + " (x)"),
+		"names no kernel version":            bytes.Replace(fakeS390XKernel("x"), []byte{0x01, 0x10, 0x00}, []byte{0x41, 0x10, 0x00}, 1),
+		"version is not a text":              fakeS390XKernel(""),
+		`was built for kernel "6.12.0-test"`: fakeS390XKernel("6.13.0 (x)"),
+	} {
+		require.NoError(t, os.WriteFile(in.Kernel, kernel, 0o600))
+		_, err := build(in)
+		require.ErrorContains(t, err, name)
+	}
 }
 
 func TestReproducible(t *testing.T) {
@@ -235,6 +297,10 @@ func TestMistakes(t *testing.T) {
 		"no modinfo": {func(t *testing.T, in *inputs) {
 			require.NoError(t, os.WriteFile(filepath.Join(in.Modules, "lib/a.ko"), fakeELF(".text", nil, 0), 0o600))
 		}, "no .modinfo"},
+		"architecture": {func(_ *testing.T, in *inputs) { in.Arch = "pdp11" }, `unknown architecture "pdp11": amd64 and s390x are known`},
+		"other machine": {func(t *testing.T, in *inputs) {
+			require.NoError(t, os.WriteFile(filepath.Join(in.Modules, "lib/a.ko"), fakeModuleFor(elf.EM_S390, "vermagic="+release), 0o600))
+		}, "was built for EM_S390"},
 		"compression": {func(_ *testing.T, in *inputs) { in.Compression = "lzma" }, "unknown compression"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -285,6 +351,7 @@ func FuzzModinfo(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		_, _ = parseModinfo(data)
 		_, _ = stripSignature(data)
-		_, _ = kernelRelease(data)
+		_, _ = bzImageRelease(data)
+		_, _ = s390xRelease(data)
 	})
 }

@@ -18,7 +18,8 @@ func main() {
 func run(args []string) error {
 	var in inputs
 	flags := flag.NewFlagSet("guest", flag.ContinueOnError)
-	flags.StringVar(&in.Kernel, "kernel", "", "path of the kernel, a bzImage")
+	flags.StringVar(&in.Arch, "arch", "amd64", "architecture of the guest: amd64 or s390x")
+	flags.StringVar(&in.Kernel, "kernel", "", "path of the kernel, a bzImage or a raw image for s390x")
 	flags.StringVar(&in.Modules, "modules", "", "folder of the kernel's modules, lib/modules/RELEASE")
 	flags.StringVar(&in.Agent, "agent", "", "path of the agent, a static executable")
 	flags.StringVar(&in.Out, "out", "", "folder that gets vmlinuz, initrd.img and guest.json")
@@ -39,7 +40,7 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("guest image in %s: kernel %s %d bytes, initrd %d bytes (%d unpacked), %d modules\n",
-		in.Out, m.Kernel.Release, m.Kernel.Size, m.Initrd.Size, m.Initrd.UnpackedSize, len(m.Modules))
+	fmt.Printf("guest image for %s in %s: kernel %s %d bytes, initrd %d bytes (%d unpacked), %d modules\n",
+		m.Architecture, in.Out, m.Kernel.Release, m.Kernel.Size, m.Initrd.Size, m.Initrd.UnpackedSize, len(m.Modules))
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,15 +20,21 @@ import (
 	"github.com/ulikunitz/xz"
 )
 
-// Phases of loading, as package agent/boot knows them.
+// Phases of loading, as package agent/boot knows them. Modules of a platform's phase, which has the name of the platform
+// (package tee), are loaded by guests that are launched on it only, after the early and the later ones.
 const (
 	phaseEarly = "early"
 	phaseLater = "later"
+	phaseSNP   = "snp"
+	phaseTDX   = "tdx"
+	phaseSE    = "se"
 )
+
+type want struct{ phase, name string }
 
 // wanted lists the modules that the agent needs, in the order in which they are wanted. Early ones stand between the
 // kernel's start and the agent's first word to the host; the rest loads while the host answers.
-var wanted = []struct{ phase, name string }{
+var wanted = []want{
 	{phaseEarly, "vmw_vsock_virtio_transport"},
 	// Pods' networks are set up first, then come root file systems.
 	{phaseLater, "virtio_net"},
@@ -36,8 +43,36 @@ var wanted = []struct{ phase, name string }{
 	{phaseLater, "erofs"},
 	{phaseLater, "overlay"},
 	{phaseLater, "virtio_blk"},
-	// Tells the VMM of a panic.
-	{phaseLater, "pvpanic_pci"},
+}
+
+// architecture is what differs between the guests' architectures.
+type architecture struct {
+	machine elf.Machine
+	// release reads the kernel's release out of its image.
+	release func(image []byte) (string, error)
+	// first and last are wanted beside the list above, before and after it.
+	first, last []want
+}
+
+// wanted is the whole list.
+func (a architecture) wanted() []want { return slices.Concat(a.first, wanted, a.last) }
+
+// architectures by Go's names.
+var architectures = map[string]architecture{
+	"amd64": {elf.EM_X86_64, bzImageRelease, nil, []want{
+		// Tells the VMM of a panic.
+		{phaseLater, "pvpanic_pci"},
+		// The guest's side of attestation; each brings tsm and configfs along, where reports are asked for.
+		{phaseSNP, "sev_guest"},
+		{phaseTDX, "tdx_guest"},
+	}},
+	"s390x": {elf.EM_S390, s390xRelease, []want{
+		// What libcrc32c, and so erofs, asks the kernel's crypto for by a name that is no module's. amd64 has it built in.
+		{phaseLater, "crc32c_generic"},
+	}, []want{
+		// /dev/uv, the ultravisor's interface. The kernel tells the VMM of a panic by itself, through its disabled wait.
+		{phaseSE, "uvdevice"},
+	}},
 }
 
 // parameters that modules are loaded with.
@@ -61,6 +96,7 @@ type module struct {
 
 // tree is a lib/modules/RELEASE folder.
 type tree struct {
+	arch           architecture
 	release        string
 	keepSignatures bool
 	files          map[string]string // module name → path
@@ -74,8 +110,8 @@ func moduleName(path string) string {
 	return strings.ReplaceAll(base, "-", "_")
 }
 
-func openTree(dir, release string) (*tree, error) {
-	t := &tree{release: release, files: map[string]string{}, builtin: map[string]bool{}}
+func openTree(dir, release string, arch architecture) (*tree, error) {
+	t := &tree{arch: arch, release: release, files: map[string]string{}, builtin: map[string]bool{}}
 	f, err := os.Open(filepath.Join(dir, "modules.builtin"))
 	if err != nil {
 		return nil, fmt.Errorf("-modules must be a lib/modules/RELEASE folder: %w", err)
@@ -100,16 +136,18 @@ func openTree(dir, release string) (*tree, error) {
 	return t, err
 }
 
-// resolve gives the wanted modules and all that they need, each once, needed ones first.
+// resolve gives the wanted modules and all that they need, needed ones first: each once, but in each platform's phase
+// anew if only another platform's phase has it, since a guest loads one of them at most.
 func (t *tree) resolve() ([]module, error) {
 	var out []module
-	state := map[string]int{} // 1 being resolved, 2 done
+	const inProgress, done = 1, 2
+	common, state := map[string]int{}, map[string]int{}
 	var add func(name, phase, wantedBy string, must bool) error
 	add = func(name, phase, wantedBy string, must bool) error {
-		if t.builtin[name] || state[name] == 2 {
+		if t.builtin[name] || state[name] == done {
 			return nil
 		}
-		if state[name] == 1 {
+		if state[name] == inProgress {
 			return fmt.Errorf("modules need each other in a circle at %s", name)
 		}
 		path, ok := t.files[name]
@@ -119,17 +157,10 @@ func (t *tree) resolve() ([]module, error) {
 			}
 			return fmt.Errorf("module %s (for %s) is neither in the folder of modules nor built into the kernel", name, wantedBy)
 		}
-		state[name] = 1
-		data, err := readModule(path)
+		state[name] = inProgress
+		data, info, err := t.read(path)
 		if err != nil {
 			return err
-		}
-		info, err := parseModinfo(data)
-		if err != nil {
-			return fmt.Errorf("module %s: %w", path, err)
-		}
-		if info.release != t.release {
-			return fmt.Errorf("module %s was built for kernel %q, the kernel is %q", path, info.release, t.release)
 		}
 		for _, d := range info.depends {
 			if err := add(d, phase, name, true); err != nil {
@@ -141,21 +172,48 @@ func (t *tree) resolve() ([]module, error) {
 				return err
 			}
 		}
-		state[name] = 2
-		if !t.keepSignatures {
-			if data, err = stripSignature(data); err != nil {
-				return fmt.Errorf("module %s: %w", path, err)
-			}
-		}
+		state[name] = done
 		out = append(out, module{name: name, phase: phase, params: parameters[name], data: data})
 		return nil
 	}
-	for _, w := range wanted {
+	phase := ""
+	for _, w := range t.arch.wanted() {
+		switch {
+		case w.phase == phaseEarly || w.phase == phaseLater:
+			state = common
+		case w.phase != phase:
+			state = maps.Clone(common)
+		}
+		phase = w.phase
 		if err := add(w.name, w.phase, "the agent", true); err != nil {
 			return nil, err
 		}
 	}
 	return out, nil
+}
+
+// read unpacks a module, checks that it fits the kernel, and takes off its signature.
+func (t *tree) read(path string) ([]byte, modinfo, error) {
+	data, err := readModule(path)
+	if err != nil {
+		return nil, modinfo{}, err
+	}
+	info, err := parseModinfo(data)
+	if err != nil {
+		return nil, info, fmt.Errorf("module %s: %w", path, err)
+	}
+	if info.machine != t.arch.machine {
+		return nil, info, fmt.Errorf("module %s was built for %s, the guest is %s", path, info.machine, t.arch.machine)
+	}
+	if info.release != t.release {
+		return nil, info, fmt.Errorf("module %s was built for kernel %q, the kernel is %q", path, info.release, t.release)
+	}
+	if !t.keepSignatures {
+		if data, err = stripSignature(data); err != nil {
+			return nil, info, fmt.Errorf("module %s: %w", path, err)
+		}
+	}
+	return data, info, nil
 }
 
 func readModule(path string) ([]byte, error) {
@@ -181,6 +239,7 @@ func readModule(path string) ([]byte, error) {
 }
 
 type modinfo struct {
+	machine elf.Machine
 	release string // kernel that the module was built for
 	depends []string
 	softPre []string
@@ -218,6 +277,7 @@ func parseModinfo(data []byte) (modinfo, error) {
 	if err != nil {
 		return info, err
 	}
+	info.machine = file.Machine
 	section := file.Section(".modinfo")
 	if section == nil {
 		return info, errors.New("has no .modinfo section")

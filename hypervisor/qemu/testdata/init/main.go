@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command init is PID 1 of the guest in the QEMU driver's tests. It writes what it sees to the console, one line each,
-// and does what the kernel parameter init.do says: idle, disks, folders, poweroff, reset, panic.
+// and does what the kernel parameter init.do says: idle, disks, folders, devices, poweroff, reset, panic.
 package main
 
 import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -34,6 +35,11 @@ func main() {
 		_ = os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 	case "disks":
 		loadModules()
+		watch("DISKS", disks)
+	case "devices":
+		loadModules()
+		fmt.Printf("VIRTIO %s.\n", strings.Join(virtioDevices(), ","))
+		fmt.Printf("VSOCK %s.\n", talk())
 		watch("DISKS", disks)
 	case "folders":
 		watch("FOLDERS", folders)
@@ -80,6 +86,55 @@ func watch(what string, list func() []string) {
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
+}
+
+// virtioDevices are bus/device type/modern/access platform, the latter two as negotiated: features 32 and 33 of virtio
+// 1.2, section 6. It waits until each has its driver.
+func virtioDevices() []string {
+	for {
+		paths, _ := filepath.Glob("/sys/bus/virtio/devices/*")
+		var out []string
+		bound := 0
+		for _, p := range paths {
+			kind, _ := os.ReadFile(filepath.Join(p, "device"))
+			features, _ := os.ReadFile(filepath.Join(p, "features"))
+			status, _ := os.ReadFile(filepath.Join(p, "status"))
+			if strings.TrimSpace(string(status)) == "0x0000000f" {
+				bound++
+			}
+			parent, _ := filepath.EvalSymlinks(p)
+			bus, _ := filepath.EvalSymlinks(filepath.Join(filepath.Dir(parent), "subsystem"))
+			if len(features) > 33 {
+				out = append(out, fmt.Sprintf("%s/%s/%c/%c", filepath.Base(bus), strings.TrimSpace(string(kind)), features[32], features[33]))
+			}
+		}
+		if bound == len(paths) {
+			slices.Sort(out)
+			return out
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// talk greets the host over vsock and gives its answer.
+func talk() string {
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err.Error()
+	}
+	defer unix.Close(fd)
+	if err := unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: 1024}); err != nil {
+		return err.Error()
+	}
+	if _, err := unix.Write(fd, []byte("I am "+runtime.GOARCH)); err != nil {
+		return err.Error()
+	}
+	var answer [64]byte
+	n, err := unix.Read(fd, answer[:])
+	if err != nil {
+		return err.Error()
+	}
+	return string(answer[:n])
 }
 
 // disks are serial:first bytes.

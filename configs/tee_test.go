@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package configs
+
+import (
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
+	"github.com/containerd/typeurl/v2"
+	"github.com/pelletier/go-toml/v2"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestTEEDefaults(t *testing.T) {
+	c, err := Defaults()
+	require.NoError(t, err)
+	assert.Equal(t, TEE{
+		Platform:            "none",
+		FirmwareDescriptors: []string{"/etc/qemu/firmware", "/usr/share/qemu/firmware"},
+		FirmwareDigests:     []string{"3e4fd0b3fe3b2dbe481c3d9e99418a034174f26cbe1f55aa212b0f18c12d2d6f"},
+		SwiotlbMiB:          64,
+		SNP:                 TEESNP{Policy: 0x30000, GuestFeatures: 1},
+		TDX:                 TEETDX{Attributes: 1 << 28},
+	}, c.TEE)
+	assert.Empty(t, c.Hypervisor.Arch)
+	assert.Equal(t, runtime.GOARCH, c.Architecture())
+}
+
+func TestTEEValues(t *testing.T) {
+	id, digest := strings.Repeat("0a", 16), strings.Repeat("0B", 48)
+	dir := write(t, map[string]string{"c.toml": `
+hypervisor.arch = "amd64"
+[tee]
+platform = "snp"
+firmware = "/f"
+firmware_descriptors = ["/a", "/b"]
+firmware_digests = []
+initdata = "/i"
+allow_debug = true
+swiotlb_mib = 0
+[tee.snp]
+policy = "0xffffffffffffffff"
+guest_features = 33
+id_key = "/k"
+author_key = "/a"
+family_id = "` + id + `"
+image_id = ""
+guest_svn = 4294967295
+[tee.tdx]
+attributes = 0b11
+quote_socket = "vsock:2:4050"
+mrowner = "` + digest + `"
+[tee.se]
+image = "/s"
+`})
+	c, err := Load(filepath.Join(dir, "c.toml"))
+	require.NoError(t, err)
+	assert.Equal(t, TEE{
+		Platform: "snp", Firmware: "/f", FirmwareDescriptors: []string{"/a", "/b"}, FirmwareDigests: []string{}, Initdata: "/i", AllowDebug: true,
+		SNP: TEESNP{Policy: 1<<64 - 1, GuestFeatures: 33, IDKey: "/k", AuthorKey: "/a", FamilyID: id, GuestSVN: 1<<32 - 1},
+		TDX: TEETDX{Attributes: 3, QuoteSocket: "vsock:2:4050", MROwner: digest},
+		SE:  TEESE{Image: "/s"},
+	}, c.TEE)
+}
+
+func TestBadTEEValues(t *testing.T) {
+	for _, tc := range []struct{ name, toml, key, reason, fix string }{
+		{"arch", "hypervisor.arch = 'x86_64'", "hypervisor.arch", `"x86_64"`, `"amd64" or "s390x"`},
+		{"platform", "tee.platform = 'sev'", "tee.platform", `"sev"`, `"none", "sample", "snp", "tdx" or "se"`},
+		{"platform in capitals", "tee.platform = 'SNP'", "tee.platform", `"SNP"`, `"snp"`},
+		{"no platform", "tee.platform = ''", "tee.platform", `""`, `"none"`},
+		{"list of platforms", "tee.platform = ['snp']", "tee.platform", "list", "text"},
+		{"unknown key", "tee.debug = true", "tee.debug", "not a key", "allow_debug"},
+		{"unknown key of a platform", "tee.snp.debug = true", "tee.snp.debug", "not a key", "guest_features"},
+		{"firmware", "tee.firmware = 'OVMF.fd'", "tee.firmware", "absolute", "/"},
+		{"descriptors", "tee.firmware_descriptors = ['/a', 'b']", "tee.firmware_descriptors", "entry 2", "/"},
+		{"short digest", "tee.firmware_digests = ['00']", "tee.firmware_digests", "entry 1", "64 digits"},
+		{"digest with prefix", "tee.firmware_digests = ['sha256:" + strings.Repeat("0", 57) + "']", "tee.firmware_digests", "hexadecimal", "64 digits"},
+		{"initdata", "tee = {platform = 'sample', initdata = 'x'}", "tee.initdata", "absolute", "/"},
+		{"swiotlb", "tee.swiotlb_mib = 1025", "tee.swiotlb_mib", "1025", "0 to 1024"},
+		{"negative swiotlb", "tee.swiotlb_mib = -1", "tee.swiotlb_mib", "-1", "0 to 1024"},
+		{"policy in words", "tee.snp.policy = 'debug'", "tee.snp.policy", `"debug"`, "0x30000"},
+		{"policy of 65 bits", "tee.snp.policy = '0x10000000000000000'", "tee.snp.policy", "64 bits", "0x30000"},
+		{"negative policy", "tee.snp.policy = -1", "tee.snp.policy", "negative", "0x30000"},
+		{"fraction as policy", "tee.snp.policy = 1.5", "tee.snp.policy", "fraction", "0x30000"},
+		{"debug policy", "tee.snp.policy = 0xb0000", "tee.snp.policy", "0xb0000 has bit 19", "allow_debug"},
+		{"features", "tee.snp.guest_features = true", "tee.snp.guest_features", "true", "0x30000"},
+		{"id key", "tee.snp.id_key = 'k'", "tee.snp.id_key", "absolute", "/"},
+		{"author key alone", "tee.snp.author_key = '/k'", "tee.snp.author_key", "without tee.snp.id_key", "both"},
+		{"family id", "tee.snp.family_id = '00'", "tee.snp.family_id", "16 bytes", "32 digits"},
+		{"image id", "tee.snp.image_id = '" + strings.Repeat("g", 32) + "'", "tee.snp.image_id", "hexadecimal", "32 digits"},
+		{"svn", "tee.snp.guest_svn = 4294967296", "tee.snp.guest_svn", "out of range", "4294967295"},
+		{"debug attribute", "tee.tdx.attributes = 0x10000001", "tee.tdx.attributes", "bit 0", "allow_debug"},
+		{"quote socket without kind", "tee.tdx.quote_socket = '/run/qgs'", "tee.tdx.quote_socket", "no known kind", "unix:"},
+		{"relative quote socket", "tee.tdx.quote_socket = 'unix:qgs'", "tee.tdx.quote_socket", "absolute", "unix:"},
+		{"long quote socket", "tee.tdx.quote_socket = 'unix:/" + strings.Repeat("x", 107) + "'", "tee.tdx.quote_socket", "108 bytes", "107"},
+		{"vsock without port", "tee.tdx.quote_socket = 'vsock:2'", "tee.tdx.quote_socket", "CID and port", "vsock:CID:PORT"},
+		{"vsock with a name", "tee.tdx.quote_socket = 'vsock:host:1'", "tee.tdx.quote_socket", "CID and port", "vsock:CID:PORT"},
+		{"mrowner", "tee.tdx.mrowner = '00'", "tee.tdx.mrowner", "48 bytes", "96 digits"},
+		{"mrownerconfig", "tee.tdx.mrownerconfig = 'x'", "tee.tdx.mrownerconfig", "48 bytes", "96 digits"},
+		{"image", "tee.se.image = 'x'", "tee.se.image", "absolute", "/"},
+		{"cloister's own parameter", "hypervisor.kernel_params = ['quiet', 'cloister.tee=none']", "hypervisor.kernel_params", "entry 2", "remove"},
+		{"agent's own parameter", "hypervisor.kernel_params = ['cloister.debug']", "hypervisor.kernel_params", "entry 1", "remove"},
+
+		{"initdata of an ordinary VM", "tee.initdata = '/x'", "tee.initdata", "nothing binds", "remove"},
+		{"debug console", "tee.platform = 'sample'\nlog.debug_console = true", "log.debug_console", "console", "false"},
+		{"emulated hardware", "tee.platform = 'snp'\nhypervisor = {accel = 'tcg', arch = 'amd64'}", "hypervisor.accel", "protects nothing", `"kvm"`},
+		{"snp on s390x", "tee.platform = 'snp'\nhypervisor.arch = 's390x'", "hypervisor.arch", "s390x", "architecture"},
+		{"tdx on s390x", "tee.platform = 'tdx'\nhypervisor.arch = 's390x'", "hypervisor.arch", "s390x", "architecture"},
+		{"se on amd64", "tee = {platform = 'se', se.image = '/x'}\nhypervisor.arch = 'amd64'", "hypervisor.arch", "amd64", "architecture"},
+		{"se without image", "tee.platform = 'se'\nhypervisor.arch = 's390x'", "tee.se.image", "empty", "cloister image se build"},
+		{"se over PCI", "tee = {platform = 'se', se.image = '/x'}\nhypervisor = {arch = 's390x', vsock = 'vhost-user'}", "hypervisor.vsock", "PCI", "vhost"},
+		{"se with a CPU model", "tee = {platform = 'se', se.image = '/x'}\nhypervisor = {arch = 's390x', cpu_model = 'z15'}", "hypervisor.cpu_model", "z15", "host"},
+		{"snp with the host's CPU", "tee.platform = 'snp'\nhypervisor = {arch = 'amd64', cpu_model = 'host,pmu=off'}", "hypervisor.cpu_model", "depends on the machine", "EPYC-v4"},
+		{"tdx with a CPU model", "tee.platform = 'tdx'\nhypervisor = {arch = 'amd64', cpu_model = 'EPYC-v4'}", "hypervisor.cpu_model", "EPYC-v4", "host"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := Load(filepath.Join(write(t, map[string]string{"c.toml": tc.toml}), "c.toml"))
+			fs := faultsOf(t, err)
+			require.Len(t, fs, 1, "%v", err)
+			assert.Equal(t, tc.key, fs[0].Key)
+			assert.Contains(t, fs[0].Reason, tc.reason)
+			assert.Contains(t, fs[0].Fix, tc.fix)
+		})
+	}
+}
+
+// Where the host's architecture is the fault, the platform's key is named: hypervisor.arch was not set.
+func TestPlatformOfAnotherMachine(t *testing.T) {
+	platform := map[string]string{ArchAMD64: "tee = {platform = 'se', se.image = '/x'}", ArchS390X: "tee.platform = 'snp'"}[runtime.GOARCH]
+	if platform == "" {
+		t.Skip("no platform is of another architecture than " + runtime.GOARCH)
+	}
+	_, err := Load(filepath.Join(write(t, map[string]string{"c.toml": platform}), "c.toml"))
+	fs := faultsOf(t, err)
+	require.Len(t, fs, 1)
+	assert.Equal(t, "tee.platform", fs[0].Key)
+}
+
+func TestWithPlatform(t *testing.T) {
+	c, err := Load(filepath.Join(write(t, map[string]string{"c.toml": "tee.se.image = '/se.img'\nlog.debug_console = true"}), "c.toml"))
+	require.NoError(t, err)
+	_, err = c.WithPlatform("sample")
+	require.ErrorContains(t, err, "log.debug_console")
+	_, err = c.WithPlatform("sgx")
+	fs := faultsOf(t, err)
+	assert.Equal(t, Fault{File: "command line", Key: "tee.platform", Reason: `"sgx" is not known`, Fix: `give "none", "sample", "snp", "tdx" or "se"`}, fs[0])
+
+	c.Log.DebugConsole = false
+	for name, arch := range map[string]string{"snp": ArchAMD64, "tdx": ArchAMD64, "se": ArchS390X, "sample": runtime.GOARCH, "none": runtime.GOARCH} {
+		n, err := c.WithPlatform(name)
+		require.NoError(t, err)
+		assert.Equal(t, name, n.TEE.Platform)
+		assert.Equal(t, arch, n.Architecture(), name)
+	}
+	assert.Equal(t, "none", c.TEE.Platform)
+	c.Hypervisor.Arch = ArchAMD64
+	_, err = c.WithPlatform("se")
+	require.ErrorContains(t, err, "hypervisor.arch", "what somebody set is not overruled")
+}
+
+func TestSealedImage(t *testing.T) {
+	for _, tc := range []struct{ platform, arch, want string }{
+		{"se", ArchS390X, "/se"}, {"sample", ArchS390X, "/se"}, {"sample", ArchAMD64, ""}, {"none", ArchS390X, ""}, {"snp", ArchAMD64, ""},
+	} {
+		c := &Config{TEE: TEE{Platform: tc.platform, SE: TEESE{Image: "/se"}}, Hypervisor: Hypervisor{Arch: tc.arch}}
+		assert.Equal(t, tc.want, c.SealedImage(), "%+v", tc)
+	}
+}
+
+func TestCheckFilesOfPlatforms(t *testing.T) {
+	dir := write(t, map[string]string{"there": "x", "qemu": ""})
+	require.NoError(t, os.Chmod(filepath.Join(dir, "qemu"), 0o755))
+	there, gone := filepath.Join(dir, "there"), filepath.Join(dir, "gone")
+	for _, tc := range []struct {
+		name   string
+		change func(*Config)
+		want   []string
+	}{
+		{"se needs no kernel", func(c *Config) { c.TEE = TEE{Platform: "se", SE: TEESE{Image: there}} }, nil},
+		{"se needs its image", func(c *Config) { c.TEE = TEE{Platform: "se", SE: TEESE{Image: gone}} }, []string{"tee.se.image"}},
+		{"sample boots the kernel", func(c *Config) { c.TEE = TEE{Platform: "sample"} }, []string{"hypervisor.kernel", "hypervisor.initrd"}},
+		{"snp", func(c *Config) {
+			c.Hypervisor.Kernel, c.Hypervisor.Initrd = there, there
+			c.TEE = TEE{Platform: "snp", Firmware: gone, Initdata: gone, SNP: TEESNP{IDKey: gone, AuthorKey: gone}}
+		}, []string{"tee.initdata", "tee.firmware", "tee.snp.id_key", "tee.snp.author_key"}},
+		{"tdx", func(c *Config) {
+			c.Hypervisor.Kernel, c.Hypervisor.Initrd = there, there
+			c.TEE = TEE{Platform: "tdx", Firmware: gone, SNP: TEESNP{IDKey: gone}}
+		}, []string{"tee.firmware"}},
+		{"ordinary VMs do not read them", func(c *Config) {
+			c.Hypervisor.Kernel, c.Hypervisor.Initrd = there, there
+			c.TEE = TEE{Platform: "none", Firmware: gone}
+		}, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := &Config{Hypervisor: Hypervisor{Path: filepath.Join(dir, "qemu"), Kernel: gone, Initrd: gone}}
+			tc.change(c)
+			var keys []string
+			if err := c.CheckFiles(); err != nil {
+				for _, f := range err.(Faults) {
+					assert.Contains(t, f.Reason, gone)
+					assert.NotEmpty(t, f.Fix)
+					keys = append(keys, f.Key)
+				}
+			}
+			assert.Equal(t, tc.want, keys)
+		})
+	}
+}
+
+func TestQEMUOfTheArchitecture(t *testing.T) {
+	dir := write(t, map[string]string{"qemu-system-s390x": ""})
+	require.NoError(t, os.Chmod(filepath.Join(dir, "qemu-system-s390x"), 0o755))
+	t.Setenv("PATH", dir)
+	c := &Config{Hypervisor: Hypervisor{Arch: ArchS390X}}
+	got, err := c.QEMU()
+	require.NoError(t, err)
+	assert.Equal(t, filepath.Join(dir, "qemu-system-s390x"), got)
+}
+
+func TestInitdataAnnotations(t *testing.T) {
+	const own, kata = AnnotationInitdata, AnnotationKataInitdata
+	conf := func(platform string, allowed ...string) *Config {
+		c, err := Defaults()
+		require.NoError(t, err)
+		c.TEE.Platform, c.TEE.Initdata, c.Annotations.Allowed = platform, "/node.toml", allowed
+		if platform == "none" {
+			c.TEE.Initdata = ""
+		}
+		return c
+	}
+	big := strings.Repeat("A", maxInitdataBytes)
+	for _, tc := range []struct {
+		name    string
+		allowed []string
+		pod     map[string]string
+		want    string
+	}{
+		{"not listed", nil, map[string]string{own: "eA==", kata: "eA=="}, ""},
+		{"one listed", []string{kata}, map[string]string{own: "eA==", kata: "eQ=="}, "eQ=="},
+		{"both the same", []string{own, kata}, map[string]string{own: "eA==", kata: "eA=="}, "eA=="},
+		{"as long as can be", []string{own}, map[string]string{own: big}, big},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := conf("sample", tc.allowed...)
+			n, err := c.ApplyAnnotations(tc.pod)
+			require.NoError(t, err)
+			assert.Equal(t, tc.want, n.TEE.InitdataAnnotation)
+			assert.Empty(t, c.TEE.InitdataAnnotation)
+			assert.Equal(t, "/node.toml", n.TEE.Initdata)
+		})
+	}
+	for _, tc := range []struct {
+		name, platform string
+		pod            map[string]string
+		key, reason    string
+	}{
+		{"too long", "sample", map[string]string{own: big + "A"}, own, "262145 bytes"},
+		{"empty", "sample", map[string]string{own: ""}, own, "empty"},
+		{"different", "sample", map[string]string{own: "eA==", kata: "eQ=="}, kata, "differs"},
+		{"ordinary VM", "none", map[string]string{kata: "eA=="}, kata, "nothing binds"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := conf(tc.platform, own, kata).ApplyAnnotations(tc.pod)
+			fs := faultsOf(t, err)
+			require.Len(t, fs, 1)
+			assert.Equal(t, tc.key, fs[0].Key)
+			assert.Contains(t, fs[0].Reason, tc.reason)
+		})
+	}
+	assert.Equal(t, []string{own, kata}, conf("sample").IgnoredAnnotations(map[string]string{own: "", kata: "", "io.katacontainers.other": ""}))
+}
+
+// A confidential VM's command line is measured, and the same for all pods.
+func TestKernelParamsOfAConfidentialPod(t *testing.T) {
+	const key = AnnotationPrefix + "hypervisor.kernel-params"
+	c, err := Defaults()
+	require.NoError(t, err)
+	c.Annotations.Allowed = []string{key}
+	n, err := c.ApplyAnnotations(map[string]string{key: "loglevel=7"})
+	require.NoError(t, err)
+	assert.Equal(t, []string{"loglevel=7"}, n.Hypervisor.KernelParams)
+	_, err = c.ApplyAnnotations(map[string]string{key: "cloister.tee=none"})
+	require.ErrorContains(t, err, "set by Cloister itself")
+	c.TEE.Platform = "sample"
+	_, err = c.ApplyAnnotations(map[string]string{key: "loglevel=7"})
+	require.ErrorContains(t, err, "measured")
+}
+
+// Each drop-in is what an operator copies: it must load over the defaults and give its platform.
+func TestPlatformDropIns(t *testing.T) {
+	for _, name := range Platforms()[1:] {
+		data, err := PlatformDropIn(name)
+		require.NoError(t, err)
+		arch := platformArch(name)
+		if arch == "" {
+			arch = runtime.GOARCH
+		}
+		dir := write(t, map[string]string{"c.toml": "hypervisor.arch = '" + arch + "'", "config.d/10-tee.toml": string(data)})
+		c, err := Load(filepath.Join(dir, "c.toml"))
+		require.NoError(t, err)
+		assert.Equal(t, name, c.TEE.Platform)
+		assert.Equal(t, []string{AnnotationInitdata, AnnotationKataInitdata}, c.Annotations.Allowed)
+	}
+	_, err := PlatformDropIn("none")
+	require.Error(t, err)
+	_, err = PlatformDropIn("../cloister")
+	require.Error(t, err)
+}
+
+// The options of each handler in the snippet, given to the shim as containerd gives them.
+func TestSnippetHandlers(t *testing.T) {
+	data, err := os.ReadFile("containerd-config.toml")
+	require.NoError(t, err)
+	var conf struct {
+		Plugins map[string]struct {
+			Containerd struct {
+				Runtimes map[string]struct {
+					Annotations []string       `toml:"pod_annotations"`
+					Options     map[string]any `toml:"options"`
+				} `toml:"runtimes"`
+			} `toml:"containerd"`
+		} `toml:"plugins"`
+	}
+	require.NoError(t, toml.Unmarshal(data, &conf))
+	classes, err := os.ReadFile("runtimeclass.yaml")
+	require.NoError(t, err)
+	runtimes := conf.Plugins["io.containerd.cri.v1.runtime"].Containerd.Runtimes
+	assert.Len(t, runtimes, 6)
+	for _, name := range Platforms() {
+		handler := "cloister-" + name
+		if name == PlatformNone {
+			handler = "cloister"
+		}
+		assert.Contains(t, string(classes), "\nhandler: "+handler+"\n")
+		assert.Contains(t, string(classes), "\n  name: "+handler+"\n")
+		r, ok := runtimes[handler]
+		require.True(t, ok, handler)
+		body, err := toml.Marshal(r.Options)
+		require.NoError(t, err)
+		options, err := typeurl.MarshalAnyToProto(&runtimeoptions.Options{ConfigBody: body})
+		require.NoError(t, err)
+		arch := platformArch(name)
+		if arch == "" {
+			arch = runtime.GOARCH
+		}
+		node := filepath.Join(write(t, map[string]string{"node.toml": "hypervisor.arch = '" + arch + "'\nsizing.default_vcpus = 3\ntee.se.image = '/se.img'"}), "node.toml")
+		c, err := fromOptions(options, "", node)
+		require.NoError(t, err)
+		assert.Equal(t, name, c.TEE.Platform)
+		assert.Equal(t, 3, c.Sizing.DefaultVCPUs, "the node's own file holds for every handler")
+		if name != PlatformNone {
+			assert.Contains(t, r.Annotations, AnnotationKataInitdata)
+		}
+	}
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package none is the platform of ordinary VMs: nothing of them is hidden from the host, and nothing is measured.
+package none
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee"
+)
+
+// Platform of ordinary VMs. The zero value is ready for use.
+type Platform struct{}
+
+// New gives the platform.
+func New() *Platform { return &Platform{} }
+
+var _ tee.Platform = (*Platform)(nil)
+
+// Name is tee.None.
+func (*Platform) Name() tee.Name { return tee.None }
+
+// Probe says what an ordinary VM is, so that nobody takes it for more. Nothing is missing for it.
+func (*Platform) Probe(context.Context, tee.Host) []tee.Finding {
+	return []tee.Finding{{What: "protection", Result: tee.Note, Detail: tee.None.Describe()}}
+}
+
+// Prepare adds nothing. It refuses what only a confidential launch can keep: errdefs.ErrInvalidArgument, all reasons in one.
+func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
+	var faults []error
+	if in.InitdataDigest != nil {
+		faults = append(faults, errors.New("initdata is given and nothing binds it to the launch of an ordinary VM; choose a confidential platform (tee.platform), or take it away"))
+	}
+	if doc.Confidential != nil {
+		faults = append(faults, fmt.Errorf("the VM is one of platform %q already", doc.Confidential.Platform))
+	}
+	for _, p := range doc.Boot.Parameters {
+		if name, _, _ := strings.Cut(p, "="); name == wire.ParamTEE || name == wire.ParamInitdata {
+			faults = append(faults, fmt.Errorf("the kernel parameter %s tells the guest that it is a confidential one", p))
+		}
+	}
+	if faults != nil {
+		return fmt.Errorf("ordinary VM: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// Measure gives no values: no hardware measures an ordinary VM.
+func (*Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
+	return &tee.ReferenceValues{
+		Platform: tee.None, VCPUs: doc.CPU.Count, CPUModel: doc.CPU.Model, Parameters: strings.Join(doc.Boot.Parameters, " "),
+	}, nil
+}

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package sample is the platform for tests and for learning: a VM under all rules of a confidential one, and no hardware
+// behind them. IT PROTECTS NOTHING, and says so wherever it shows.
+//
+// What a real platform keeps in a register that the hardware reports, initdata's binding, stands on the kernel's command
+// line here (wire.ParamInitdata), so that the guest checks its document by the same code. In an image that was sealed for
+// this platform both parameters are in the image already, and Prepare adds nothing.
+package sample
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/initdata"
+)
+
+// BindingSize is the length of initdata's binding in bytes, the longest digest's; shorter ones are padded with zeros.
+const BindingSize = 64
+
+// paramDebug opens the guest's console (the agent's own parameter).
+const paramDebug = "cloister.debug"
+
+// Platform without protection. The zero value is ready for use.
+type Platform struct{}
+
+// New gives the platform.
+func New() *Platform { return &Platform{} }
+
+var _ tee.Platform = (*Platform)(nil)
+
+// Name is tee.Sample.
+func (*Platform) Name() tee.Name { return tee.Sample }
+
+// Probe says that nothing is protected. Nothing is missing: every host can run an ordinary VM.
+func (*Platform) Probe(context.Context, tee.Host) []tee.Finding {
+	return []tee.Finding{{What: "protection", Result: tee.Note, Detail: tee.Sample.Describe()}}
+}
+
+// Prepare marks the document as one under a confidential VM's rules, and puts initdata's binding on the command line.
+// errdefs.ErrInvalidArgument: what the rules forbid, all reasons in one.
+func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
+	if faults := documentFaults(doc); faults != nil {
+		return fmt.Errorf("sample VM: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
+	}
+	doc.Confidential = &hypervisor.Confidential{Platform: string(tee.Sample)}
+	if in.InitdataDigest != nil && !doc.Boot.Sealed {
+		binding := wire.ParamInitdata + "=" + hex.EncodeToString(initdata.Bind(in.InitdataDigest, BindingSize))
+		// The caller's slice may be shared.
+		doc.Boot.Parameters = append(slices.Clone(doc.Boot.Parameters), binding)
+	}
+	return nil
+}
+
+func documentFaults(doc *hypervisor.Document) (faults []error) {
+	add := func(format string, a ...any) { faults = append(faults, fmt.Errorf(format, a...)) }
+	if c := doc.Confidential; c != nil && (c.Platform != string(tee.Sample) || c.SNP != nil || c.TDX != nil || c.SecureExecution) {
+		add("the VM is one of platform %q already", c.Platform)
+	}
+	if doc.Boot.Kernel == "" {
+		add("no kernel is given: a guest without one would boot what a disk holds")
+	}
+	if doc.SharedFolderPorts != 0 {
+		add("%d ports for shared folders: a confidential VM takes no host folders", doc.SharedFolderPorts)
+	}
+	if doc.Boot.Sealed {
+		if len(doc.Boot.Parameters) > 0 || doc.Boot.Initrd != "" {
+			add("the boot image is sealed, an initrd or kernel parameters beside it would not count")
+		}
+		return faults
+	}
+	named := 0
+	for _, p := range doc.Boot.Parameters {
+		switch name, value, _ := strings.Cut(p, "="); name {
+		case wire.ParamTEE:
+			named++
+			if value != string(tee.Sample) {
+				add("the kernel parameter %s names another platform", p)
+			}
+		case wire.ParamInitdata:
+			add("the kernel parameter %s is the launch's to set", p)
+		case paramDebug:
+			add("the kernel parameter %s opens the guest's console to the host; set log.debug_console to false", p)
+		}
+	}
+	if named != 1 {
+		add("the kernel parameter %s is given %d times, want once: the guest would not know what it is", wire.ParamTEE, named)
+	}
+	return faults
+}
+
+// Measure gives no values: there is no hardware that would report any.
+func (*Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
+	return &tee.ReferenceValues{
+		Platform: tee.Sample, VCPUs: doc.CPU.Count, CPUModel: doc.CPU.Model, Parameters: strings.Join(doc.Boot.Parameters, " "),
+	}, nil
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tdx
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/tee/firmware"
+)
+
+// ACPI are the blobs that QEMU hands to the firmware through fw_cfg (QEMU docs/specs/fw_cfg.rst, and the linker/loader of
+// its ACPI code), as the firmware reads them: after it set up PCI, since QEMU builds them at that moment.
+type ACPI struct {
+	// Loader is etc/table-loader, RSDP etc/acpi/rsdp, Tables etc/acpi/tables.
+	Loader, RSDP, Tables []byte
+}
+
+// Files of a folder with the blobs.
+const (
+	fileLoader = "table-loader"
+	fileRSDP   = "rsdp"
+	fileTables = "tables"
+	// maxACPI bounds one blob; QEMU pads tables to 128 KiB at least and limits them to 2 MiB.
+	maxACPI = 4 << 20
+)
+
+// ReadACPI reads a folder with the files table-loader, rsdp and tables, the blobs without any change.
+func ReadACPI(dir string) (*ACPI, error) {
+	var a ACPI
+	for _, f := range a.files() {
+		b, _, err := firmware.ReadFile(filepath.Join(dir, f.name), maxACPI)
+		if err != nil {
+			return nil, fmt.Errorf("ACPI blobs: %w", err)
+		}
+		*f.blob = b
+	}
+	return &a, a.check()
+}
+
+// Write makes a folder that ReadACPI reads.
+func (a *ACPI) Write(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for _, f := range a.files() {
+		if err := os.WriteFile(filepath.Join(dir, f.name), *f.blob, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type acpiFile struct {
+	name string
+	blob *[]byte
+}
+
+func (a *ACPI) files() []acpiFile {
+	return []acpiFile{{fileLoader, &a.Loader}, {fileRSDP, &a.RSDP}, {fileTables, &a.Tables}}
+}
+
+func (a *ACPI) events() []Event {
+	return []Event{event("ACPI table-loader", a.Loader), event("ACPI rsdp", a.RSDP), event("ACPI tables", a.Tables)}
+}
+
+// ACPI tables: ACPI Specification 5.2.6 and 5.2.12. The loader's commands are 128 bytes each.
+const (
+	loaderCommand  = 128
+	tableHeader    = 36
+	madtEntriesAt  = 44
+	localAPIC      = 0
+	localX2APIC    = 9
+	maxACPIEntries = 4096
+)
+
+// check is a look at the shape, so that a wrong file is not taken for a blob.
+func (a *ACPI) check() error {
+	switch {
+	case len(a.Loader) == 0 || len(a.Loader)%loaderCommand != 0:
+		return fmt.Errorf("ACPI blobs: table-loader has %d bytes, which are no commands of %d bytes: %w", len(a.Loader), loaderCommand, errdefs.ErrInvalidArgument)
+	case len(a.RSDP) < 20 || string(a.RSDP[:8]) != "RSD PTR ":
+		return fmt.Errorf("ACPI blobs: rsdp does not start with \"RSD PTR \": %w", errdefs.ErrInvalidArgument)
+	}
+	_, err := a.cpus()
+	return err
+}
+
+// cpus counts the processors that the tables tell of.
+func (a *ACPI) cpus() (int, error) {
+	le := binary.LittleEndian
+	for at, n := 0, 0; at+tableHeader <= len(a.Tables) && n < maxACPIEntries; n++ {
+		t := a.Tables[at:]
+		size := uint64(le.Uint32(t[4:]))
+		if string(t[:4]) == "FACS" {
+			at += int(min(size, uint64(len(t))))
+			continue
+		}
+		if size < tableHeader || size > uint64(len(t)) {
+			break
+		}
+		if string(t[:4]) == "APIC" {
+			return madtCPUs(t[:size])
+		}
+		at += int(size)
+	}
+	return 0, fmt.Errorf("ACPI blobs: tables hold no table APIC, from which the number of CPUs is read: %w", errdefs.ErrInvalidArgument)
+}
+
+func madtCPUs(table []byte) (int, error) {
+	cpus := 0
+	for at := madtEntriesAt; at < len(table); {
+		rest := table[at:]
+		if len(rest) < 2 || int(rest[1]) < 2 || int(rest[1]) > len(rest) {
+			return 0, fmt.Errorf("ACPI blobs: the table APIC is cut off: %w", errdefs.ErrInvalidArgument)
+		}
+		// Enabled ones only; those that can be plugged in later are listed too.
+		switch entry := rest[:rest[1]]; {
+		case entry[0] == localAPIC && len(entry) == 8 && entry[4]&1 != 0,
+			entry[0] == localX2APIC && len(entry) == 16 && entry[8]&1 != 0:
+			cpus++
+		}
+		at += int(rest[1])
+	}
+	return cpus, nil
+}

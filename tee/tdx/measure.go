@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tdx
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/firmware"
+)
+
+// Notes on the values: what they hold for.
+const (
+	noteSinglePass = "if KVM measures each page as it is added (Linux 6.16 and later)"
+	noteTwoPass    = "if KVM measures a section after all its pages are added (older kernels with TDX patches)"
+	noteRTMR0      = "for the ACPI tables that were given only: they change with QEMU's version and the VM's CPUs, memory and devices"
+	noteRTMR1      = "for QEMU 10.0 and later; older ones change the kernel's header"
+	noteRTMR2      = "for Linux 6.9 and later; older kernels leave it zero"
+	noteAttributes = "little-endian as in a quote; QEMU adds PKS (bit 30) where the CPU and KVM offer it, so that a verifier should accept both"
+	noteConfigID   = "the initdata's digest, cut or padded with zeros to 48 bytes"
+	noteNoConfigID = "there is no initdata"
+	notPredicted   = "not predicted: "
+)
+
+// Measure predicts the registers of a prepared document. A register that cannot be computed is listed without a value, its
+// note says why.
+func (p *Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
+	c := doc.Confidential
+	if c == nil || c.TDX == nil || doc.Boot.Firmware == "" {
+		return nil, fmt.Errorf("the document was not prepared for TDX: %w", errdefs.ErrInvalidArgument)
+	}
+	fw, err := readImage(doc.Boot.Firmware)
+	if err != nil {
+		return nil, err
+	}
+	out := &tee.ReferenceValues{
+		Platform:   tee.TDX,
+		VCPUs:      doc.CPU.Count,
+		CPUModel:   doc.CPU.Model,
+		Parameters: strings.Join(doc.Boot.Parameters, " "),
+		Inputs:     []tee.Input{{Role: "firmware", Path: fw.path, SHA256: fw.digest}},
+	}
+	kernel, err := input(out, "kernel", doc.Boot.Kernel)
+	if err != nil {
+		return nil, err
+	}
+	initrd, err := input(out, "initrd", doc.Boot.Initrd)
+	if err != nil {
+		return nil, err
+	}
+
+	single, two := MRTD(fw.raw, fw.parsed)
+	add := func(name, hex, note string) {
+		out.Values = append(out.Values, tee.Value{Name: name, Hex: hex, Note: note})
+	}
+	add("tdx.mrtd", single.String(), noteSinglePass)
+	add("tdx.mrtd_two_pass", two.String(), noteTwoPass)
+
+	prof, profErr := readProfile(fw.raw)
+	if profErr == nil && !prof.measures {
+		profErr = fmt.Errorf("this firmware has no driver that extends the registers (TdTcg2Dxe): %w", errdefs.ErrNotImplemented)
+	}
+	register := func(name, note string, events func() ([]Event, error)) error {
+		var list []Event
+		err := profErr
+		if err == nil {
+			list, err = events()
+		}
+		switch {
+		case err == nil:
+			add(name, Extend(list...).String(), note)
+		case errdefs.IsNotImplemented(err), errdefs.IsNotFound(err):
+			add(name, "", notPredicted+err.Error())
+		default:
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		return nil
+	}
+	for _, r := range []struct {
+		name, note string
+		events     func() ([]Event, error)
+	}{
+		{"tdx.rtmr0", noteRTMR0, func() ([]Event, error) {
+			acpi, err := p.acpi(doc)
+			if err != nil {
+				return nil, err
+			}
+			return rtmr0(fw, prof, doc.Memory.Bytes, acpi)
+		}},
+		{"tdx.rtmr1", noteRTMR1, func() ([]Event, error) { return rtmr1(prof, kernel) }},
+		{"tdx.rtmr2", noteRTMR2, func() ([]Event, error) { return rtmr2(prof, out.Parameters, initrd) }},
+	} {
+		if err := register(r.name, r.note, r.events); err != nil {
+			return nil, err
+		}
+	}
+
+	configID, note := c.TDX.MRConfigID, noteConfigID
+	if configID == nil {
+		configID, note = make([]byte, DigestSize), noteNoConfigID
+	}
+	add("tdx.mrconfigid", hex.EncodeToString(configID), note)
+	add("tdx.attributes", hex.EncodeToString(binary.LittleEndian.AppendUint64(nil, c.TDX.Attributes)), noteAttributes)
+	return out, nil
+}
+
+// acpi are the configured blobs, nil if none are.
+func (p *Platform) acpi(doc hypervisor.Document) (*ACPI, error) {
+	if p.cfg.ACPI == "" {
+		return nil, nil
+	}
+	a, err := ReadACPI(p.cfg.ACPI)
+	if err != nil {
+		return nil, err
+	}
+	if n, err := a.cpus(); err != nil {
+		return nil, err
+	} else if n != doc.CPU.Count {
+		return nil, fmt.Errorf("the ACPI tables in %s are of a VM with %d CPUs, this one has %d: %w", p.cfg.ACPI, n, doc.CPU.Count, errdefs.ErrNotImplemented)
+	}
+	return a, nil
+}
+
+// input reads a boot file and lists it. An empty path gives nil.
+func input(out *tee.ReferenceValues, role, path string) ([]byte, error) {
+	if path == "" {
+		return nil, nil
+	}
+	content, digest, err := firmware.ReadFile(path, maxKernel)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", role, err)
+	}
+	out.Inputs = append(out.Inputs, tee.Input{Role: role, Path: path, SHA256: digest})
+	return content, nil
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package virtcontainers
+
+import (
+	"net"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/initdata"
+	"github.com/cloister-project/cloister/virtcontainers/network"
+)
+
+func TestDocumentOfEachPlatform(t *testing.T) {
+	for _, tc := range []struct {
+		name     tee.Name
+		arch     hypervisor.Architecture
+		sealed   bool // an SE image is configured
+		unpacked bool
+		boot     string
+		cpu      string
+		ports    int
+		with     []string
+		without  []string
+	}{
+		{tee.None, hypervisor.ArchAMD64, false, true, "/kernel", "max", 4, nil, []string{"cloister.tee=none", "swiotlb=32768", "random.trust_bootloader=off"}},
+		{tee.None, hypervisor.ArchS390X, false, false, "/kernel", "max", 0, []string{"console=ttysclp0"}, nil},
+		{tee.Sample, hypervisor.ArchAMD64, false, true, "/kernel", "max", 0, []string{"cloister.tee=sample", "swiotlb=32768,force", "random.trust_bootloader=off"}, nil},
+		{tee.Sample, hypervisor.ArchS390X, false, false, "/kernel", "max", 0, []string{"cloister.tee=sample"}, nil},
+		{tee.Sample, hypervisor.ArchS390X, true, false, "/sealed", "max", 0, nil, nil},
+		{tee.Sample, hypervisor.ArchAMD64, true, true, "/kernel", "max", 0, []string{"cloister.tee=sample"}, nil},
+		{tee.SNP, hypervisor.ArchAMD64, false, false, "/kernel", "EPYC-v4", 0, []string{"cloister.tee=snp", "swiotlb=32768", "random.trust_bootloader=off"}, nil},
+		{tee.TDX, hypervisor.ArchAMD64, false, false, "/kernel", "max", 0, []string{"cloister.tee=tdx", "swiotlb=32768"}, nil},
+		{tee.SE, hypervisor.ArchS390X, true, false, "/sealed", "max", 0, nil, nil},
+	} {
+		name := string(tc.name) + " " + string(tc.arch)
+		if tc.sealed {
+			name += " sealed"
+		}
+		t.Run(name, func(t *testing.T) {
+			cfg := &configs.Config{
+				Hypervisor: configs.Hypervisor{Arch: string(tc.arch), Kernel: "/kernel", Initrd: "/initrd", KernelParams: []string{"own=1"}, Sandbox: true},
+				TEE:        configs.TEE{Platform: string(tc.name), SwiotlbMiB: 64},
+				Sizing:     configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512, HotplugPorts: 4},
+				State:      configs.State{Dir: "/run/cloister"},
+			}
+			if tc.sealed {
+				cfg.TEE.SE.Image = "/sealed"
+			}
+			l := &launch{arch: tc.arch, platform: fakePlatform{name: tc.name}}
+			require.Equal(t, tc.unpacked, l.unpacked())
+			facts := hostFacts{arch: tc.arch, accel: hypervisor.AccelTCG, cpu: cpuModel(cfg, l, hypervisor.AccelTCG), vsock: hypervisor.VsockVhostUser, cid: 3, kernel: "/kernel"}
+			pod := PodConfig{ID: "p", Namespace: "n", Config: cfg}
+			mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
+			doc := buildDocument(pod, l, []network.Interface{{MAC: mac, MTU: 1400}}, facts)
+			require.Equal(t, doc, buildDocument(pod, l, []network.Interface{{MAC: mac, MTU: 1400}}, facts), "a pure function")
+			require.Equal(t, tc.arch, doc.Architecture)
+			require.Equal(t, tc.boot, doc.Boot.Kernel)
+			require.Equal(t, tc.cpu, doc.CPU.Model)
+			require.Equal(t, tc.ports, doc.SharedFolderPorts)
+			require.Equal(t, []hypervisor.NIC{{ID: "net0", MAC: "02:00:00:00:00:01", MTU: 1400}}, doc.NICs)
+			require.Empty(t, doc.Disks)
+			require.Nil(t, doc.Confidential, "the platform's to add")
+			if require.Equal(t, tc.boot == "/sealed", doc.Boot.Sealed); doc.Boot.Sealed {
+				require.Empty(t, doc.Boot.Initrd)
+				require.Empty(t, doc.Boot.Parameters)
+				return
+			}
+			require.Equal(t, "/initrd", doc.Boot.Initrd)
+			require.Equal(t, "own=1", doc.Boot.Parameters[len(doc.Boot.Parameters)-1])
+			for _, p := range tc.with {
+				require.Contains(t, doc.Boot.Parameters, p)
+			}
+			for _, p := range tc.without {
+				require.NotContains(t, doc.Boot.Parameters, p)
+			}
+
+			// A measured command line has nothing of the pod.
+			other := pod
+			other.ID, other.Hostname, other.Annotations = "q", "h", map[string]string{"a": "b"}
+			require.Equal(t, doc.Boot, buildDocument(other, l, nil, facts).Boot)
+		})
+	}
+}
+
+func TestDocumentWithInitdata(t *testing.T) {
+	d, err := initdata.Parse([]byte("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n"))
+	require.NoError(t, err)
+	l := &launch{arch: hypervisor.ArchAMD64, platform: fakePlatform{name: tee.SNP}, initdata: &podInitdata{doc: d}}
+	pod := PodConfig{ID: "p", Namespace: "n", Config: &configs.Config{State: configs.State{Dir: "/run/cloister"}}}
+	doc := buildDocument(pod, l, nil, hostFacts{arch: hypervisor.ArchAMD64, accel: hypervisor.AccelKVM})
+	require.Equal(t, []hypervisor.Disk{{
+		ID: "initdata", Path: stateDir("/run/cloister", "n", "p") + "/initdata.img", Serial: "initdata", ReadOnly: true,
+	}}, doc.Disks)
+	require.False(t, slices.ContainsFunc(doc.Boot.Parameters, func(p string) bool { return strings.HasPrefix(p, "cloister.initdata") }),
+		"the measured command line is the same for all pods")
+	require.Equal(t, d.Digest(), l.inputs().InitdataDigest)
+}
+
+func TestVsockOfAPlatform(t *testing.T) {
+	for _, name := range []tee.Name{tee.SNP, tee.TDX, tee.SE} {
+		for setting, want := range map[string]hypervisor.VsockKind{
+			configs.VsockAuto: hypervisor.VsockVhost, configs.VsockVhost: hypervisor.VsockVhost, configs.VsockVhostUser: hypervisor.VsockVhostUser,
+		} {
+			cfg := &configs.Config{Hypervisor: configs.Hypervisor{Vsock: setting}}
+			require.Equal(t, want, vsockKind(cfg, name), "%s on %s", setting, name)
+		}
+	}
+	auto := hypervisor.VsockVhostUser
+	if exists("/dev/vhost-vsock") {
+		auto = hypervisor.VsockVhost
+	}
+	require.Equal(t, auto, vsockKind(&configs.Config{Hypervisor: configs.Hypervisor{Vsock: configs.VsockAuto}}, tee.Sample))
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package virtcontainers
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/initdata"
+)
+
+// initdataDisk is the name of initdata's disk image in the sandbox's state folder.
+const initdataDisk = "initdata.img"
+
+// podInitdata is a pod's initdata.
+type podInitdata struct {
+	doc *initdata.Document
+}
+
+// digest as the guest says it in its Hello.
+func (d *podInitdata) digest() string {
+	if d == nil {
+		return ""
+	}
+	return d.doc.String()
+}
+
+// loadInitdata takes the pod's own document, or else the node's, and checks it; nil without one.
+func loadInitdata(cfg *configs.Config) (*podInitdata, error) {
+	var (
+		raw  []byte
+		from string
+		err  error
+	)
+	switch {
+	case cfg.TEE.InitdataAnnotation != "":
+		from = "the pod's initdata"
+		raw, err = initdata.DecodeAnnotation(cfg.TEE.InitdataAnnotation)
+	case cfg.TEE.Initdata != "":
+		from = "tee.initdata = " + cfg.TEE.Initdata
+		raw, err = readSmall(cfg.TEE.Initdata, initdata.MaxRaw)
+	default:
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", from, err)
+	}
+	doc, err := initdata.Parse(raw)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", from, err)
+	}
+	return &podInitdata{doc: doc}, nil
+}
+
+// readSmall reads a regular file of at most so many bytes.
+func readSmall(path string, limit int64) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file: %w", path, errdefs.ErrInvalidArgument)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes: %w", path, limit, errdefs.ErrInvalidArgument)
+	}
+	return b, nil
+}
+
+// disk is the read-only disk that brings the document to the guest.
+func (d *podInitdata) disk(stateDir string) hypervisor.Disk {
+	return hypervisor.Disk{ID: "initdata", Path: filepath.Join(stateDir, initdataDisk), Serial: wire.InitdataSerial, ReadOnly: true}
+}
+
+// writeDisk makes the disk's image. Nobody writes it again, the VMM neither.
+func (d *podInitdata) writeDisk(stateDir string) error {
+	f, err := os.OpenFile(filepath.Join(stateDir, initdataDisk), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
+	if err != nil {
+		return fmt.Errorf("disk with the pod's initdata: %w", err)
+	}
+	if err := errors.Join(initdata.WriteDisk(f, d.doc.Raw), f.Close()); err != nil {
+		return fmt.Errorf("disk with the pod's initdata: %w", err)
+	}
+	return nil
+}
