@@ -13,6 +13,9 @@
 //  4. containerd's ConfigBody (the runtime handler's own [options] table), only where no ConfigPath is given;
 //  5. annotations of the pod, and of these only the keys that annotations.allowed lists.
 //
+// A runtime handler picks its platform by layer 4: its options say tee.platform, all else about the platform is the node's.
+// Tools that look at a platform do the same with Config.WithPlatform. platforms/ has a drop-in of each, for layer 3.
+//
 // # States and locks
 //
 // A Config is made once, by Load, FromOptions or ApplyAnnotations, and is never changed afterwards: all goroutines may

@@ -215,10 +215,7 @@ func crossCheckTEE(c *Config) Faults {
 		add("tee.snp.author_key", "is set without tee.snp.id_key, the key that it signs", "set both, or only tee.snp.id_key")
 	}
 	if !t.confidential() {
-		if t.Initdata != "" {
-			add("tee.initdata", fmt.Sprintf("is set with tee.platform = %q: nothing binds it to the launch of an ordinary VM", PlatformNone),
-				"choose a confidential platform, or remove it")
-		}
+		// A tee.initdata is for the handlers that name a platform; an ordinary VM is refused with one when it is launched.
 		return fs
 	}
 	if c.Log.DebugConsole {

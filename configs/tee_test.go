@@ -107,7 +107,6 @@ func TestBadTEEValues(t *testing.T) {
 		{"cloister's own parameter", "hypervisor.kernel_params = ['quiet', 'cloister.tee=none']", "hypervisor.kernel_params", "entry 2", "remove"},
 		{"agent's own parameter", "hypervisor.kernel_params = ['cloister.debug']", "hypervisor.kernel_params", "entry 1", "remove"},
 
-		{"initdata of an ordinary VM", "tee.initdata = '/x'", "tee.initdata", "nothing binds", "remove"},
 		{"debug console", "tee.platform = 'sample'\nlog.debug_console = true", "log.debug_console", "console", "false"},
 		{"emulated hardware", "tee.platform = 'snp'\nhypervisor = {accel = 'tcg', arch = 'amd64'}", "hypervisor.accel", "protects nothing", `"kvm"`},
 		{"snp on s390x", "tee.platform = 'snp'\nhypervisor.arch = 's390x'", "hypervisor.arch", "s390x", "architecture"},
@@ -140,6 +139,15 @@ func TestPlatformOfAnotherMachine(t *testing.T) {
 	fs := faultsOf(t, err)
 	require.Len(t, fs, 1)
 	assert.Equal(t, "tee.platform", fs[0].Key)
+}
+
+// A node's file may have what only some of its handlers use.
+func TestInitdataForSomeHandlers(t *testing.T) {
+	c, err := Load(filepath.Join(write(t, map[string]string{"c.toml": "tee.initdata = '/x'"}), "c.toml"))
+	require.NoError(t, err)
+	c, err = c.WithPlatform("sample")
+	require.NoError(t, err)
+	assert.Equal(t, "/x", c.TEE.Initdata)
 }
 
 func TestWithPlatform(t *testing.T) {
@@ -230,9 +238,6 @@ func TestInitdataAnnotations(t *testing.T) {
 		c, err := Defaults()
 		require.NoError(t, err)
 		c.TEE.Platform, c.TEE.Initdata, c.Annotations.Allowed = platform, "/node.toml", allowed
-		if platform == "none" {
-			c.TEE.Initdata = ""
-		}
 		return c
 	}
 	big := strings.Repeat("A", maxInitdataBytes)

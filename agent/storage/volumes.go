@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"os"
 	"path"
@@ -29,6 +30,7 @@ import (
 const (
 	dataLink    = "..data"
 	newDataLink = "..data_tmp"
+	newLink     = "..new_"
 )
 
 // volume is a copied volume. Whoever holds turn may use the rest.
@@ -241,53 +243,65 @@ func mkdirs(dir int, p string) error {
 	return nil
 }
 
-// commit shows the pending generation: with the rename all files change at once. What follows the rename adds and takes
-// away names only; if it fails, the next generation does it again.
-func (v *volume) commit() error {
+// commit shows the pending generation: with one rename all files change at once. Whatever can fail for want of memory is
+// made before it, under names that nobody looks at; after it things are only renamed and deleted.
+func (v *volume) commit() (err error) {
 	top, err := os.OpenRoot(v.dir)
 	if err != nil {
 		return err
 	}
 	defer top.Close()
-	if err := top.Remove(newDataLink); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+	names := v.pending.manifest.topNames()
+	links := map[string]string{newDataLink: v.pending.folder} // targets
+	shown := map[string]string{}                              // names by those of links
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		if !v.names[name] {
+			hidden := newLink + fmt.Sprint(len(links))
+			links[hidden], shown[hidden] = path.Join(dataLink, name), name
+		}
 	}
-	if err := top.Symlink(v.pending.folder, newDataLink); err != nil {
-		return fmt.Errorf("make a link: %w", err)
+	for name, target := range links {
+		err := top.Remove(name)
+		if err == nil || errors.Is(err, os.ErrNotExist) {
+			err = top.Symlink(target, name)
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("make a link: %w", err), removeAll(top, maps.Keys(links)))
+		}
 	}
 	if err := top.Rename(newDataLink, dataLink); err != nil {
-		return fmt.Errorf("show the generation: %w", err)
+		return errors.Join(fmt.Errorf("show the generation: %w", err), removeAll(top, maps.Keys(links)))
 	}
-	old, names := v.data, v.pending.manifest.topNames()
+	old := v.data
 	v.data, v.pending = v.pending.folder, nil
-	if old != "" {
-		// First, for it gives memory back. Whoever has a file of it open keeps that file.
-		err = top.RemoveAll(old)
-	}
-	return errors.Join(err, v.link(top, names))
-}
-
-// link makes the names that the containers see those of the shown generation.
-func (v *volume) link(top *os.Root, names map[string]bool) error {
-	for _, name := range slices.Sorted(maps.Keys(names)) {
-		if v.names[name] {
+	for hidden, name := range shown {
+		if renameErr := top.Rename(hidden, name); renameErr != nil {
+			err = errors.Join(err, fmt.Errorf("show a name: %w", renameErr))
 			continue
-		}
-		if err := top.Symlink(path.Join(dataLink, name), name); err != nil && !errors.Is(err, os.ErrExist) {
-			return fmt.Errorf("make a link: %w", err)
 		}
 		v.names[name] = true
 	}
-	for _, name := range slices.Sorted(maps.Keys(v.names)) {
-		if names[name] {
-			continue
+	for name := range v.names {
+		if !names[name] {
+			err = errors.Join(err, removeAll(top, slices.Values([]string{name})))
+			delete(v.names, name)
 		}
-		if err := top.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("take away a link: %w", err)
-		}
-		delete(v.names, name)
 	}
-	return nil
+	if old != "" {
+		// Whoever has a file of it open keeps that file.
+		err = errors.Join(err, top.RemoveAll(old))
+	}
+	return err
+}
+
+// removeAll removes links that are there.
+func removeAll(top *os.Root, names iter.Seq[string]) (err error) {
+	for name := range names {
+		if removeErr := top.Remove(name); !errors.Is(removeErr, os.ErrNotExist) {
+			err = errors.Join(err, removeErr)
+		}
+	}
+	return err
 }
 
 // bindVolume gives the place of a volume, or of a copy of one of its files.

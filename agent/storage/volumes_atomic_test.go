@@ -120,7 +120,7 @@ func limitStore(t *testing.T, s *Store, option string, value uint64) {
 	require.NoError(t, unix.Mount("", s.root, "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, data), data)
 }
 
-func usage(t *testing.T, s *Store) (bytes, files uint64) {
+func usage(t *testing.T, s *Store) (bytes, inodes uint64) {
 	t.Helper()
 	var stat unix.Statfs_t
 	require.NoError(t, unix.Statfs(s.root, &stat))
@@ -141,17 +141,18 @@ func TestVolumeWithoutMemory(t *testing.T) {
 		step   uint64
 	}{{"size", uint64(os.Getpagesize())}, {"nr_inodes", 1}} {
 		for spare := uint64(0); ; spare += limit.step {
-			before, files := usage(t, s)
-			used := before
+			bytesBefore, inodesBefore := usage(t, s)
+			used := bytesBefore
 			if limit.option == "nr_inodes" {
-				used = files
+				used = inodesBefore
 			}
 			limitStore(t, s, limit.option, used+spare)
 			generation++
-			err := s.PutVolume(t.Context(), putRequest(generation, true,
-				part("a", strings.Repeat("new", 10_000)), part("d/b", "new"), part("e/f/g", "new"), part("new-1", ""), part("new-2", "")))
+			// More new names than the old generation has files, so that its going does not make room for them.
+			files := append(manyFiles(8, "new-%d"), part("a", strings.Repeat("new", 10_000)), part("d/b", "new"), part("e/f/g", "new"))
+			err := s.PutVolume(t.Context(), putRequest(generation, true, files...))
 			if err == nil {
-				require.Len(t, content(t, dir), 5)
+				require.Len(t, content(t, dir), len(files))
 				break
 			}
 			failures++
@@ -159,8 +160,8 @@ func TestVolumeWithoutMemory(t *testing.T) {
 			require.ErrorIs(t, err, errdefs.ErrResourceExhausted)
 			require.Equal(t, old, content(t, dir), "%s with %d to spare: %v", limit.option, spare, err)
 			require.Len(t, hidden(t, dir), 2)
-			after, filesAfter := usage(t, s)
-			require.Equal(t, [2]uint64{before, files}, [2]uint64{after, filesAfter}, "%s with %d to spare: %v", limit.option, spare, err)
+			bytesAfter, inodesAfter := usage(t, s)
+			require.Equal(t, [2]uint64{bytesBefore, inodesBefore}, [2]uint64{bytesAfter, inodesAfter}, "%s with %d to spare: %v", limit.option, spare, err)
 			require.ErrorIs(t, s.PutVolume(t.Context(), putRequest(generation, true)), errdefs.ErrFailedPrecondition, "a generation that failed stays so")
 		}
 		limitStore(t, s, limit.option, 1<<30)
@@ -168,6 +169,6 @@ func TestVolumeWithoutMemory(t *testing.T) {
 		putVolume(t, s, putRequest(generation, true, part("a", "old"), part("d/b", "old"), part("going", "old")))
 		require.Equal(t, old, content(t, dir))
 	}
-	// Pages of the files; inodes: the generation, three folders, five files, links.
-	require.Greater(t, failures, 15)
+	// Pages of the files; inodes of the generation, its three folders, eleven files and nine new names.
+	require.Greater(t, failures, 24)
 }

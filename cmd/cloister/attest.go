@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 
@@ -12,13 +11,6 @@ import (
 
 	"github.com/cloister-project/cloister/tee/se/attest"
 )
-
-// attestSecret is the file that stays with the verifier.
-type attestSecret struct {
-	Key   string `json:"measurement_key"`
-	Nonce string `json:"nonce"`
-	Flags uint64 `json:"flags"`
-}
 
 func seRequestCommand() *cobra.Command {
 	var (
@@ -55,7 +47,7 @@ func seRequestCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			kept, err := json.MarshalIndent(attestSecret{hex.EncodeToString(s.Key[:]), hex.EncodeToString(s.Nonce[:]), uint64(s.Flags)}, "", "  ")
+			kept, err := json.MarshalIndent(s, "", "  ")
 			if err != nil {
 				return err
 			}

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"strings"
 	"testing"
@@ -111,6 +112,25 @@ func TestCheckAll(t *testing.T) {
 	assert.Contains(t, stdout, ", configured: NOT usable")
 	// What contradicts the platform is told, and the host is looked at all the same.
 	assert.Contains(t, stdout, "hypervisor.arch: guests are of the architecture amd64, and platform \"se\" is of s390x")
+}
+
+// A configuration that every pod is refused for must not look usable.
+func TestCheckLaunch(t *testing.T) {
+	n := newNode(t, "initdata = '/somewhere.toml'")
+	cfg := n.load(t, "none")
+	cfg.TEE.Initdata = n.write(t, "initdata.toml", testInitdata)
+	f := checkLaunch(context.Background(), cfg)
+	assert.Equal(t, bad, f.Result)
+	assert.Contains(t, f.Detail, "initdata is given")
+	assert.NotEmpty(t, f.Fix)
+
+	f = checkLaunch(context.Background(), n.load(t, "snp"))
+	assert.Equal(t, bad, f.Result)
+	assert.Contains(t, f.Detail, "/somewhere.toml")
+
+	f = checkLaunch(context.Background(), newNode(t, "").load(t, "snp"))
+	assert.Equal(t, bad, f.Result, "the node's QEMU does not run")
+	assert.Contains(t, f.Fix, "QEMU")
 }
 
 func TestOneLine(t *testing.T) {

@@ -107,6 +107,9 @@ func checkLaunch(ctx context.Context, cfg *configs.Config) finding {
 	if err != nil {
 		return finding{What: what, Result: bad, Detail: oneLine(err.Error()), Fix: "correct what is named"}
 	}
+	if len(v.Refused) > 0 {
+		return finding{What: what, Result: bad, Detail: oneLine(strings.Join(v.Refused, "\n")), Fix: "correct what is named"}
+	}
 	if v.CommandError != "" {
 		return finding{What: what, Result: bad, Detail: oneLine(v.CommandError), Fix: "install a QEMU that has it, or set hypervisor.path"}
 	}

@@ -212,9 +212,10 @@ func TestSEAttestRequest(t *testing.T) {
 	assert.Equal(t, os.FileMode(0o600), st.Mode().Perm())
 	content, err = os.ReadFile(b.path("secret"))
 	require.NoError(t, err)
-	var secret attestSecret
-	require.NoError(t, json.Unmarshal(content, &secret))
-	assert.Len(t, secret.Key, 2*attest.KeySize)
+	secret, err := attest.ParseSecret(content)
+	require.NoError(t, err)
+	assert.NotZero(t, secret.Key)
+	assert.Len(t, secret.HostKeys, 1)
 
 	status, _, stderr = cloister(t, args...)
 	assert.Equal(t, exitNo, status)

@@ -106,7 +106,7 @@ func TestAnnotation(t *testing.T) {
 		"not gzip":   {base64.StdEncoding.EncodeToString([]byte("text")), "gzip"},
 		"empty":      {"", "gzip"},
 		"too long":   {strings.Repeat("A", MaxAnnotation+4), "limit"},
-		"a bomb":     {base64.StdEncoding.EncodeToString(zip(t, make([]byte, 64*MaxRaw))), "larger than"},
+		"a bomb":     {base64.StdEncoding.EncodeToString(zip(t, make([]byte, 4*MaxRaw))), "larger than"},
 		"cut off":    {base64.StdEncoding.EncodeToString(zip(t, []byte(sample))[:40]), "unpacked"},
 		"two members": {base64.StdEncoding.EncodeToString(append(zip(t, []byte("a")), zip(t, []byte("b"))...)),
 			"behind"},

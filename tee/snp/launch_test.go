@@ -56,6 +56,52 @@ func TestThePublishedDigest(t *testing.T) {
 	require.Equal(t, "11570979c77a0adb515761a702527c8b9e11554e730552621d950988613a3a75c6ff1703f540bd22a9beede8fe7a97e3", hex.EncodeToString(d[:]))
 }
 
+// TestPublishedDigestsWithHashes: values of another implementation, for a kernel and an initrd without content. It starts
+// from the digest of a firmware that is not at hand, with the sections of an early AmdSev build (hashes at 0x80fc00), and is
+// of a time when that implementation left MXCSR and the x87 control word at zero.
+func TestPublishedDigestsWithHashes(t *testing.T) {
+	state := func(eip uint32) []byte {
+		page := vmsa(eip, 0x800f12, 1)
+		clear(page[0x408:0x40c])
+		clear(page[0x410:0x412])
+		return page
+	}
+	for _, tt := range []struct {
+		firmware, parameters string
+		cpus                 int
+		want                 string
+	}{
+		{"cab7e085874b3acfdbe2d96dcaa3125111f00c35c6fc9708464c2ae74bfdb048a198cb9a9ccae0b3e5e1a33f5f249819", "", 1,
+			"db06fb267824b1ccb56edbe2a9c2ce88841bca5090dc6dac91d9cd30f3c2c0bf42daccb30d55d6625bfbf0dae5c50c6d"},
+		{"edcf6d1c57ce868a167c990f58c8667c698269ef9e0803246419eea914186343054d557e1f17acd93b032c106bc70d25", "console=ttyS0 loglevel=7", 1,
+			"f07864303ad8243132029e8110b92805c78d1135a15da75f67abb9a711d78740347f24ee76f603e650ec4adf3611cc1e"},
+		{"edcf6d1c57ce868a167c990f58c8667c698269ef9e0803246419eea914186343054d557e1f17acd93b032c106bc70d25", "", 4,
+			"1c784beb8c49aa604b7fd57fbc73b36ec53a3f5fb48a2b895ad6cc2ea15d18ee7cc15e3e57c792766b45f944c3e81cfe"},
+	} {
+		var c launchContext
+		_, err := hex.Decode(c.ld[:], []byte(tt.firmware))
+		require.NoError(t, err)
+		image := &firmware.Image{
+			HashTable: &firmware.Area{Base: 0x80fc00, Size: 0x400},
+			SNP: []firmware.SNPSection{
+				{Base: 0x800000, Size: 0x9000, Type: firmware.SNPMemory},
+				{Base: 0x80a000, Size: 0x3000, Type: firmware.SNPMemory},
+				{Base: 0x80d000, Size: 0x1000, Type: firmware.SNPSecrets},
+				{Base: 0x80e000, Size: 0x1000, Type: firmware.SNPCPUID},
+				{Base: 0x80f000, Size: 0x1000, Type: firmware.SNPKernelHashes},
+				{Base: 0x810000, Size: 0x10000, Type: firmware.SNPMemory},
+			},
+		}
+		l := Launch{Hashes: &Hashes{Parameters: HashParameters(tt.parameters), Initrd: sha256.Sum256(nil), Kernel: sha256.Sum256(nil)}}
+		require.NoError(t, l.sections(&c, image))
+		c.vmsa(state(bspEIP))
+		for range tt.cpus - 1 {
+			c.vmsa(state(0x80b004))
+		}
+		require.Equal(t, tt.want, hex.EncodeToString(c.ld[:]), "%d CPUs, %q", tt.cpus, tt.parameters)
+	}
+}
+
 // TestDigestsStayTheSame: a change of these values is a change of what verifiers must expect.
 func TestDigestsStayTheSame(t *testing.T) {
 	digests, err := testLaunch().Digests(1, 64)

@@ -128,6 +128,9 @@ func (*Platform) Name() tee.Name { return tee.SNP }
 // if there is a key. It looks at no hardware but the C-bit's place, which is not measured.
 func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee.Inputs) error {
 	path, _, err := p.acceptedFirmware()
+	if err != nil {
+		err = fmt.Errorf("%w; %s", err, fixFirmware)
+	}
 	if err := errors.Join(checkDocument(doc), err); err != nil {
 		return fmt.Errorf("SEV-SNP: %w", err)
 	}
@@ -219,7 +222,7 @@ func (p *Platform) acceptedFirmware() (path, digest string, err error) {
 	path = p.config.Firmware
 	if path == "" {
 		if path, err = firmware.Find(p.config.Descriptors, firmware.FeatureSNP); err != nil {
-			return "", "", fmt.Errorf("%w; install an AmdSev build of OVMF (Debian: ovmf-amdsev) or set tee.firmware", err)
+			return "", "", err
 		}
 	}
 	raw, digest, err := firmware.ReadFile(path, firmware.MaxSize)
@@ -252,10 +255,12 @@ func (e *firmwareError) Error() string {
 		list = "not accepted, since tee.firmware_digests is empty"
 	}
 	return fmt.Sprintf("firmware %s has SHA-256 %s, which is %s. An ordinary OVMF has its hash table measured but boots any kernel without comparing: "+
-		"the host could change kernel, initrd and command line under the same measurement, and nothing in the image tells. %s", e.path, e.digest, list, acceptFirmware)
+		"the host could change kernel, initrd and command line under the same measurement, and nothing in the image tells", e.path, e.digest, list)
 }
 
 // Is makes it an errdefs.ErrInvalidArgument.
 func (*firmwareError) Is(target error) bool { return target == errdefs.ErrInvalidArgument }
 
-const acceptFirmware = "Add the digest only if the image is a build of edk2's OvmfPkg/AmdSev, which compares them (Debian: ovmf-amdsev), from a source that you trust with your guests"
+// fixFirmware is what to do about any of acceptedFirmware's errors.
+const fixFirmware = "install a build of edk2's OvmfPkg/AmdSev, which compares what it boots with the hashes (Debian: ovmf-amdsev), set tee.firmware if no " +
+	"descriptor names it, and add its digest to tee.firmware_digests, if it is such a build from a source that you trust with your guests"

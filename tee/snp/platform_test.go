@@ -294,7 +294,7 @@ func TestPrepareRefusesFirmware(t *testing.T) {
 		}, errdefs.ErrInvalidArgument},
 		{"no firmware at all", "malformed", func(s *setup) { s.config.Firmware, s.config.Digests[0] = write(t, "OVMF.fd", bzImage()) }, errdefs.ErrInvalidArgument},
 		{"missing", "no such file", func(s *setup) { s.config.Firmware = "/nonexistent/OVMF.fd" }, os.ErrNotExist},
-		{"no descriptor", "install an AmdSev build of OVMF", func(s *setup) { s.config.Firmware, s.config.Descriptors = "", []string{t.TempDir()} }, errdefs.ErrNotFound},
+		{"no descriptor", "install a build of edk2's OvmfPkg/AmdSev", func(s *setup) { s.config.Firmware, s.config.Descriptors = "", []string{t.TempDir()} }, errdefs.ErrNotFound},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newSetup(t)

@@ -105,7 +105,7 @@ func (p *Platform) probeFirmware() tee.Finding {
 	const what = "firmware"
 	path, digest, err := p.acceptedFirmware()
 	if err != nil {
-		return finding(what, err.Error(), "install an AmdSev build of OVMF (Debian: ovmf-amdsev), set tee.firmware if no descriptor names it, and list its digest in tee.firmware_digests")
+		return finding(what, err.Error(), fixFirmware)
 	}
 	return finding(what, fmt.Sprintf("%s, SHA-256 %s", path, digest), "")
 }

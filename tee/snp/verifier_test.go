@@ -5,7 +5,6 @@ package snp
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"fmt"
 	"net"
 	"os"
@@ -24,6 +23,7 @@ import (
 	"github.com/u-root/u-root/pkg/cpio"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
 	"github.com/cloister-project/cloister/tee/firmware"
 )
@@ -44,14 +44,18 @@ type bootFiles struct {
 	kernel, initrd, parameters string
 }
 
-func (b bootFiles) hashes(t *testing.T) Hashes {
+// table is the hash table that is measured for a document with these files.
+func (b bootFiles) table(t *testing.T) []byte {
 	t.Helper()
-	sum := func(path string) [sha256.Size]byte {
-		raw, err := os.ReadFile(path)
-		require.NoError(t, err)
-		return sha256.Sum256(raw)
+	doc := hypervisor.Document{
+		CPU:          hypervisor.CPU{Model: "EPYC-v4", Count: 1},
+		Boot:         hypervisor.Boot{Firmware: testFile(t, "CLOISTER_TEST_OVMF_AMDSEV"), Kernel: b.kernel, Initrd: b.initrd, Parameters: strings.Fields(b.parameters)},
+		Confidential: &hypervisor.Confidential{SNP: &hypervisor.SNP{KernelHashes: true}},
 	}
-	return Hashes{Parameters: HashParameters(b.parameters), Initrd: sum(b.initrd), Kernel: sum(b.kernel)}
+	l, _, err := (&Platform{config: Config{GuestFeatures: 1}}).launch(context.Background(), doc)
+	require.NoError(t, err)
+	table := l.Hashes.Table()
+	return table[:]
 }
 
 func guestFiles(t *testing.T) bootFiles {
@@ -232,8 +236,7 @@ func (e *emulated) waitDeadLoop(t *testing.T) time.Duration {
 
 func TestTheFirmwareBootsWhatTheTableSays(t *testing.T) {
 	guest := guestFiles(t)
-	table := guest.hashes(t).Table()
-	e := boot(t, guest, table[:])
+	e := boot(t, guest, guest.table(t))
 	took := e.wait(t, agentLine)
 	_, digest, err := firmware.ReadFile(os.Getenv("CLOISTER_TEST_OVMF_AMDSEV"), firmware.MaxSize)
 	require.NoError(t, err)
@@ -251,10 +254,9 @@ func TestTheFirmwareRefusesWhatTheTableDoesNotSay(t *testing.T) {
 		{"another command line", func(b *bootFiles) { b.parameters = strings.Replace(b.parameters, "panic=-1", "panic=-2", 1) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			table := guest.hashes(t).Table()
 			changed := guest
 			tt.change(&changed)
-			e := boot(t, changed, table[:])
+			e := boot(t, changed, guest.table(t))
 			took := e.waitDeadLoop(t)
 			console, _ := e.text()
 			require.NotContains(t, console, agentLine)
@@ -268,8 +270,7 @@ func TestTheFirmwareRefusesWhatTheTableDoesNotSay(t *testing.T) {
 	t.Run("the same command line with its own table boots", func(t *testing.T) {
 		changed := guest
 		changed.parameters = strings.Replace(guest.parameters, "panic=-1", "panic=-2", 1)
-		table := changed.hashes(t).Table()
-		boot(t, changed, table[:]).wait(t, agentLine)
+		boot(t, changed, changed.table(t)).wait(t, agentLine)
 	})
 }
 

@@ -40,7 +40,9 @@ type profile struct {
 	// wholeKernel: it takes the kernel as it is on disk (fw_cfg etc/boot/kernel, QEMU 10.0 and later). Else it takes it in
 	// parts, after QEMU wrote addresses and sizes into the header.
 	wholeKernel bool
-	initrd      initrdPlace
+	// secureBoot: it is built with Secure Boot, so that the variable SecureBoot is there.
+	secureBoot bool
+	initrd     initrdPlace
 }
 
 const (
@@ -65,6 +67,7 @@ var (
 	traceACPI    = []byte("ACPI DATA\x00")
 	traceFwCfg   = []byte("QEMU FW CFG\x00")
 	traceKernel  = []byte("etc/boot/\x00")
+	traceSecure  = utf16Bytes("SecureBootEnable")
 	traceBehind  = []byte(" initrd=initrd\x00")
 	traceInFront = []byte("initrd=initrd \x00")
 )
@@ -78,6 +81,7 @@ func readProfile(image []byte) (profile, error) {
 	p := profile{
 		measures:    bytes.Contains(drivers, traceDriver),
 		acpi:        bytes.Contains(drivers, traceACPI),
+		secureBoot:  bytes.Contains(drivers, traceSecure),
 		wholeKernel: bytes.Contains(drivers, traceKernel),
 		fwcfg:       bytes.Contains(image, traceFwCfg) || bytes.Contains(drivers, traceFwCfg),
 	}

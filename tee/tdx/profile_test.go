@@ -55,8 +55,8 @@ func TestReadProfile(t *testing.T) {
 
 func TestProfilesOfPublicFirmware(t *testing.T) {
 	for variable, want := range map[string]profile{
-		"CLOISTER_TEST_OVMF":          {initrd: initrdBehind},
-		"CLOISTER_TEST_OVMF_INTELTDX": {measures: true, acpi: true, fwcfg: true, wholeKernel: true, initrd: initrdInFront},
+		"CLOISTER_TEST_OVMF":          {secureBoot: true, initrd: initrdBehind},
+		"CLOISTER_TEST_OVMF_INTELTDX": {measures: true, acpi: true, fwcfg: true, wholeKernel: true, secureBoot: true, initrd: initrdInFront},
 		"CLOISTER_TEST_OVMF_TDX":      {measures: true, acpi: true, wholeKernel: true, initrd: initrdBehind},
 	} {
 		t.Run(variable, func(t *testing.T) {

@@ -75,6 +75,8 @@ func rtmr0(fw *image, p profile, memory uint64, acpi *ACPI) ([]Event, error) {
 	switch {
 	case p.fwcfg:
 		return unsupported("this firmware (edk2 later than stable202502) also measures SMBIOS tables, boot settings of the VMM and more boot options, which cannot be computed here")
+	case p.secureBoot:
+		return unsupported("this firmware is built with Secure Boot, and what its variables hold when they are measured is not known")
 	case !p.acpi:
 		return unsupported("this firmware does not measure ACPI tables; what it measures in place of them is not known")
 	case acpi == nil:

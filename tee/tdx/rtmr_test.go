@@ -124,10 +124,11 @@ func TestRTMR0(t *testing.T) {
 	keys := *fw
 	keys.raw = bytes.Clone(volume)
 	copy(keys.raw[volumeHeaderSize+storeHeaderSize:], "\xaa\x55")
-	newer, older := known, known
-	newer.fwcfg, older.acpi = true, false
+	newer, older, secure := known, known, known
+	newer.fwcfg, older.acpi, secure.secureBoot = true, false, true
 	for name, call := range map[string]func() ([]Event, error){
 		"SMBIOS":       func() ([]Event, error) { return rtmr0(fw, newer, 1<<30, acpi) },
+		"built with":   func() ([]Event, error) { return rtmr0(fw, secure, 1<<30, acpi) },
 		"in place of":  func() ([]Event, error) { return rtmr0(fw, older, 1<<30, acpi) },
 		"not given":    func() ([]Event, error) { return rtmr0(fw, known, 1<<30, nil) },
 		"not one":      func() ([]Event, error) { return rtmr0(&two, known, 1<<30, acpi) },

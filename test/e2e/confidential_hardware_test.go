@@ -139,12 +139,11 @@ func measured(t *testing.T, n *harness.Node, handler string, name tee.Name) map[
 	t.Helper()
 	text := succeed(t, n.Command(testContext(t), filepath.Join(n.Artifacts().Bin, "cloister"), "measure", "--tee", string(name), "--json",
 		"--config", filepath.Join(n.Dir, handler, "cloister.toml")))
-	var all []tee.ReferenceValues
-	if err := json.Unmarshal([]byte(text), &all); err != nil {
-		var one tee.ReferenceValues
-		require.NoError(t, json.Unmarshal([]byte(text), &one), text)
-		all = append(all, one)
+	var said struct {
+		ReferenceValues []tee.ReferenceValues `json:"reference_values"`
 	}
+	require.NoError(t, json.Unmarshal([]byte(text), &said), text)
+	all := said.ReferenceValues
 	require.Len(t, all, 1, "one size of VM was asked for")
 	values := map[string]string{}
 	for _, v := range all[0].Values {

@@ -24,6 +24,9 @@ algorithm = "sha384"
 "policy.toml" = "of the test"
 `
 
+// kataInitdata is the widely used annotation with a pod's own initdata.
+const kataInitdata = "io.katacontainers.config.hypervisor.cc_init_data"
+
 // withSampleSettings lays text over the sample handler's configuration until the test's end.
 func withSampleSettings(t *testing.T, n *harness.Node, text string) {
 	t.Helper()
@@ -49,6 +52,22 @@ func TestConfidentialInitdata(t *testing.T) {
 		c := runContainer(t, pod, harness.ContainerSpec{})
 		assert.Contains(t, output(t, c, "cat /proc/cmdline"), "cloister.initdata="+hex.EncodeToString(initdata.Bind(doc.Digest(), 64)))
 		require.NoError(t, pod.Stop(testContext(t)))
+	})
+	t.Run("the pod's own", func(t *testing.T) {
+		withSampleSettings(t, n, setting+fmt.Sprintf("[annotations]\nallowed = [%q]\n", kataInitdata))
+		own := []byte("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\nmine = \"yes\"\n")
+		doc, err := initdata.Parse(own)
+		require.NoError(t, err)
+		value, err := initdata.EncodeAnnotation(own)
+		require.NoError(t, err)
+		pod := runPod(t, n, harness.PodSpec{Handler: harness.HandlerSample, Annotations: map[string]string{kataInitdata: value}})
+		_, info, err := pod.Status(testContext(t))
+		require.NoError(t, err)
+		assert.Contains(t, info["initdata"], "sha256:"+hex.EncodeToString(doc.Digest()))
+		require.NoError(t, pod.Stop(testContext(t)))
+
+		_, err = n.CRI().RunPod(testContext(t), harness.PodSpec{Handler: harness.HandlerSample, Annotations: map[string]string{kataInitdata: "!"}})
+		require.ErrorContains(t, err, "initdata")
 	})
 	t.Run("not valid", func(t *testing.T) {
 		bad := filepath.Join(t.TempDir(), "bad.toml")

@@ -48,6 +48,7 @@ func TestS390X(t *testing.T) {
 	t.Run("layers", func(t *testing.T) { checkForeignLayers(t, pod) })
 	t.Run("output", func(t *testing.T) { checkForeignOutput(t, pod) })
 	t.Run("network", func(t *testing.T) { checkForeignNetwork(t, n, pod) })
+	t.Run("volumes", func(t *testing.T) { checkForeignVolumes(t, pod) })
 	t.Run("limits", func(t *testing.T) { checkForeignLimits(t, pod) })
 	t.Run("seccomp", func(t *testing.T) { checkForeignSeccomp(t, pod) })
 	t.Run("wrong architecture", func(t *testing.T) {
@@ -141,6 +142,23 @@ func checkForeignNetwork(t *testing.T, n *harness.Node, pod *harness.Pod) {
 	neighbour := runPod(t, n, harness.PodSpec{Handler: harness.HandlerCloister})
 	client := runContainer(t, neighbour, harness.ContainerSpec{Name: "client"})
 	assert.Equal(t, "served", output(t, client, "until nc "+ip+" 9000 < /dev/null; do usleep 50000; done"))
+}
+
+// checkForeignVolumes: these guests have no virtio-fs, so that small volumes are copied, and live folders refused.
+func checkForeignVolumes(t *testing.T, pod *harness.Pod) {
+	k := newKubeletPod(t, pod)
+	config := k.volume("configmap", "settings", map[string]string{"mode": "old"})
+	c := runContainer(t, pod, harness.ContainerSpec{
+		Name: "volumes", Image: s390xImage, Mounts: []*runtimeapi.Mount{{HostPath: config, ContainerPath: "/settings", Readonly: true}},
+	})
+	assert.Equal(t, "old", output(t, c, "cat /settings/mode"))
+	k.volume("configmap", "settings", map[string]string{"mode": "new"})
+	assert.Equal(t, "new", output(t, c, "until grep new /settings/mode; do usleep 50000; done"))
+
+	_, err := pod.Run(testContext(t), harness.ContainerSpec{
+		Name: "live", Image: s390xImage, Mounts: []*runtimeapi.Mount{{HostPath: t.TempDir(), ContainerPath: "/live"}},
+	})
+	require.ErrorContains(t, err, "shares no files with the host")
 }
 
 func checkForeignLimits(t *testing.T, pod *harness.Pod) {
