@@ -39,7 +39,7 @@ func generationOf(raw []byte, lines int) (int, error) {
 // TestVolumeReaders reads a volume while it changes: each file is there at all times and whole, and a reader that has
 // seen a generation never sees an older one, whichever file it looks at.
 func TestVolumeReaders(t *testing.T) {
-	const generations, lines = 300, 5000
+	const generations, lines = 100, 5000
 	s := volumeStore(t)
 	put := func(generation int) {
 		t.Helper()
