@@ -143,8 +143,8 @@ guest-s390x: ## Build the guest image for IBM Z into bin/guest-s390x/
 lint: ## gofmt, go vet, staticcheck, shell syntax
 	@unformatted=$$(git ls-files -co --exclude-standard '*.go' | xargs -r gofmt -l); \
 	if [ -n "$$unformatted" ]; then echo "not gofmt-clean:" $$unformatted >&2; exit 1; fi
-	$(GO) vet -tags seccomp ./...
-	$(GO) tool staticcheck -tags seccomp ./...
+	@programs=$$(git ls-files -co --exclude-standard 'test/e2e/testdata/*.go' | xargs -n 1 dirname | sort -u | sed 's|^|./|'); \
+	set -x; $(GO) vet -tags seccomp ./... $$programs; $(GO) tool staticcheck -tags seccomp ./... $$programs
 	@for script in tools/setup tools/conformance/build tools/left-out tools/qemu-next/run .ci/run; do bash -n $$script; done
 	@long=$$(git ls-files -co --exclude-standard '*.go' | grep -vE '(_test|\.pb)\.go$$' | xargs -r wc -l | \
 	  awk '$$2 != "total" && $$1 > 500 { print $$2 " (" $$1 " lines)" }'); \
@@ -192,7 +192,9 @@ test-qemu-next: setup ## Command lines of all platforms against the newest QEMU,
 	@tools/qemu-next/run
 
 # One package and one test at a time: each VM under emulation takes a core. No cached results: what is tested are
-# binaries and an image that Go does not know of.
+# binaries and an image that Go does not know of. On a machine with SEV-SNP, TDX or Secure Execution the lanes of the
+# hardware run too; CLOISTER_TEST_TEE_CONFIG and CLOISTER_TEST_SE_{IMAGE,INITDATA,HOST_KEYS} in the environment tell them
+# what only the operator knows (test/e2e/confidential_hardware_lanes_test.go).
 .PHONY: test-e2e
 test-e2e: ## End-to-end tests on what is built (as root)
 	CLOISTER_E2E=required $(GO) test -count=1 -p 1 -timeout 90m $(if $(RUN),-run '$(RUN)' -v) ./test/...

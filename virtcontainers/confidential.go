@@ -198,7 +198,7 @@ func (p *Pod) scratchSize(m specs.Mount, dev uint64) (size uint64, refused strin
 
 // imageVolume is a VOLUME of the image, for which containerd made a folder with the image's files in it. The guest has
 // these in the container's root filesystem, which is as private and as short-lived; where there are none, it makes an
-// empty folder.
+// empty folder in its memory, which goes with the container.
 func (p *Pod) imageVolume(g *agentv1.Mount, m specs.Mount, spec *specs.Spec) (*agentv1.Mount, string, error) {
 	d, err := os.Open(m.Source)
 	if err != nil {
@@ -208,9 +208,15 @@ func (p *Pod) imageVolume(g *agentv1.Mount, m specs.Mount, spec *specs.Spec) (*a
 	_, err = d.Readdirnames(1)
 	switch {
 	case errors.Is(err, io.EOF):
-		source, refused, err := p.scratchVolume(m)
-		g.Source = source
-		return g, refused, err
+		var st unix.Stat_t
+		if err := unix.Fstat(int(d.Fd()), &st); err != nil {
+			return nil, "", fmt.Errorf("volume of the image at %s: %w", m.Destination, err)
+		}
+		// Not a scratch volume: these stay until the pod ends, and a container that is made anew would add one each time.
+		g.Source = &agentv1.Mount_Filesystem{Filesystem: &agentv1.GuestFilesystem{Type: "tmpfs"}}
+		g.Options = append(g.Options, "nosuid", "nodev",
+			fmt.Sprintf("mode=%04o", st.Mode&0o7777), fmt.Sprintf("uid=%d", st.Uid), fmt.Sprintf("gid=%d", st.Gid))
+		return g, "", nil
 	case err != nil:
 		return nil, "", fmt.Errorf("volume of the image at %s: %w", m.Destination, err)
 	case spec.Root != nil && spec.Root.Readonly:

@@ -4,6 +4,7 @@ package virtcontainers
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
@@ -185,6 +187,9 @@ func TestRefuseLaunch(t *testing.T) {
 		{"emulation", []tee.Name{tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Hypervisor.Accel = "tcg" }, "an emulated CPU protects nothing"},
 		{"emulation where nothing is protected", []tee.Name{tee.None, tee.Sample}, func(c *configs.Config) { c.Hypervisor.Accel = "tcg" }, ""},
 		{"platform by kernel parameter", tee.Names(), func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"quiet", "cloister.tee=none"} }, "cloister.tee=none"},
+		{"platform by a quoted kernel parameter", tee.Names(), func(c *configs.Config) { c.Hypervisor.KernelParams = []string{`"cloister.tee=none"`} }, "cloister.tee=none"},
+		{"agent's debugging by kernel parameter", []tee.Name{tee.Sample, tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"cloister.debug=1"} }, "cloister.debug=1"},
+		{"the same in an ordinary VM", []tee.Name{tee.None}, func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"cloister.debug"} }, ""},
 		{"binding by kernel parameter", tee.Names(), func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"cloister.initdata=00"} }, "cloister.initdata=00"},
 		{"initdata without a launch that binds it", []tee.Name{tee.None}, func(c *configs.Config) { c.TEE.Initdata = "/x" }, "initdata is given"},
 		{"the pod's initdata without one", []tee.Name{tee.None}, func(c *configs.Config) { c.TEE.InitdataAnnotation = "x" }, "initdata is given"},
@@ -368,20 +373,31 @@ func TestPartOfAVolumeIsCopiedOnce(t *testing.T) {
 
 func TestVolumesOfTheImage(t *testing.T) {
 	p, _ := confidentialPod(t)
-	dir := filepath.Join(t.TempDir(), "io.containerd.grpc.v1.cri/containers/c/volumes/0123")
-	require.NoError(t, os.MkdirAll(dir, 0o755))
-	attach := func(readonly bool) ([]*agentv1.Mount, error) {
+	top := filepath.Join(t.TempDir(), "io.containerd.grpc.v1.cri/containers")
+	folder := func(container string) string {
+		dir := filepath.Join(top, container, "volumes/0123")
+		require.NoError(t, os.MkdirAll(dir, 0o755))
+		require.NoError(t, os.Chmod(dir, 0o777|os.ModeSticky))
+		return dir
+	}
+	attach := func(dir string, readonly bool) ([]*agentv1.Mount, error) {
 		c := &Container{id: "c", pod: p, spec: &specs.Spec{Root: &specs.Root{Readonly: readonly}}}
 		return p.attachMounts(t.Context(), c, []specs.Mount{bind(dir, "/var/data", "rw")})
 	}
-	mounts, err := attach(true)
-	require.NoError(t, err)
-	require.Equal(t, "0123", mounts[0].GetScratch().GetName())
+	// A container that crashes is made anew under another id, with another folder, again and again.
+	for i := range 2 * wire.MaxVolumes {
+		mounts, err := attach(folder(fmt.Sprint(i)), true)
+		require.NoError(t, err)
+		require.Equal(t, "tmpfs", mounts[0].GetFilesystem().GetType(), "it goes with the container")
+		require.Equal(t, []string{"rw", "nosuid", "nodev", "mode=1777", fmt.Sprintf("uid=%d", os.Getuid()), fmt.Sprintf("gid=%d", os.Getgid())},
+			mounts[0].GetOptions())
+	}
+	dir := folder("c")
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "of-the-image"), nil, 0o600))
-	mounts, err = attach(false)
+	mounts, err := attach(dir, false)
 	require.NoError(t, err)
 	require.Empty(t, mounts, "the image's files are in the root filesystem")
-	_, err = attach(true)
+	_, err = attach(dir, true)
 	require.ErrorContains(t, err, "read-only root filesystem")
 }
 

@@ -85,7 +85,7 @@ func kernelParameters(cfg *configs.Config, name tee.Name, host hostFacts) []stri
 		}
 	}
 	if cfg.Log.DebugConsole {
-		params = append(params, "loglevel=7", "cloister.debug")
+		params = append(params, "loglevel=7", paramDebug)
 	}
 	return append(params, cfg.Hypervisor.KernelParams...)
 }

@@ -7,12 +7,16 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/status"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
@@ -147,7 +151,28 @@ func guestError(err error) error {
 	if errors.Is(err, ttrpc.ErrClosed) || errors.Is(err, net.ErrClosed) {
 		return fmt.Errorf("the connection to the guest is gone: %w", errdefs.ErrUnavailable)
 	}
-	return errgrpc.ToNative(err)
+	s, ok := status.FromError(err)
+	if !ok {
+		return errgrpc.ToNative(err)
+	}
+	// The code and bounded words are all that is taken from a guest: details would be unpacked, whatever they nest.
+	return errgrpc.ToNative(status.Error(s.Code(), harmless(s.Message())))
+}
+
+// maxGuestError bounds the words of an agent's error, which may list much.
+const maxGuestError = 8 << 10
+
+// harmless bounds a guest's words and takes out what a terminal would act upon.
+func harmless(s string) string {
+	if len(s) > maxGuestError {
+		s = s[:maxGuestError] + "..."
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\n' && r != '\t' || r == utf8.RuneError {
+			return '?'
+		}
+		return r
+	}, s)
 }
 
 // openStream connects one stdio stream.

@@ -4,18 +4,42 @@ package virtcontainers
 
 import (
 	"context"
+	"errors"
 	"net"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/tee"
 )
+
+// What a guest puts into an error reaches people's terminals, and must not keep the shim busy.
+func TestGuestError(t *testing.T) {
+	hostile := status.New(codes.NotFound, "\x1b[2Jno such\nthing\u009b"+strings.Repeat("x", 1<<20))
+	for range 4 { // each is a detail of the next
+		nested, err := status.New(codes.NotFound, hostile.Message()).WithDetails(protoadapt.MessageV1Of(hostile.Proto()))
+		require.NoError(t, err)
+		hostile = nested
+	}
+	err := guestError(hostile.Err())
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.True(t, strings.HasPrefix(err.Error(), "?[2Jno such\nthing?xxx"), "%.40q", err.Error())
+	require.Less(t, len(err.Error()), 2*maxGuestError)
+
+	require.ErrorIs(t, guestError(ttrpc.ErrClosed), errdefs.ErrUnavailable)
+	require.ErrorContains(t, guestError(errors.New("of this side")), "of this side")
+	require.ErrorIs(t, guestError(status.Error(codes.FailedPrecondition, "größer")), errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, guestError(status.Error(codes.FailedPrecondition, "größer")), "größer")
+}
 
 func TestHandshake(t *testing.T) {
 	for _, tc := range []struct {

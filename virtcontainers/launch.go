@@ -16,6 +16,9 @@ import (
 	"github.com/cloister-project/cloister/hypervisor/qemu"
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/platform"
+	"github.com/cloister-project/cloister/tee/se"
+	"github.com/cloister-project/cloister/tee/snp"
+	"github.com/cloister-project/cloister/tee/tdx"
 )
 
 // launch is how a pod's VM is launched, as far as configuration and pod tell. It is made by NewPod and never changed.
@@ -42,14 +45,21 @@ func newLaunch(cfg PodConfig) (*launch, error) {
 	return l, nil
 }
 
+// paramDebug makes the agent tell more on the console (log.debug_console).
+const paramDebug = "cloister.debug"
+
 // refuseLaunch tells what of a configuration would weaken a confidential VM, or hide that there is none.
 func refuseLaunch(cfg *configs.Config, name tee.Name) []string {
 	var reasons []string
 	add := func(format string, a ...any) { reasons = append(reasons, fmt.Sprintf(format, a...)) }
 	for _, p := range cfg.Hypervisor.KernelParams {
-		key, _, _ := strings.Cut(p, "=")
-		if key == wire.ParamTEE || key == wire.ParamInitdata {
+		// As the agent looks at them: quotes do not make another word of it.
+		if strings.Contains(p, wire.ParamTEE) || strings.Contains(p, wire.ParamInitdata) {
 			add("hypervisor.kernel_params has %q: the launch alone says this to the guest; remove it", p)
+		}
+		if key, _, _ := strings.Cut(p, "="); key == paramDebug && name.Confidential() {
+			add("hypervisor.kernel_params has %q with tee.platform = %q: the guest would show the host what it does, and its agent "+
+				"refuses to; remove it", p, name)
 		}
 	}
 	if !name.Confidential() {
@@ -183,6 +193,28 @@ func qemuCache(cfg *configs.Config) string { return filepath.Join(cfg.Rootfs.Cac
 // probe asks the platform whether this host can launch it; the error is a *tee.UnsupportedError then.
 func (l *launch) probe(ctx context.Context, h tee.Host) error {
 	return tee.Supported(l.name(), l.platform.Probe(ctx, h))
+}
+
+// explain finds on the console why the machine did not start the guest, and says what to do; "" if nothing there tells.
+func (l *launch) explain(console string) string {
+	if l.name() != tee.SE {
+		return ""
+	}
+	return se.ExplainBootError(console)
+}
+
+// debugged tells whether the launch lets the host look into the VM (tee.allow_debug).
+func debugged(doc *hypervisor.Document) bool {
+	c := doc.Confidential
+	return c != nil && (c.SNP != nil && snp.Policy(c.SNP.Policy)&snp.PolicyDebug != 0 || c.TDX != nil && c.TDX.Attributes&tdx.AttributeDebug != 0)
+}
+
+// describeLaunch is the platform for people, and says what the launch took away from it.
+func describeLaunch(name tee.Name, doc *hypervisor.Document) string {
+	if debugged(doc) {
+		return name.Describe() + ", launched for debugging: NO PROTECTION, the host can read and change this VM's memory"
+	}
+	return name.Describe()
 }
 
 // predicted is the main value of the launch measurement that the document gives, for people; "" where the platform has

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -135,6 +136,35 @@ func TestPredictedMeasurement(t *testing.T) {
 		require.NoError(t, err)
 		require.Empty(t, got, "%s measures nothing", name)
 	}
+}
+
+// What the ultravisor's number means stands in the pod's error, for Secure Execution alone.
+func TestExplainOfTheConsole(t *testing.T) {
+	const console = "LOADPARM=[ ]\nProtected boot failed: 0xa02, KVM_PV_UNPACK - RC: 0x108, RRC:0x5\n"
+	require.Contains(t, (&launch{platform: fakePlatform{name: tee.SE}}).explain(console), "build it with this machine's host key document")
+	require.Empty(t, (&launch{platform: fakePlatform{name: tee.SE}}).explain("Linux version 6.12\n"))
+	require.Empty(t, (&launch{platform: fakePlatform{name: tee.Sample}}).explain(console))
+}
+
+// Nobody takes a VM that the host can read for a protected one.
+func TestDescribeLaunch(t *testing.T) {
+	for _, tc := range []struct {
+		name        tee.Name
+		doc         hypervisor.Confidential
+		unprotected bool
+	}{
+		{tee.SNP, hypervisor.Confidential{SNP: &hypervisor.SNP{Policy: 0x30000}}, false},
+		{tee.SNP, hypervisor.Confidential{SNP: &hypervisor.SNP{Policy: 0xb0000}}, true},
+		{tee.TDX, hypervisor.Confidential{TDX: &hypervisor.TDX{Attributes: 1 << 28}}, false},
+		{tee.TDX, hypervisor.Confidential{TDX: &hypervisor.TDX{Attributes: 1<<28 | 1}}, true},
+		{tee.SE, hypervisor.Confidential{SecureExecution: true}, false},
+		{tee.Sample, hypervisor.Confidential{}, true},
+	} {
+		got := describeLaunch(tc.name, &hypervisor.Document{Confidential: &tc.doc})
+		require.Contains(t, got, tc.name.Describe())
+		require.Equal(t, tc.unprotected, strings.Contains(got, "NO PROTECTION"), got)
+	}
+	require.Equal(t, tee.None.Describe(), describeLaunch(tee.None, &hypervisor.Document{}))
 }
 
 // What is wrong with the only container is told before its VM starts, on every platform.

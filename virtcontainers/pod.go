@@ -186,7 +186,7 @@ func (p *Pod) Info() PodInfo {
 		info.Extra["vcpus"] = fmt.Sprint(p.doc.CPU.Count)
 		info.Extra["memoryMiB"] = fmt.Sprint(p.doc.Memory.Bytes >> 20)
 		// Said outright so that nobody takes a VM for a confidential one.
-		info.Extra["tee"] = p.launch.name().Describe()
+		info.Extra["tee"] = describeLaunch(p.launch.name(), p.doc)
 		if digest := p.launch.initdata.digest(); digest != "" {
 			info.Extra["initdata"] = digest
 		}

@@ -68,7 +68,7 @@ func (p *Pod) Start(ctx context.Context) error {
 	go p.watchVM(vm)
 	info := p.Info()
 	ready := log.G(ctx).WithField("timeline", info.Extra["bootTimeline"]).WithField("tee", info.Extra["tee"])
-	if name := p.launch.name(); name.Confidential() && !name.Protected() {
+	if name := p.launch.name(); name.Confidential() && (!name.Protected() || debugged(p.doc)) {
 		ready.Warn("sandbox ready, with the rules of a confidential VM and NO PROTECTION")
 	} else {
 		ready.Info("sandbox ready")
@@ -209,7 +209,9 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		var refusal *guestRefusal
 		if errors.As(err, &refusal) {
 			// The guest ends itself after it; its own words say more.
-		} else if exit := vm.Exit(); exit.Reason != hypervisor.ExitStopped {
+		} else if exit := vm.Exit(); p.launch.explain(exit.Console) != "" {
+			err = fmt.Errorf("start of the guest: %s: %w", p.launch.explain(exit.Console), exit)
+		} else if exit.Reason != hypervisor.ExitStopped {
 			// The VM's own end says more than the call that failed because of it.
 			err = fmt.Errorf("start of the guest: %w", exit)
 		} else if errors.Is(err, context.DeadlineExceeded) {

@@ -72,6 +72,11 @@ func Init(ctx context.Context) (*System, error) {
 	if err := setupKernel(ctx); err != nil {
 		return nil, err
 	}
+	if s.launch.Confidential() {
+		if err := refuseMemory(newMemory); err != nil {
+			return nil, err
+		}
+	}
 	ready, err := crngReady()
 	if err != nil {
 		return nil, err

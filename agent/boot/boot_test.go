@@ -40,6 +40,18 @@ func TestLoadList(t *testing.T) {
 	require.ErrorIs(t, err, os.ErrNotExist, "a missing list is not an empty one")
 }
 
+func TestRefuseMemory(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "auto_online_blocks")
+	require.NoError(t, refuseMemory(path), "a kernel that takes none")
+	require.NoFileExists(t, path)
+	require.NoError(t, os.WriteFile(path, nil, 0o600))
+	require.NoError(t, refuseMemory(path))
+	got, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.Equal(t, "offline", string(got))
+	require.Error(t, refuseMemory(filepath.Dir(path)), "what cannot be written is no kernel that takes none")
+}
+
 func TestSysctls(t *testing.T) {
 	for key, want := range map[string]string{
 		"net.ipv4.conf.eth0/1.arp_notify": "net/ipv4/conf/eth0.1/arp_notify",

@@ -70,6 +70,26 @@ func setupKernel(ctx context.Context) error {
 	return nil
 }
 
+// newMemory says what the kernel does with memory that is plugged in: Documentation/admin-guide/mm/memory-hotplug.rst of
+// Linux, "Memory Hotplug Sysfs Files".
+const newMemory = "/sys/devices/system/memory/auto_online_blocks"
+
+// refuseMemory keeps a confidential guest from taking memory that the host plugs in later; processors wait to be taken
+// anyway. A kernel without the file takes none.
+func refuseMemory(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("refuse memory that the host plugs in: %w", err)
+	}
+	if _, err := f.WriteString("offline"); err != nil {
+		return fmt.Errorf("refuse memory that the host plugs in: %w", errors.Join(err, f.Close()))
+	}
+	return f.Close()
+}
+
 // oldestClock is the earliest wall clock time that SetClock takes.
 var oldestClock = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 

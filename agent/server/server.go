@@ -205,9 +205,11 @@ func (s *Server) Refuse(ctx context.Context, reason error) error {
 	}
 	defer conn.Close()
 	hello := s.newHello()
-	hello.Refusal = reason.Error()
-	if len(hello.Refusal) > maxRefusal {
-		hello.Refusal = strings.ToValidUTF8(hello.Refusal[:maxRefusal], "")
+	// Protobuf sends valid UTF-8 only; the host must hear the reason whatever it quotes.
+	words := reason.Error()
+	hello.Refusal = strings.ToValidUTF8(words[:min(len(words), maxRefusal)], "?")
+	if hello.Refusal == "" {
+		hello.Refusal = "the reason is not known" // an empty one would be none
 	}
 	if err := wire.WriteFrame(conn, hello); err != nil {
 		return fmt.Errorf("tell the host why the guest ends: %w", err)

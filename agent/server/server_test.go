@@ -234,24 +234,33 @@ func TestHandshakeFailures(t *testing.T) {
 }
 
 func TestRefuse(t *testing.T) {
-	dir := sockets(t.TempDir())
-	l, err := dir.Listen(wire.ReadyPort(testCID))
-	require.NoError(t, err)
-	defer l.Close()
-	told := make(chan error, 1)
-	go func() {
-		s := New(Config{System: &fakeSystem{}, Transport: dir, Version: "v-test", Platform: "snp"})
-		told <- s.Refuse(context.Background(), errors.New("another document"+strings.Repeat("é", maxRefusal)))
-	}()
-	conn, err := l.Accept()
-	require.NoError(t, err)
-	var hello agentv1.Hello
-	require.NoError(t, wire.ReadFrame(conn, &hello))
-	require.Equal(t, "snp", hello.GetTee())
-	require.True(t, strings.HasPrefix(hello.GetRefusal(), "another document"))
-	require.LessOrEqual(t, len(hello.GetRefusal()), maxRefusal)
-	require.NoError(t, conn.Close())
-	require.NoError(t, <-told)
+	for name, tc := range map[string]struct{ reason, want string }{
+		"cut within a character": {"another document" + strings.Repeat("é", maxRefusal), "another document"},
+		"not UTF-8":              {"another document \xff\xfe", "another document ?"},
+		"nothing":                {"", "not known"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := sockets(t.TempDir())
+			l, err := dir.Listen(wire.ReadyPort(testCID))
+			require.NoError(t, err)
+			defer l.Close()
+			told := make(chan error, 1)
+			go func() {
+				s := New(Config{System: &fakeSystem{}, Transport: dir, Version: "v-test", Platform: "snp"})
+				told <- s.Refuse(ctx(t), errors.New(tc.reason))
+			}()
+			conn, err := l.Accept()
+			require.NoError(t, err)
+			var hello agentv1.Hello
+			require.NoError(t, conn.SetDeadline(time.Now().Add(10*time.Second)))
+			require.NoError(t, wire.ReadFrame(conn, &hello))
+			require.Equal(t, "snp", hello.GetTee())
+			require.Contains(t, hello.GetRefusal(), tc.want)
+			require.LessOrEqual(t, len(hello.GetRefusal()), maxRefusal)
+			require.NoError(t, conn.Close())
+			require.NoError(t, <-told)
+		})
+	}
 }
 
 func TestNoHost(t *testing.T) {

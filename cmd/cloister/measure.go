@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/platform"
 	vc "github.com/cloister-project/cloister/virtcontainers"
@@ -28,6 +29,8 @@ type measurement struct {
 	// Predicted is always true: the values are computed from files, no hardware reported them.
 	Predicted       bool                  `json:"predicted"`
 	ReferenceValues []tee.ReferenceValues `json:"reference_values"`
+	// emulated: a QEMU was asked for what it gives to the firmware.
+	emulated bool
 }
 
 // variants are what is measured for.
@@ -38,20 +41,22 @@ type variants struct {
 
 func measureCommand() *cobra.Command {
 	var (
-		f                              nodeFlags
-		file, vcpus, models            string
-		firmware, kernel, initrd, acpi string
+		f                        nodeFlags
+		acpi                     acpiFlags
+		file, vcpus, models      string
+		firmware, kernel, initrd string
 	)
 	cmd := &cobra.Command{
 		Use:   "measure",
 		Short: "Predict what the hardware will report of the VMs that this node's configuration would start",
 		Long: "measure computes reference values for a verifier by the code that launches pods: the launch digest of SEV-SNP, the\n" +
 			"registers of TDX, the tag and digests of a Secure Execution image. It works on any machine that has the files; no\n" +
-			"hardware is asked and nothing is started.\n\n" +
+			"hardware is asked, and nothing is started but what --acpi-from-qemu starts.\n\n" +
 			"The values hold for a number of virtual CPUs and, with SEV-SNP, for a CPU model: --vcpus and --cpu-model take several\n" +
-			"at once. Without them they are those of the pod, or of a pod without limits.",
+			"at once. Without them they are those of the pod, or of a pod without limits.\n\n" + strings.TrimSpace(acpiHelp),
 		Example: "  cloister measure --tee snp --vcpus 1-8 --cpu-model EPYC-v4,EPYC-Milan\n" +
-			"  cloister measure --tee tdx -f pod.yaml --json",
+			"  cloister measure --tee tdx -f pod.yaml --json\n" +
+			"  cloister measure --tee tdx --vcpus 1-4 --acpi-from-qemu --nics 1",
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var v variants
@@ -88,12 +93,11 @@ func measureCommand() *cobra.Command {
 					return usage("--%s: %w", r.flag, err)
 				}
 			}
-			if acpi != "" {
-				if acpi, err = filepath.Abs(acpi); err != nil {
-					return usage("--acpi: %w", err)
-				}
+			o, err := acpi.options(cmd, &replaced)
+			if err != nil {
+				return err
 			}
-			m, err := measure(cmd.Context(), &replaced, p, v, platform.Options{ACPI: acpi})
+			m, err := measure(cmd.Context(), &replaced, p, v, o)
 			if err != nil {
 				return err
 			}
@@ -110,7 +114,7 @@ func measureCommand() *cobra.Command {
 	cmd.Flags().StringVar(&firmware, "firmware", "", "firmware image in place of tee.firmware; its digest must be in tee.firmware_digests")
 	cmd.Flags().StringVar(&kernel, "kernel", "", "kernel in place of hypervisor.kernel")
 	cmd.Flags().StringVar(&initrd, "initrd", "", "initrd in place of hypervisor.initrd")
-	cmd.Flags().StringVar(&acpi, "acpi", "", "tdx: folder with the VM's ACPI blobs table-loader, rsdp and tables, for RTMR0")
+	acpi.add(cmd)
 	return cmd
 }
 
@@ -158,7 +162,7 @@ func parseModels(text string) ([]string, error) {
 // measure predicts the values for each variant: all CPU counts of the first model, then of the next.
 func measure(ctx context.Context, cfg *configs.Config, p *pod, v variants, o platform.Options) (*measurement, error) {
 	name := tee.Name(cfg.TEE.Platform)
-	m := &measurement{Platform: name, Description: name.Describe(), Predicted: true}
+	m := &measurement{Platform: name, Description: name.Describe(), Predicted: true, emulated: o.Tables != nil}
 	if !name.Protected() {
 		return nil, fmt.Errorf("platform %s: no hardware measures it, so there is nothing to predict; choose snp, tdx or se with --tee", name.Describe())
 	}
@@ -166,66 +170,92 @@ func measure(ctx context.Context, cfg *configs.Config, p *pod, v variants, o pla
 	if err != nil {
 		return nil, err
 	}
-	type one struct {
-		cfg   configs.Config
-		pod   vc.PodConfig
-		value *tee.ReferenceValues
-		err   error
+	counts := v.vcpus
+	if counts == nil {
+		counts = []int{0} // the pod's own
 	}
-	var all []*one
+	if n := len(counts) * len(v.models); n > maxVariants {
+		return nil, usage("%d numbers of CPUs and %d models are %d variants; at most %d are computed at once", len(counts), len(v.models), n, maxVariants)
+	}
+	var all []*batch
 	for _, model := range v.models {
 		c := *applied
 		if model != "" {
 			c.Hypervisor.CPUModel = model
 		}
-		counts := v.vcpus
-		if counts == nil {
-			counts = []int{0} // the pod's own
-		}
-		for _, n := range counts {
-			o := &one{cfg: c}
-			o.pod = podConfig(&o.cfg, p)
-			if n > 0 {
-				setCPUs(&o.pod, n)
-				o.cfg.Sizing.MaxVCPUs = 0
+		for _, run := range runs(counts, name == tee.SNP) {
+			b := &batch{cfg: c, counts: run}
+			b.pod = podConfig(&b.cfg, p)
+			if n := run[0]; n > 0 {
+				setCPUs(&b.pod, n)
+				b.cfg.Sizing.MaxVCPUs = 0
 			}
-			all = append(all, o)
+			all = append(all, b)
 		}
-	}
-	if len(all) > maxVariants {
-		return nil, usage("%d numbers of CPUs and %d models are %d variants; at most %d are computed at once", len(v.vcpus), len(v.models), len(all), maxVariants)
 	}
 	// Each reads and hashes all files.
 	turns := make(chan struct{}, runtime.GOMAXPROCS(0))
 	var done sync.WaitGroup
-	for _, one := range all {
+	for _, b := range all {
 		done.Go(func() {
 			turns <- struct{}{}
 			defer func() { <-turns }()
-			one.value, one.err = measureOne(ctx, one.pod, o)
+			b.values, b.err = b.measure(ctx, o)
 		})
 	}
 	done.Wait()
-	for _, one := range all {
-		if one.err != nil {
-			return nil, one.err
+	for _, b := range all {
+		if b.err != nil {
+			return nil, b.err
 		}
-		m.ReferenceValues = append(m.ReferenceValues, *one.value)
+		for _, r := range b.values {
+			m.ReferenceValues = append(m.ReferenceValues, *r)
+		}
 	}
 	return m, nil
 }
 
-func measureOne(ctx context.Context, pod vc.PodConfig, o platform.Options) (*tee.ReferenceValues, error) {
-	doc, t, err := vc.PlanVM(ctx, pod)
+// batch is what is measured from one plan: one number of CPUs, or where the platform can, all of a range.
+type batch struct {
+	cfg    configs.Config
+	pod    vc.PodConfig
+	counts []int
+	values []*tee.ReferenceValues
+	err    error
+}
+
+// runs cuts numbers into ranges without a gap if ranges can be measured, else into single ones.
+func runs(counts []int, ranges bool) (all [][]int) {
+	for i, n := range counts {
+		if last := len(all) - 1; ranges && i > 0 && counts[i-1] == n-1 {
+			all[last] = append(all[last], n)
+			continue
+		}
+		all = append(all, []int{n})
+	}
+	return all
+}
+
+// ranger measures one plan for each number of CPUs in a range, and reads the files once.
+type ranger interface {
+	MeasureRange(ctx context.Context, doc hypervisor.Document, first, last int) ([]*tee.ReferenceValues, error)
+}
+
+func (b *batch) measure(ctx context.Context, o platform.Options) ([]*tee.ReferenceValues, error) {
+	doc, t, err := vc.PlanVM(ctx, b.pod)
 	if err != nil {
 		return nil, err
 	}
-	if o != (platform.Options{}) {
-		if t, err = platform.NewWith(pod.Config, o); err != nil {
+	if o.ACPI != "" || o.Tables != nil {
+		if t, err = platform.NewWith(b.pod.Config, o); err != nil {
 			return nil, err
 		}
 	}
-	return t.Measure(ctx, *doc)
+	if r, ok := t.(ranger); ok && len(b.counts) > 1 {
+		return r.MeasureRange(ctx, *doc, b.counts[0], b.counts[len(b.counts)-1])
+	}
+	value, err := t.Measure(ctx, *doc)
+	return []*tee.ReferenceValues{value}, err
 }
 
 // setCPUs makes the pod one that gets so many.
@@ -239,7 +269,11 @@ func setCPUs(c *vc.PodConfig, n int) {
 func (m *measurement) print(w io.Writer) error {
 	out := printer{w: w}
 	out.line("platform  %s", m.Description)
-	out.line("          Predicted from files; no hardware was asked, nothing was launched.")
+	if m.emulated {
+		out.line("          Predicted from files and from what an emulated QEMU gives to the firmware; no hardware was asked.")
+	} else {
+		out.line("          Predicted from files; no hardware was asked, nothing was launched.")
+	}
 	first := m.ReferenceValues[0]
 	for _, in := range first.Inputs {
 		out.line("%-9s %s\n          sha256 %s", in.Role, in.Path, in.SHA256)

@@ -108,3 +108,11 @@ func TestCounts(t *testing.T) {
 	require.NoError(t, err)
 	assert.Empty(t, counts)
 }
+
+func TestRuns(t *testing.T) {
+	counts := []int{1, 2, 3, 8, 4, 5}
+	assert.Equal(t, [][]int{{1, 2, 3}, {8}, {4, 5}}, runs(counts, true))
+	assert.Equal(t, [][]int{{1}, {2}, {3}, {8}, {4}, {5}}, runs(counts, false))
+	assert.Equal(t, [][]int{{0}}, runs([]int{0}, true))
+	assert.Equal(t, []int{1, 2, 3, 8, 4, 5}, counts)
+}

@@ -5,12 +5,14 @@
 package platform
 
 import (
+	"context"
 	"fmt"
 	"strings"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/none"
 	"github.com/cloister-project/cloister/tee/sample"
@@ -21,8 +23,10 @@ import (
 
 // Options of a platform that no configuration has, for tools.
 type Options struct {
-	// ACPI is a folder with the ACPI blobs of the VM that is measured (tdx.ReadACPI); empty: none are known.
+	// ACPI is a folder with the ACPI blobs of the VM that is measured (tdx.Config.ACPI); empty: none are known.
 	ACPI string
+	// Tables makes these blobs (tdx.Config.Tables); nil: ACPI counts.
+	Tables func(ctx context.Context, doc hypervisor.Document) (blobs *tdx.ACPI, how string, err error)
 }
 
 // New gives the platform that the configuration names, with its settings checked: errdefs.ErrInvalidArgument if they are
@@ -47,7 +51,7 @@ func NewWith(cfg *configs.Config, o Options) (tee.Platform, error) {
 		return made(tdx.New(tdx.Config{
 			Firmware: t.Firmware, Descriptors: t.FirmwareDescriptors, Digests: t.FirmwareDigests, AllowDebug: t.AllowDebug,
 			Attributes: t.TDX.Attributes, QuoteSocket: t.TDX.QuoteSocket, MROwner: t.TDX.MROwner, MROwnerConfig: t.TDX.MROwnerConfig,
-			ACPI: o.ACPI,
+			ACPI: o.ACPI, Tables: o.Tables,
 		}))
 	case tee.SE:
 		return made(se.New(se.Config{Image: t.SE.Image, AllowDebug: t.AllowDebug}))

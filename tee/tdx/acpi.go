@@ -42,6 +42,9 @@ func ReadACPI(dir string) (*ACPI, error) {
 	return &a, a.check()
 }
 
+// ACPIFolder names the folder of a VM's blobs among those of VMs of other sizes.
+func ACPIFolder(vcpus int) string { return fmt.Sprintf("vcpus-%d", vcpus) }
+
 // Write makes a folder that ReadACPI reads.
 func (a *ACPI) Write(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -16,9 +16,11 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -55,10 +57,15 @@ var selectLine = regexp.MustCompile(`^fw_cfg_select 0x[0-9a-f]+ key 0x([0-9a-f]+
 // addresses that the firmware gave to PCI, so nothing else makes the same ones. The VM does not go on after that. A VM
 // whose firmware takes no tables ends with ctx.
 //
-// The arguments are those of the VM to be measured, with TDX taken away: -accel tcg, -cpu max with the host's phys-bits,
-// no confidential-guest-support; machine type, options, memory, CPUs, devices and their order as they are. They name no
-// file descriptors below 5. That the firmware measures these very blobs is tested with a TPM in the TD's place; whether
-// QEMU gives a TD the same tables was not compared with hardware.
+// The arguments are those of the VM to be measured with TDX taken away, as qemu.EmulatedTDX gives them: machine type,
+// options, memory, CPUs, devices and their places as they are; pic=off, which QEMU does to a TD by itself; a CPU with 46
+// bits of physical addresses or more, since the firmware places PCI devices by them. Each of these changes the tables.
+// The arguments name no file descriptors below 5.
+//
+// That the firmware measures these very blobs is tested with a TPM in the TD's place. That QEMU gives a TD under KVM the
+// same tables is not proven: it was never compared with hardware. QEMU's own code for TDs changes nothing else that the
+// tables are made of, as far as it was read; builds with Intel's earlier patches, which were not merged, do: their tables
+// tell a TD of edge-triggered interrupts only.
 func ACPIFromQEMU(ctx context.Context, binary string, args ...string) (*ACPI, error) {
 	a, err := acpiFromQEMU(ctx, binary, args)
 	if err != nil {
@@ -68,6 +75,9 @@ func ACPIFromQEMU(ctx context.Context, binary string, args ...string) (*ACPI, er
 }
 
 func acpiFromQEMU(ctx context.Context, binary string, args []string) (_ *ACPI, err error) {
+	// The parent-death signal follows the thread that started QEMU.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	qtest, qtestFile, err := socketPair()
@@ -88,6 +98,7 @@ func acpiFromQEMU(ctx context.Context, binary string, args []string) (_ *ACPI, e
 		"-chardev", "socket,id=acpi-qtest,fd=3", "-qtest", "chardev:acpi-qtest",
 		"-chardev", "socket,id=acpi-qmp,fd=4", "-mon", "chardev=acpi-qmp,mode=control")...)
 	cmd.ExtraFiles = []*os.File{qtestFile, controlFile}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = stopTimeout
 	trace := &traceReader{selected: make(chan struct{}, 1)}
 	cmd.Stderr = trace

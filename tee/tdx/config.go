@@ -3,6 +3,7 @@
 package tdx
 
 import (
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -59,8 +60,11 @@ type Config struct {
 	// MROwner and MROwnerConfig are 48 bytes in hexadecimal digits, or empty for zeros.
 	MROwner, MROwnerConfig string
 	// ACPI is a folder with the ACPI blobs of the VM to be measured (see ReadACPI); empty: RTMR0 is not predicted. Only
-	// Measure looks at it.
+	// Measure looks at it. Where it has a folder ACPIFolder(n), that one is taken for a VM with n virtual CPUs.
 	ACPI string
+	// Tables makes the ACPI blobs of a VM that is measured, and says in a few words how; nil: those of ACPI are taken. It is
+	// called for firmware only of which RTMR0 can be predicted with them.
+	Tables func(ctx context.Context, doc hypervisor.Document) (blobs *ACPI, how string, err error)
 }
 
 // Platform is TDX. It holds configuration only; all methods may be called from any goroutine.

@@ -6,7 +6,10 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -20,7 +23,8 @@ import (
 const (
 	noteSinglePass = "if KVM measures each page as it is added (Linux 6.16 and later)"
 	noteTwoPass    = "if KVM measures a section after all its pages are added (older kernels with TDX patches)"
-	noteRTMR0      = "for the ACPI tables that were given only: they change with QEMU's version and the VM's CPUs, memory and devices"
+	noteRTMR0      = "for these ACPI tables only, which change with QEMU's version and the VM's CPUs, memory and devices: "
+	noteGiven      = "those that were given"
 	noteRTMR1      = "for QEMU 10.0 and later; older ones change the kernel's header"
 	noteRTMR2      = "for Linux 6.9 and later; older kernels leave it zero"
 	noteAttributes = "little-endian as in a quote; QEMU adds PKS (bit 30) where the CPU and KVM offer it, so that a verifier should accept both"
@@ -31,7 +35,7 @@ const (
 
 // Measure predicts the registers of a prepared document. A register that cannot be computed is listed without a value, its
 // note says why.
-func (p *Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
+func (p *Platform) Measure(ctx context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
 	c := doc.Confidential
 	if c == nil || c.TDX == nil || doc.Boot.Firmware == "" {
 		return nil, fmt.Errorf("the document was not prepared for TDX: %w", errdefs.ErrInvalidArgument)
@@ -67,15 +71,19 @@ func (p *Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.Ref
 	if profErr == nil && !prof.measures {
 		profErr = fmt.Errorf("this firmware has no driver that extends the registers (TdTcg2Dxe): %w", errdefs.ErrNotImplemented)
 	}
-	register := func(name, note string, events func() ([]Event, error)) error {
+	register := func(name, note string, events func() ([]Event, string, error)) error {
 		var list []Event
+		var more string
 		err := profErr
 		if err == nil {
-			list, err = events()
+			list, more, err = events()
 		}
+		var wanted *tablesError
 		switch {
+		case errors.As(err, &wanted):
+			return fmt.Errorf("%s: %w", name, err)
 		case err == nil:
-			add(name, Extend(list...).String(), note)
+			add(name, Extend(list...).String(), note+more)
 		case errdefs.IsNotImplemented(err), errdefs.IsNotFound(err):
 			add(name, "", notPredicted+err.Error())
 		default:
@@ -85,17 +93,28 @@ func (p *Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.Ref
 	}
 	for _, r := range []struct {
 		name, note string
-		events     func() ([]Event, error)
+		events     func() ([]Event, string, error)
 	}{
-		{"tdx.rtmr0", noteRTMR0, func() ([]Event, error) {
-			acpi, err := p.acpi(doc)
-			if err != nil {
-				return nil, err
+		{"tdx.rtmr0", noteRTMR0, func() ([]Event, string, error) {
+			// Where more than the tables is not known, they are not looked for.
+			if _, err := rtmr0(fw, prof, doc.Memory.Bytes, &ACPI{}); err != nil {
+				return nil, "", err
 			}
-			return rtmr0(fw, prof, doc.Memory.Bytes, acpi)
+			acpi, how, err := p.acpi(ctx, doc)
+			if err != nil {
+				return nil, "", err
+			}
+			list, err := rtmr0(fw, prof, doc.Memory.Bytes, acpi)
+			return list, how, err
 		}},
-		{"tdx.rtmr1", noteRTMR1, func() ([]Event, error) { return rtmr1(prof, kernel) }},
-		{"tdx.rtmr2", noteRTMR2, func() ([]Event, error) { return rtmr2(prof, out.Parameters, initrd) }},
+		{"tdx.rtmr1", noteRTMR1, func() ([]Event, string, error) {
+			list, err := rtmr1(prof, kernel)
+			return list, "", err
+		}},
+		{"tdx.rtmr2", noteRTMR2, func() ([]Event, string, error) {
+			list, err := rtmr2(prof, out.Parameters, initrd)
+			return list, "", err
+		}},
 	} {
 		if err := register(r.name, r.note, r.events); err != nil {
 			return nil, err
@@ -111,21 +130,49 @@ func (p *Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.Ref
 	return out, nil
 }
 
-// acpi are the configured blobs, nil if none are.
-func (p *Platform) acpi(doc hypervisor.Document) (*ACPI, error) {
-	if p.cfg.ACPI == "" {
-		return nil, nil
+// tablesError: blobs were to be made, which failed. It is never told as a register that cannot be predicted.
+type tablesError struct{ err error }
+
+func (e *tablesError) Error() string { return e.err.Error() }
+func (e *tablesError) Unwrap() error { return e.err }
+
+// acpi are the configured blobs and where they come from, nil if there are none.
+func (p *Platform) acpi(ctx context.Context, doc hypervisor.Document) (a *ACPI, how string, err error) {
+	dir := p.cfg.ACPI
+	switch {
+	case p.cfg.Tables != nil:
+		if a, how, err = p.cfg.Tables(ctx, doc); err == nil {
+			err = a.check()
+		}
+		if err != nil {
+			return nil, "", &tablesError{err}
+		}
+	case dir == "":
+		return nil, "", nil
+	default:
+		if sized := filepath.Join(dir, ACPIFolder(doc.CPU.Count)); isFolder(sized) {
+			dir = sized
+		}
+		if a, err = ReadACPI(dir); err != nil {
+			return nil, "", err
+		}
+		how = noteGiven
 	}
-	a, err := ReadACPI(p.cfg.ACPI)
-	if err != nil {
-		return nil, err
+	switch n, err := a.cpus(); {
+	case err != nil:
+		return nil, "", err
+	case n == doc.CPU.Count:
+		return a, how, nil
+	case p.cfg.Tables != nil:
+		return nil, "", &tablesError{fmt.Errorf("the ACPI tables of %s are of a VM with %d CPUs, this one has %d: %w", how, n, doc.CPU.Count, errdefs.ErrInternal)}
+	default:
+		return nil, "", fmt.Errorf("the ACPI tables in %s are of a VM with %d CPUs, this one has %d: %w", dir, n, doc.CPU.Count, errdefs.ErrNotImplemented)
 	}
-	if n, err := a.cpus(); err != nil {
-		return nil, err
-	} else if n != doc.CPU.Count {
-		return nil, fmt.Errorf("the ACPI tables in %s are of a VM with %d CPUs, this one has %d: %w", p.cfg.ACPI, n, doc.CPU.Count, errdefs.ErrNotImplemented)
-	}
-	return a, nil
+}
+
+func isFolder(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.IsDir()
 }
 
 // input reads a boot file and lists it. An empty path gives nil.

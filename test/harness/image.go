@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"time"
 
@@ -33,7 +34,7 @@ type File struct {
 	UID, GID int
 }
 
-// Image is an OCI image for amd64 that exists in memory only.
+// Image is an OCI image for this machine's architecture that exists in memory only.
 type Image struct {
 	// Name is the full reference it is imported under.
 	Name   string
@@ -49,8 +50,8 @@ const BusyboxImage = "localhost/cloister/busybox:latest"
 // It runs a shell unless told otherwise.
 func Busybox(name, path string) (*Image, error) { return busybox(name, path, path) }
 
-// BusyboxS390X is [Busybox] with a binary for s390x. The image's configuration says amd64 all the same: containerd on an
-// amd64 host takes, and unpacks, images for its own architecture only, and what runs the binary is not the host. This
+// BusyboxS390X is [Busybox] with a binary for s390x. The image's configuration names this machine's architecture all the
+// same: containerd takes, and unpacks, images for its own only, and what runs the binary is not the host. This
 // machine cannot run it to ask for its applets, so native, the same program for this machine, is asked.
 func BusyboxS390X(name, path, native string) (*Image, error) { return busybox(name, path, native) }
 
@@ -157,7 +158,7 @@ func (im *Image) WriteArchive(w io.Writer) error {
 	}
 
 	config := v1.Image{
-		Platform: v1.Platform{Architecture: "amd64", OS: "linux"},
+		Platform: v1.Platform{Architecture: runtime.GOARCH, OS: "linux"},
 		Config:   im.Config,
 		RootFS:   v1.RootFS{Type: "layers", DiffIDs: []digest.Digest{}},
 	}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -34,7 +35,13 @@ type Set struct {
 	names map[string]bool
 	// watcher is made with the first volume that is followed; its goroutine closes it.
 	watcher *fsnotify.Watcher
+	// retry is how long after a change did not reach the guest it is tried again; tests have less.
+	retry time.Duration
 }
+
+// retryTime leaves a guest that has no memory, or no time, some of it. The kubelet writes a volume anew only when it
+// changes again, which may be never.
+const retryTime = time.Minute
 
 // volume is one folder, and what the guest has of it.
 type volume struct {
@@ -42,22 +49,26 @@ type volume struct {
 	// turn is held (one element) while the volume is read and pushed. What follows is read and written under it.
 	turn       chan struct{}
 	generation uint64
-	pushed     *Snapshot
-	watched    bool
+	// pushed is what the guest has, without the contents: they can be secrets, and many.
+	pushed  *Snapshot
+	watched bool
+	// stale: a change did not reach the guest, and may if it is tried again.
+	stale bool
 }
 
 // NewSet makes an empty set. run starts the goroutine that watches the volumes; whoever gives it ends it.
 func NewSet(put PutFunc, run func(func(context.Context))) *Set {
-	return &Set{put: put, run: run, byKey: map[string]*volume{}, names: map[string]bool{}}
+	return &Set{put: put, run: run, byKey: map[string]*volume{}, names: map[string]bool{}, retry: retryTime}
 }
 
 // Mount brings a volume into the guest, unless it is there, and keeps it up to date from then on. It gives the volume's
-// name in the guest and what the guest has of it.
+// name in the guest and what the guest has of it, without the contents.
 func (s *Set) Mount(ctx context.Context, dir string) (string, *Snapshot, error) {
 	return s.mount(ctx, dir, filepath.Base(dir), true)
 }
 
-// MountOnce is Mount for a folder that the guest gets as it is now: a part of a volume, for one container.
+// MountOnce is Mount for a folder that the guest gets as it is now: a part of a volume, for one container. One that is
+// made anew finds its folder as the kubelet mounted it for that one.
 func (s *Set) MountOnce(ctx context.Context, dir string) (string, *Snapshot, error) {
 	return s.mount(ctx, dir, "", false)
 }
@@ -78,7 +89,7 @@ func (s *Set) mount(ctx context.Context, dir, base string, watch bool) (string, 
 		}
 		v.watched = true
 	}
-	if v.pushed == nil {
+	if v.pushed == nil || !watch {
 		if err := s.push(ctx, v); err != nil {
 			return "", nil, err
 		}
@@ -133,6 +144,7 @@ func (v *volume) leave() { <-v.turn }
 // push reads the volume and sends it as a new generation, if it is another than the guest has. The caller holds the turn.
 func (s *Set) push(ctx context.Context, v *volume) error {
 	snapshot, err := Read(ctx, v.dir)
+	v.stale = errdefs.IsUnavailable(err)
 	if err != nil {
 		return err
 	}
@@ -143,8 +155,12 @@ func (s *Set) push(ctx context.Context, v *volume) error {
 	v.generation++
 	for _, req := range requests(v.name, v.generation, snapshot.Files) {
 		if err := s.put(ctx, req); err != nil {
+			v.stale = true
 			return fmt.Errorf("copy volume %s to the guest: %w", v.dir, err)
 		}
+	}
+	for i := range snapshot.Files {
+		snapshot.Files[i].Content = nil
 	}
 	v.pushed = snapshot
 	return nil
@@ -207,9 +223,18 @@ func (s *Set) watching() (*fsnotify.Watcher, error) {
 	return w, nil
 }
 
-// follow pushes what the kubelet changes until ctx ends. A failure is logged; the next change tries again.
+// follow pushes what the kubelet changes until ctx ends. A failure is logged, and tried again after some time or with the
+// next change.
 func (s *Set) follow(ctx context.Context, w *fsnotify.Watcher) {
 	defer w.Close()
+	again := time.NewTimer(s.retry)
+	defer again.Stop()
+	again.Stop()
+	refresh := func(dir string, stale bool) {
+		if s.refresh(ctx, dir, stale) {
+			again.Reset(s.retry)
+		}
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -220,7 +245,7 @@ func (s *Set) follow(ctx context.Context, w *fsnotify.Watcher) {
 			}
 			// The rename of the link comes as the creation of its new name.
 			if filepath.Base(e.Name) == dataLink && e.Has(fsnotify.Create) {
-				s.refresh(ctx, func(v *volume) bool { return v.dir == filepath.Dir(e.Name) })
+				refresh(filepath.Dir(e.Name), false)
 			}
 		case err, ok := <-w.Errors:
 			if !ok {
@@ -228,17 +253,20 @@ func (s *Set) follow(ctx context.Context, w *fsnotify.Watcher) {
 			}
 			// Events were lost: look at everything.
 			log.G(ctx).WithError(err).Warn("watch of the pod's volumes")
-			s.refresh(ctx, func(*volume) bool { return true })
+			refresh("", false)
+		case <-again.C:
+			refresh("", true)
 		}
 	}
 }
 
-// refresh pushes the volumes that are followed and meant.
-func (s *Set) refresh(ctx context.Context, meant func(*volume) bool) {
+// refresh pushes the volume with the folder dir, or all that are followed if it is empty; with stale only what failed
+// before. It tells whether something is to be tried again.
+func (s *Set) refresh(ctx context.Context, dir string, stale bool) (again bool) {
 	s.mu.Lock()
 	var all []*volume
 	for _, v := range s.byKey {
-		if meant(v) {
+		if dir == "" || v.dir == dir {
 			all = append(all, v)
 		}
 	}
@@ -246,13 +274,15 @@ func (s *Set) refresh(ctx context.Context, meant func(*volume) bool) {
 	slices.SortFunc(all, func(a, b *volume) int { return strings.Compare(a.name, b.name) })
 	for _, v := range all {
 		if v.take(ctx) != nil {
-			return
+			return false
 		}
-		if v.watched && v.pushed != nil {
+		if v.watched && v.pushed != nil && (v.stale || !stale) {
 			if err := s.push(ctx, v); err != nil && ctx.Err() == nil {
-				log.G(ctx).WithError(err).WithField("volume", v.name).Warn("a change of a volume does not reach the guest; its next change tries again")
+				log.G(ctx).WithError(err).WithField("volume", v.name).WithField("again", v.stale).Warn("a change of a volume does not reach the guest")
 			}
+			again = again || v.stale
 		}
 		v.leave()
 	}
+	return again
 }

@@ -31,6 +31,8 @@ type fakeGuest struct {
 	commits  int
 	requests int
 	fail     error
+	// failing is how many requests are still to fail.
+	failing int
 	// changed gets a volume's name with each commit.
 	changed chan string
 }
@@ -50,6 +52,10 @@ func (g *fakeGuest) put(_ context.Context, r *agentv1.PutVolumeRequest) error {
 	g.requests++
 	if g.fail != nil {
 		return g.fail
+	}
+	if g.failing > 0 {
+		g.failing--
+		return errors.New("the guest has no memory")
 	}
 	now := g.open[r.GetName()]
 	if now == nil || r.GetGeneration() > now.number {
@@ -169,6 +175,48 @@ func TestSetTriesAgainWithTheNextUpdate(t *testing.T) {
 	v.update(map[string]string{"a": "3"})
 	for g.files(name)["a"] != "3" {
 		awaitChange(t, g)
+	}
+}
+
+// A volume that is not changed again must not stay as it was for ever.
+func TestSetTriesAgainByItself(t *testing.T) {
+	g := newFakeGuest(t)
+	s := newSet(t, g)
+	s.retry = time.Millisecond
+	v := newAtomicVolume(t, map[string]string{"a": "1"})
+	name, _, err := s.Mount(t.Context(), v.dir)
+	require.NoError(t, err)
+	awaitChange(t, g)
+	g.mu.Lock()
+	g.failing = 3
+	g.mu.Unlock()
+	v.update(map[string]string{"a": "2"})
+	awaitChange(t, g)
+	require.Equal(t, map[string]string{"a": "2"}, g.files(name))
+}
+
+// The shim does not keep the pod's secrets, nor as much memory as they have.
+func TestSetKeepsNoContents(t *testing.T) {
+	g := newFakeGuest(t)
+	s := newSet(t, g)
+	v := newAtomicVolume(t, map[string]string{"a": "secret"})
+	_, snapshot, err := s.Mount(t.Context(), v.dir)
+	require.NoError(t, err)
+	require.Len(t, snapshot.Files, 1)
+	require.Equal(t, "a", snapshot.Files[0].Path)
+	require.Nil(t, snapshot.Files[0].Content)
+}
+
+// The container that is made anew has a part of the volume as it is then.
+func TestSetReadsAPartAnew(t *testing.T) {
+	g := newFakeGuest(t)
+	s := newSet(t, g)
+	dir := t.TempDir()
+	for _, content := range []string{"1", "2"} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "a"), []byte(content), 0o600))
+		name, _, err := s.MountOnce(t.Context(), dir)
+		require.NoError(t, err)
+		require.Equal(t, map[string]string{"a": content}, g.files(name))
 	}
 }
 

@@ -14,7 +14,7 @@
 //   - A machine with one of the request's host keys runs the image with this header, and it was asked after the request
 //     was made. What the image holds, its command line and the initdata digest in it included, was fixed when it was
 //     built: with the builder's word for it, or an image that is built anew from the same keys, the tag says all.
-//   - The user data comes from that guest. Cloister's agent puts UserData there: the digest of the initdata document that
+//   - The user data comes from that guest. Whoever asks in the guest puts UserData there: the digest of the initdata document that
 //     it accepted when it started, or zeros for none. So a verifier learns which document the running guest obeys from
 //     the guest itself, without knowing what was sealed.
 //   - With ImageHostKey and AttestHostKey, which machine it was.

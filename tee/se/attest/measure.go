@@ -16,10 +16,10 @@ import (
 	"github.com/cloister-project/cloister/tee/se/image"
 )
 
-// UserDataSize is the length of what Cloister's agent puts into the user data, in bytes.
+// UserDataSize is the length of UserData, in bytes.
 const UserDataSize = 64
 
-// UserData is what the agent of a guest puts into the user data of its evidence: the digest of the initdata document
+// UserData is what belongs into the user data of a guest's evidence: the digest of the initdata document
 // that it accepted, in the document's own algorithm, padded with zeros; without one, zeros. That is the value of
 // the sealed parameter cloister.initdata too.
 func UserData(initdataDigest []byte) [UserDataSize]byte {

@@ -271,6 +271,11 @@ func TestParametersKeepTheOwnersOrder(t *testing.T) {
 	line, err = sealedParameters(tee.Sample, "", nil, 100)
 	require.NoError(t, err)
 	require.Equal(t, "cloister.tee=sample", line)
+	// What the agent refuses is not sealed.
+	for _, word := range []string{"cloister.tees=se", "x=cloister.tee", "cloister.initdatas", "-cloister.tee=se", `"cloister.initdata"=00`} {
+		_, err = sealedParameters(tee.SE, word, nil, 100)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, word)
+	}
 }
 
 func TestMaxHostKeys(t *testing.T) {

@@ -30,7 +30,7 @@ func sealedParameters(platform tee.Name, given string, document []byte, max int)
 	}
 	var faults, words []string
 	for _, w := range strings.Fields(given) {
-		// The agent, as the kernel does, takes quotes off.
+		// The kernel takes quotes off; the agent refuses these words with quotes.
 		name, value, _ := strings.Cut(strings.ReplaceAll(w, `"`, ""), "=")
 		switch {
 		case name == wire.ParamTEE && value != string(platform):
@@ -41,6 +41,8 @@ func sealedParameters(platform tee.Name, given string, document []byte, max int)
 			faults = append(faults, fmt.Sprintf("%s is computed from the initdata document: give the document instead", w))
 		case strings.HasPrefix(name, debugPrefix):
 			faults = append(faults, fmt.Sprintf("%s would open the guest to the host", w))
+		case strings.Contains(w, wire.ParamTEE), strings.Contains(w, wire.ParamInitdata):
+			faults = append(faults, fmt.Sprintf("%s looks like %s or %s and is neither: the guest would refuse to start", w, wire.ParamTEE, wire.ParamInitdata))
 		}
 		words = append(words, w)
 	}
