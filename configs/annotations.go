@@ -93,7 +93,7 @@ func AnnotationKeys() []string {
 
 // ApplyAnnotations gives a copy of c that the pod's annotations changed. Only keys that annotations.allowed lists have
 // an effect; all others, known or not, have none: IgnoredAnnotations tells them for the log. A bad value of a listed
-// key is a fault; the error is of type Faults and has all of them.
+// key is a fault, and so is initdata of a confidential pod that is not listed; the error is of type Faults and has all of them.
 func (c *Config) ApplyAnnotations(pod map[string]string) (*Config, error) {
 	n := c.clone()
 	byKey := map[string]setting{}
@@ -115,11 +115,27 @@ func (c *Config) ApplyAnnotations(pod map[string]string) (*Config, error) {
 			n.origins[a.key] = origin{file: annotationsFile}
 		}
 	}
+	faults = append(faults, n.missedInitdata(pod)...)
 	faults = append(faults, crossCheck(n)...)
 	if err := faults.err(); err != nil {
 		return nil, err
 	}
 	return n, nil
+}
+
+// missedInitdata tells of a confidential pod's initdata that the node does not allow: the pod is not to run without it, or
+// with another.
+func (c *Config) missedInitdata(pod map[string]string) Faults {
+	var faults Faults
+	for _, name := range []string{AnnotationInitdata, AnnotationKataInitdata} {
+		value, given := pod[name]
+		if !given || !c.TEE.confidential() || slices.Contains(c.Annotations.Allowed, name) || value == c.TEE.InitdataAnnotation {
+			continue
+		}
+		faults = append(faults, Fault{File: annotationsFile, Key: name, Reason: "is not allowed on this node, and the pod is not to run without it",
+			Fix: "add the key to annotations.allowed in the node's configuration, or remove the annotation"})
+	}
+	return faults
 }
 
 // apply lays the value over n, a copy of the configuration c.

@@ -73,12 +73,8 @@ const (
 type TEE struct {
 	// Platform is a name of package tee: none, sample, snp, tdx, se.
 	Platform string
-	// Firmware is the path of the firmware; empty: found by QEMU's firmware descriptors.
-	Firmware string
-	// FirmwareDescriptors are the folders of such descriptors, the first one with a fitting one counts.
+	// FirmwareDescriptors are the folders of QEMU's firmware descriptors, the first one with a fitting one counts.
 	FirmwareDescriptors []string
-	// FirmwareDigests are the SHA-256 digests (hex) of the firmware images that are accepted.
-	FirmwareDigests []string
 	// Initdata is the path of an initdata document for pods without one of their own; empty: none.
 	Initdata string
 	// InitdataAnnotation is the pod's own initdata as its annotation has it, base64 of gzip; empty: none. It counts in
@@ -95,6 +91,11 @@ type TEE struct {
 
 // TEESNP is [tee.snp].
 type TEESNP struct {
+	// Firmware is the path of the firmware; empty: found by FirmwareDescriptors.
+	Firmware string
+	// FirmwareDigests are the SHA-256 digests (hex) of the firmware images that are accepted: only such as check what they
+	// boot. What is right for another platform may be wrong here, so each has a list of its own.
+	FirmwareDigests []string
 	// Policy of the guest.
 	Policy uint64
 	// GuestFeatures is the SEV_FEATURES value that the host's kernel puts into each VMSA; it is measured.
@@ -108,6 +109,9 @@ type TEESNP struct {
 
 // TEETDX is [tee.tdx].
 type TEETDX struct {
+	// Firmware and FirmwareDigests as in TEESNP.
+	Firmware        string
+	FirmwareDigests []string
 	// Attributes of the TD.
 	Attributes uint64
 	// QuoteSocket is "unix:/path", "vsock:CID:PORT", or empty for none.
@@ -188,7 +192,8 @@ func (c *Config) clone() *Config {
 	n := *c
 	n.Hypervisor.KernelParams = slices.Clone(c.Hypervisor.KernelParams)
 	n.TEE.FirmwareDescriptors = slices.Clone(c.TEE.FirmwareDescriptors)
-	n.TEE.FirmwareDigests = slices.Clone(c.TEE.FirmwareDigests)
+	n.TEE.SNP.FirmwareDigests = slices.Clone(c.TEE.SNP.FirmwareDigests)
+	n.TEE.TDX.FirmwareDigests = slices.Clone(c.TEE.TDX.FirmwareDigests)
 	n.Annotations.Allowed = slices.Clone(c.Annotations.Allowed)
 	n.origins = maps.Clone(c.origins)
 	return &n

@@ -51,13 +51,13 @@ const (
 func teeSettings() []setting {
 	return []setting{
 		text("tee.platform", func(c *Config) *string { return &c.TEE.Platform }, oneOf(Platforms()...)),
-		text("tee.firmware", func(c *Config) *string { return &c.TEE.Firmware }, emptyOr(absolutePath)),
 		list("tee.firmware_descriptors", func(c *Config) *[]string { return &c.TEE.FirmwareDescriptors }, eachOf(absolutePath)),
-		list("tee.firmware_digests", func(c *Config) *[]string { return &c.TEE.FirmwareDigests }, eachOf(hexBytes(sha256Bytes))),
 		text("tee.initdata", func(c *Config) *string { return &c.TEE.Initdata }, emptyOr(absolutePath)),
 		flag("tee.allow_debug", func(c *Config) *bool { return &c.TEE.AllowDebug }),
 		number("tee.swiotlb_mib", func(c *Config) *int { return &c.TEE.SwiotlbMiB }, 0, maxSwiotlbMiB),
 
+		text("tee.snp.firmware", func(c *Config) *string { return &c.TEE.SNP.Firmware }, emptyOr(absolutePath)),
+		list("tee.snp.firmware_digests", func(c *Config) *[]string { return &c.TEE.SNP.FirmwareDigests }, eachOf(hexBytes(sha256Bytes))),
 		bits("tee.snp.policy", func(c *Config) *uint64 { return &c.TEE.SNP.Policy }),
 		bits("tee.snp.guest_features", func(c *Config) *uint64 { return &c.TEE.SNP.GuestFeatures }),
 		text("tee.snp.id_key", func(c *Config) *string { return &c.TEE.SNP.IDKey }, emptyOr(absolutePath)),
@@ -66,6 +66,8 @@ func teeSettings() []setting {
 		text("tee.snp.image_id", func(c *Config) *string { return &c.TEE.SNP.ImageID }, emptyOr(hexBytes(snpIDBytes))),
 		number("tee.snp.guest_svn", func(c *Config) *int { return &c.TEE.SNP.GuestSVN }, 0, math.MaxUint32),
 
+		text("tee.tdx.firmware", func(c *Config) *string { return &c.TEE.TDX.Firmware }, emptyOr(absolutePath)),
+		list("tee.tdx.firmware_digests", func(c *Config) *[]string { return &c.TEE.TDX.FirmwareDigests }, eachOf(hexBytes(sha256Bytes))),
 		bits("tee.tdx.attributes", func(c *Config) *uint64 { return &c.TEE.TDX.Attributes }),
 		text("tee.tdx.quote_socket", func(c *Config) *string { return &c.TEE.TDX.QuoteSocket }, emptyOr(quoteSocket)),
 		text("tee.tdx.mrowner", func(c *Config) *string { return &c.TEE.TDX.MROwner }, emptyOr(hexBytes(tdxDigestBytes))),
@@ -277,11 +279,11 @@ func (c *Config) checkTEEFiles() Faults {
 	check("tee.initdata", c.TEE.Initdata, "make the file readable, or set the key to \"\"")
 	switch c.TEE.Platform {
 	case PlatformSNP:
-		check("tee.firmware", c.TEE.Firmware, "install a firmware image built for SEV-SNP (Debian: ovmf-amdsev), or set the key to \"\" to have it found")
+		check("tee.snp.firmware", c.TEE.SNP.Firmware, "install a firmware image built for SEV-SNP (Debian: ovmf-amdsev), or set the key to \"\" to have it found")
 		check("tee.snp.id_key", c.TEE.SNP.IDKey, "make the file readable, or set the key to \"\"")
 		check("tee.snp.author_key", c.TEE.SNP.AuthorKey, "make the file readable, or set the key to \"\"")
 	case PlatformTDX:
-		check("tee.firmware", c.TEE.Firmware, "install a firmware image built for TDX, or set the key to \"\" to have it found")
+		check("tee.tdx.firmware", c.TEE.TDX.Firmware, "install a firmware image built for TDX, or set the key to \"\" to have it found")
 	}
 	return faults
 }

@@ -22,10 +22,12 @@ func TestTEEDefaults(t *testing.T) {
 	assert.Equal(t, TEE{
 		Platform:            "none",
 		FirmwareDescriptors: []string{"/etc/qemu/firmware", "/usr/share/qemu/firmware"},
-		FirmwareDigests:     []string{"3e4fd0b3fe3b2dbe481c3d9e99418a034174f26cbe1f55aa212b0f18c12d2d6f"},
 		SwiotlbMiB:          64,
-		SNP:                 TEESNP{Policy: 0x30000, GuestFeatures: 1},
-		TDX:                 TEETDX{Attributes: 1 << 28},
+		SNP: TEESNP{
+			FirmwareDigests: []string{"3e4fd0b3fe3b2dbe481c3d9e99418a034174f26cbe1f55aa212b0f18c12d2d6f"},
+			Policy:          0x30000, GuestFeatures: 1,
+		},
+		TDX: TEETDX{FirmwareDigests: []string{}, Attributes: 1 << 28},
 	}, c.TEE)
 	assert.Empty(t, c.Hypervisor.Arch)
 	assert.Equal(t, runtime.GOARCH, c.Architecture())
@@ -37,13 +39,13 @@ func TestTEEValues(t *testing.T) {
 hypervisor.arch = "amd64"
 [tee]
 platform = "snp"
-firmware = "/f"
 firmware_descriptors = ["/a", "/b"]
-firmware_digests = []
 initdata = "/i"
 allow_debug = true
 swiotlb_mib = 0
 [tee.snp]
+firmware = "/f"
+firmware_digests = []
 policy = "0xffffffffffffffff"
 guest_features = 33
 id_key = "/k"
@@ -52,6 +54,7 @@ family_id = "` + id + `"
 image_id = ""
 guest_svn = 4294967295
 [tee.tdx]
+firmware = "/g"
 attributes = 0b11
 quote_socket = "vsock:2:4050"
 mrowner = "` + digest + `"
@@ -61,9 +64,9 @@ image = "/s"
 	c, err := Load(filepath.Join(dir, "c.toml"))
 	require.NoError(t, err)
 	assert.Equal(t, TEE{
-		Platform: "snp", Firmware: "/f", FirmwareDescriptors: []string{"/a", "/b"}, FirmwareDigests: []string{}, Initdata: "/i", AllowDebug: true,
-		SNP: TEESNP{Policy: 1<<64 - 1, GuestFeatures: 33, IDKey: "/k", AuthorKey: "/a", FamilyID: id, GuestSVN: 1<<32 - 1},
-		TDX: TEETDX{Attributes: 3, QuoteSocket: "vsock:2:4050", MROwner: digest},
+		Platform: "snp", FirmwareDescriptors: []string{"/a", "/b"}, Initdata: "/i", AllowDebug: true,
+		SNP: TEESNP{Firmware: "/f", FirmwareDigests: []string{}, Policy: 1<<64 - 1, GuestFeatures: 33, IDKey: "/k", AuthorKey: "/a", FamilyID: id, GuestSVN: 1<<32 - 1},
+		TDX: TEETDX{Firmware: "/g", FirmwareDigests: []string{}, Attributes: 3, QuoteSocket: "vsock:2:4050", MROwner: digest},
 		SE:  TEESE{Image: "/s"},
 	}, c.TEE)
 }
@@ -77,10 +80,10 @@ func TestBadTEEValues(t *testing.T) {
 		{"list of platforms", "tee.platform = ['snp']", "tee.platform", "list", "text"},
 		{"unknown key", "tee.debug = true", "tee.debug", "not a key", "allow_debug"},
 		{"unknown key of a platform", "tee.snp.debug = true", "tee.snp.debug", "not a key", "guest_features"},
-		{"firmware", "tee.firmware = 'OVMF.fd'", "tee.firmware", "absolute", "/"},
+		{"firmware", "tee.snp.firmware = 'OVMF.fd'", "tee.snp.firmware", "absolute", "/"},
 		{"descriptors", "tee.firmware_descriptors = ['/a', 'b']", "tee.firmware_descriptors", "entry 2", "/"},
-		{"short digest", "tee.firmware_digests = ['00']", "tee.firmware_digests", "entry 1", "64 digits"},
-		{"digest with prefix", "tee.firmware_digests = ['sha256:" + strings.Repeat("0", 57) + "']", "tee.firmware_digests", "hexadecimal", "64 digits"},
+		{"short digest", "tee.snp.firmware_digests = ['00']", "tee.snp.firmware_digests", "entry 1", "64 digits"},
+		{"digest with prefix", "tee.tdx.firmware_digests = ['sha256:" + strings.Repeat("0", 57) + "']", "tee.tdx.firmware_digests", "hexadecimal", "64 digits"},
 		{"initdata", "tee = {platform = 'sample', initdata = 'x'}", "tee.initdata", "absolute", "/"},
 		{"swiotlb", "tee.swiotlb_mib = 1025", "tee.swiotlb_mib", "1025", "0 to 1024"},
 		{"negative swiotlb", "tee.swiotlb_mib = -1", "tee.swiotlb_mib", "-1", "0 to 1024"},
@@ -195,15 +198,15 @@ func TestCheckFilesOfPlatforms(t *testing.T) {
 		{"sample boots the kernel", func(c *Config) { c.TEE = TEE{Platform: "sample"} }, []string{"hypervisor.kernel", "hypervisor.initrd"}},
 		{"snp", func(c *Config) {
 			c.Hypervisor.Kernel, c.Hypervisor.Initrd = there, there
-			c.TEE = TEE{Platform: "snp", Firmware: gone, Initdata: gone, SNP: TEESNP{IDKey: gone, AuthorKey: gone}}
-		}, []string{"tee.initdata", "tee.firmware", "tee.snp.id_key", "tee.snp.author_key"}},
+			c.TEE = TEE{Platform: "snp", Initdata: gone, SNP: TEESNP{Firmware: gone, IDKey: gone, AuthorKey: gone}}
+		}, []string{"tee.initdata", "tee.snp.firmware", "tee.snp.id_key", "tee.snp.author_key"}},
 		{"tdx", func(c *Config) {
 			c.Hypervisor.Kernel, c.Hypervisor.Initrd = there, there
-			c.TEE = TEE{Platform: "tdx", Firmware: gone, SNP: TEESNP{IDKey: gone}}
-		}, []string{"tee.firmware"}},
+			c.TEE = TEE{Platform: "tdx", TDX: TEETDX{Firmware: gone}, SNP: TEESNP{IDKey: gone}}
+		}, []string{"tee.tdx.firmware"}},
 		{"ordinary VMs do not read them", func(c *Config) {
 			c.Hypervisor.Kernel, c.Hypervisor.Initrd = there, there
-			c.TEE = TEE{Platform: "none", Firmware: gone}
+			c.TEE = TEE{Platform: "none", SNP: TEESNP{Firmware: gone}}
 		}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -247,8 +250,8 @@ func TestInitdataAnnotations(t *testing.T) {
 		pod     map[string]string
 		want    string
 	}{
-		{"not listed", nil, map[string]string{own: "eA==", kata: "eA=="}, ""},
-		{"one listed", []string{kata}, map[string]string{own: "eA==", kata: "eQ=="}, "eQ=="},
+		{"none listed, none given", nil, map[string]string{"x": "y"}, ""},
+		{"one listed", []string{kata}, map[string]string{own: "eQ==", kata: "eQ=="}, "eQ=="},
 		{"both the same", []string{own, kata}, map[string]string{own: "eA==", kata: "eA=="}, "eA=="},
 		{"as long as can be", []string{own}, map[string]string{own: big}, big},
 	} {
@@ -279,6 +282,15 @@ func TestInitdataAnnotations(t *testing.T) {
 			assert.Contains(t, fs[0].Reason, tc.reason)
 		})
 	}
+	_, err := conf("sample").ApplyAnnotations(map[string]string{own: "eA==", kata: "eA=="})
+	require.Len(t, faultsOf(t, err), 2, "a confidential pod does not run without its initdata")
+	_, err = conf("sample", own).ApplyAnnotations(map[string]string{own: "eA==", kata: "eQ=="})
+	fs := faultsOf(t, err)
+	require.Len(t, fs, 1, "nor with another")
+	assert.Equal(t, kata, fs[0].Key)
+	assert.Contains(t, fs[0].Fix, "annotations.allowed")
+	_, err = conf("none").ApplyAnnotations(map[string]string{own: "eA=="})
+	require.NoError(t, err, "an ordinary pod's has no effect, as any other that is not listed")
 	assert.Equal(t, []string{own, kata}, conf("sample").IgnoredAnnotations(map[string]string{own: "", kata: "", "io.katacontainers.other": ""}))
 }
 

@@ -233,8 +233,9 @@ func TestPlanVMOfHardwareThatIsNotThere(t *testing.T) {
 	config := &configs.Config{
 		Hypervisor: configs.Hypervisor{Path: "/nowhere/qemu", Kernel: kernel, Initrd: initrd, Arch: "amd64", Accel: "auto", Vsock: "auto"},
 		TEE: configs.TEE{
-			Platform: "snp", Firmware: image, FirmwareDigests: []string{hex.EncodeToString(sum[:])}, SwiotlbMiB: 64,
-			InitdataAnnotation: encode(t, someInitdata), SNP: configs.TEESNP{Policy: 0x30000, GuestFeatures: 1},
+			Platform: "snp", SwiotlbMiB: 64,
+			InitdataAnnotation: encode(t, someInitdata),
+			SNP:                configs.TEESNP{Firmware: image, FirmwareDigests: []string{hex.EncodeToString(sum[:])}, Policy: 0x30000, GuestFeatures: 1},
 		},
 		Sizing: configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512, HotplugPorts: 4}, State: configs.State{Dir: dir}, Rootfs: configs.Rootfs{CacheDir: dir},
 	}

@@ -45,13 +45,13 @@ func newNode(t *testing.T, more string) *node {
 	n.config = n.write(t, "cloister.toml", fmt.Sprintf(`
 [hypervisor]
 arch = "amd64"
-path = %q
-kernel = %q
-initrd = %q
+path = %[1]q
+kernel = %[2]q
+initrd = %[3]q
 [tee]
-firmware = %q
-firmware_digests = ["%x"]
-%s`, n.path("qemu"), n.path("vmlinuz"), n.path("initrd.img"), n.path("OVMF.fd"), sha256.Sum256(fw), more))
+snp = {firmware = %[4]q, firmware_digests = ["%[5]x"]}
+tdx = {firmware = %[4]q, firmware_digests = ["%[5]x"]}
+%[6]s`, n.path("qemu"), n.path("vmlinuz"), n.path("initrd.img"), n.path("OVMF.fd"), sha256.Sum256(fw), more))
 	return n
 }
 

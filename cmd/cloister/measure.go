@@ -85,7 +85,7 @@ func measureCommand() *cobra.Command {
 			for _, r := range []struct {
 				flag, path string
 				to         *string
-			}{{"firmware", firmware, &replaced.TEE.Firmware}, {"kernel", kernel, &replaced.Hypervisor.Kernel}, {"initrd", initrd, &replaced.Hypervisor.Initrd}} {
+			}{{"firmware", firmware, firmwareOf(&replaced)}, {"kernel", kernel, &replaced.Hypervisor.Kernel}, {"initrd", initrd, &replaced.Hypervisor.Initrd}} {
 				if r.path == "" {
 					continue
 				}
@@ -111,7 +111,7 @@ func measureCommand() *cobra.Command {
 	cmd.Flags().StringVar(&vcpus, "vcpus", "", "numbers of virtual CPUs, for example 1-8 or 1,2,4")
 	cmd.Flags().StringVar(&models, "cpu-model", "", "CPU models, separated by commas (default: hypervisor.cpu_model, EPYC-v4 with snp)")
 	cmd.Flags().StringVarP(&file, "file", "f", "", "manifest of a Pod, YAML or JSON; - is standard input (default: a pod without limits)")
-	cmd.Flags().StringVar(&firmware, "firmware", "", "firmware image in place of tee.firmware; its digest must be in tee.firmware_digests")
+	cmd.Flags().StringVar(&firmware, "firmware", "", "firmware image in place of the configured one; its digest must be among firmware_digests")
 	cmd.Flags().StringVar(&kernel, "kernel", "", "kernel in place of hypervisor.kernel")
 	cmd.Flags().StringVar(&initrd, "initrd", "", "initrd in place of hypervisor.initrd")
 	acpi.add(cmd)
@@ -322,3 +322,11 @@ func (m *measurement) same(i int) bool {
 
 // sized are the values that depend on the VM's size or CPU.
 var sized = []string{"snp.launch_digest", "tdx.rtmr0"}
+
+// firmwareOf is where the configuration names the firmware of its platform.
+func firmwareOf(c *configs.Config) *string {
+	if c.TEE.Platform == configs.PlatformTDX {
+		return &c.TEE.TDX.Firmware
+	}
+	return &c.TEE.SNP.Firmware
+}

@@ -49,7 +49,7 @@ func TestMeasureJSON(t *testing.T) {
 
 // What a plan would start and what is measured must be of the same pod.
 func TestMeasureOfAPod(t *testing.T) {
-	n := newNode(t, "")
+	n := newNode(t, allowInitdata)
 	file := n.write(t, "pod.yaml", webPod)
 	status, stdout, stderr := cloister(t, "measure", "--config", n.config, "-f", file, "--json")
 	require.Equal(t, exitOK, status, stderr)

@@ -40,7 +40,7 @@ arch = "amd64"
 path = %q
 kernel = %q
 initrd = %q
-[tee]
+[tee.tdx]
 firmware = %q
 firmware_digests = ["%x"]
 `, qemu, kernel, initrd, fw, sha256.Sum256(image)), 0o600))

@@ -41,7 +41,7 @@ metadata:
   name: web
   namespace: shop
   annotations:
-    io.cloister.initdata: H4sIAAAAAAAA/ypLLSrOzM9TsFVQMtAzVFLgSsxJzy/KLMlIBQkUJxqZWijxUgkVJZSFmxQnJGYlFijEJRaUlqUWKdgqGHCBQAAAA///AMl9xEQAAAA=
+    io.cloister.initdata: H4sIAAAAAAACAytLLSrOzM9TsFVQMtAz1DNQ4krMSc8vyizJyAWJFWckGluYKHFFpySWJMZy5ZfnpRaBxMtTk5S4AL5uMzg8AAAA
     elsewhere.example/key: x
 spec:
   runtimeClassName: cloister-snp
@@ -60,9 +60,12 @@ spec:
   - {name: spare, secret: {secretName: s}}
 `
 
+// allowInitdata lets webPod bring its own.
+const allowInitdata = "[annotations]\nallowed = ['io.cloister.initdata']"
+
 // A plan for SEV-SNP, made on any machine. Only where the C-bit lies is the machine's, and it is not measured.
 func TestPlanOfAPod(t *testing.T) {
-	n := newNode(t, "")
+	n := newNode(t, allowInitdata)
 	p, err := parsePod([]byte(webPod))
 	require.NoError(t, err)
 	name, notes := platformOf("", p)

@@ -43,13 +43,13 @@ func NewWith(cfg *configs.Config, o Options) (tee.Platform, error) {
 		return sample.New(), nil
 	case tee.SNP:
 		return made(snp.New(snp.Config{
-			Firmware: t.Firmware, Descriptors: t.FirmwareDescriptors, Digests: t.FirmwareDigests, AllowDebug: t.AllowDebug,
+			Firmware: t.SNP.Firmware, Descriptors: t.FirmwareDescriptors, Digests: t.SNP.FirmwareDigests, AllowDebug: t.AllowDebug,
 			Policy: t.SNP.Policy, GuestFeatures: t.SNP.GuestFeatures, IDKey: t.SNP.IDKey, AuthorKey: t.SNP.AuthorKey,
 			FamilyID: t.SNP.FamilyID, ImageID: t.SNP.ImageID, GuestSVN: t.SNP.GuestSVN,
 		}))
 	case tee.TDX:
 		return made(tdx.New(tdx.Config{
-			Firmware: t.Firmware, Descriptors: t.FirmwareDescriptors, Digests: t.FirmwareDigests, AllowDebug: t.AllowDebug,
+			Firmware: t.TDX.Firmware, Descriptors: t.FirmwareDescriptors, Digests: t.TDX.FirmwareDigests, AllowDebug: t.AllowDebug,
 			Attributes: t.TDX.Attributes, QuoteSocket: t.TDX.QuoteSocket, MROwner: t.TDX.MROwner, MROwnerConfig: t.TDX.MROwnerConfig,
 			ACPI: o.ACPI, Tables: o.Tables,
 		}))

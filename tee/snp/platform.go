@@ -65,7 +65,7 @@ func New(c Config) (*Platform, error) {
 	fault := func(format string, a ...any) {
 		faults = append(faults, fmt.Errorf(format+": %w", append(a, errdefs.ErrInvalidArgument)...))
 	}
-	for _, f := range []struct{ key, path string }{{"tee.firmware", c.Firmware}, {"tee.snp.id_key", c.IDKey}, {"tee.snp.author_key", c.AuthorKey}} {
+	for _, f := range []struct{ key, path string }{{"tee.snp.firmware", c.Firmware}, {"tee.snp.id_key", c.IDKey}, {"tee.snp.author_key", c.AuthorKey}} {
 		if f.path != "" && !filepath.IsAbs(f.path) {
 			fault("%s %q is no absolute path", f.key, f.path)
 		}
@@ -78,7 +78,7 @@ func New(c Config) (*Platform, error) {
 	p.config.Digests = nil
 	for _, d := range c.Digests {
 		if raw, err := hex.DecodeString(d); err != nil || len(raw) != 32 {
-			fault("tee.firmware_digests: %q is no SHA-256 digest, 64 hexadecimal digits", d)
+			fault("tee.snp.firmware_digests: %q is no SHA-256 digest, 64 hexadecimal digits", d)
 		}
 		p.config.Digests = append(p.config.Digests, strings.ToLower(d))
 	}
@@ -250,9 +250,9 @@ type firmwareError struct {
 }
 
 func (e *firmwareError) Error() string {
-	list := fmt.Sprintf("none of the %d accepted ones (tee.firmware_digests)", e.listed)
+	list := fmt.Sprintf("none of the %d accepted ones (tee.snp.firmware_digests)", e.listed)
 	if e.listed == 0 {
-		list = "not accepted, since tee.firmware_digests is empty"
+		list = "not accepted, since tee.snp.firmware_digests is empty"
 	}
 	return fmt.Sprintf("firmware %s has SHA-256 %s, which is %s. An ordinary OVMF has its hash table measured but boots any kernel without comparing: "+
 		"the host could change kernel, initrd and command line under the same measurement, and nothing in the image tells", e.path, e.digest, list)
@@ -262,5 +262,5 @@ func (e *firmwareError) Error() string {
 func (*firmwareError) Is(target error) bool { return target == errdefs.ErrInvalidArgument }
 
 // fixFirmware is what to do about any of acceptedFirmware's errors.
-const fixFirmware = "install a build of edk2's OvmfPkg/AmdSev, which compares what it boots with the hashes (Debian: ovmf-amdsev), set tee.firmware if no " +
-	"descriptor names it, and add its digest to tee.firmware_digests, if it is such a build from a source that you trust with your guests"
+const fixFirmware = "install a build of edk2's OvmfPkg/AmdSev, which compares what it boots with the hashes (Debian: ovmf-amdsev), set tee.snp.firmware if no " +
+	"descriptor names it, and add its digest to tee.snp.firmware_digests, if it is such a build from a source that you trust with your guests"

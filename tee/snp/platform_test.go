@@ -281,7 +281,7 @@ func TestPrepareRefusesFirmware(t *testing.T) {
 		kind       error
 	}{
 		{"not on the list", "none of the 1 accepted ones", func(s *setup) { s.config.Digests = []string{strings.Repeat("00", 32)} }, errdefs.ErrInvalidArgument},
-		{"empty list", "since tee.firmware_digests is empty", func(s *setup) { s.config.Digests = nil }, errdefs.ErrInvalidArgument},
+		{"empty list", "since tee.snp.firmware_digests is empty", func(s *setup) { s.config.Digests = nil }, errdefs.ErrInvalidArgument},
 		{"without kernel hashes", "no section KERNEL_HASHES", func(s *setup) {
 			image := firmwaretest.SNP()
 			image.SNP = image.SNP[:5]
@@ -389,7 +389,7 @@ func TestNewRefuses(t *testing.T) {
 		want   string
 		change func(*Config)
 	}{
-		{`tee.firmware "OVMF.fd" is no absolute path`, func(c *Config) { c.Firmware = "OVMF.fd" }},
+		{`tee.snp.firmware "OVMF.fd" is no absolute path`, func(c *Config) { c.Firmware = "OVMF.fd" }},
 		{`tee.firmware_descriptors: "x"`, func(c *Config) { c.Descriptors = []string{"/ok", "x"} }},
 		{`tee.snp.id_key "k"`, func(c *Config) { c.IDKey = "k" }},
 		{"is no SHA-256 digest", func(c *Config) { c.Digests = []string{strings.Repeat("0", 62)} }},
@@ -420,7 +420,7 @@ func TestNewRefuses(t *testing.T) {
 	require.NoError(t, err, "a debug policy that is asked for twice")
 
 	_, err = New(Config{Firmware: "x", Digests: []string{"y"}})
-	for _, want := range []string{"tee.firmware ", "tee.firmware_digests", "tee.snp.policy", "guest_features"} {
+	for _, want := range []string{"tee.snp.firmware ", "tee.snp.firmware_digests", "tee.snp.policy", "guest_features"} {
 		require.ErrorContains(t, err, want, "all faults in one")
 	}
 }

@@ -90,7 +90,7 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 		{"KVM's VM type SEV-SNP", "the accelerator is tcg", func(c *probeCase) { c.host.Accelerator = hypervisor.AccelTCG }},
 		{"QEMU's sev-snp-guest", "no QEMU was found", func(c *probeCase) { c.host.VMMTypes = nil }},
 		{"QEMU's sev-snp-guest", "no such object", func(c *probeCase) { c.host.VMMTypes = []string{"kvm-accel"} }},
-		{"firmware", "since tee.firmware_digests is empty", func(c *probeCase) { c.config.Digests = nil }},
+		{"firmware", "since tee.snp.firmware_digests is empty", func(c *probeCase) { c.config.Digests = nil }},
 		{"firmware", "no such file", func(c *probeCase) { c.config.Firmware = "/nonexistent" }},
 		{"keys of the ID block", "no such file", func(c *probeCase) { c.config.IDKey = "/nonexistent" }},
 		{"free ASIDs", "99 of 99 are in use", with("/sys/fs/cgroup/misc.current", "sev_es 99\n")},

@@ -113,8 +113,8 @@ func (p *Platform) firmware() (*image, error) {
 	if len(p.cfg.Digests) == 0 {
 		what = "cannot be accepted, the list of accepted firmware is empty"
 	}
-	return fw, fmt.Errorf("the firmware %s has the SHA-256 digest %s and %s: if you trust that image, add its digest to tee.firmware_digests: %w",
-		path, fw.digest, what, errdefs.ErrPermissionDenied)
+	return fw, fmt.Errorf("the firmware %s has the SHA-256 digest %s and %s: if you trust that image with your guests, add its digest to "+
+		"tee.tdx.firmware_digests; else %s: %w", path, fw.digest, what, fixFirmware, errdefs.ErrPermissionDenied)
 }
 
 // readImage reads an image that a TD can start with, accepted or not.

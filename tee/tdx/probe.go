@@ -15,11 +15,12 @@ import (
 )
 
 const (
-	vendorIntel  = "GenuineIntel"
-	vmmType      = "tdx-guest"
-	keyResource  = "tdx"
-	fixKernel    = "run Linux 6.16 or later (or a distribution's kernel with TDX), built with CONFIG_INTEL_TDX_HOST and CONFIG_KVM_INTEL_TDX"
-	fixFirmware  = "install a firmware image with TDX support (Debian: ovmf-inteltdx) or name one in tee.firmware"
+	vendorIntel = "GenuineIntel"
+	vmmType     = "tdx-guest"
+	keyResource = "tdx"
+	fixKernel   = "run Linux 6.16 or later (or a distribution's kernel with TDX), built with CONFIG_INTEL_TDX_HOST and CONFIG_KVM_INTEL_TDX"
+	fixFirmware = "name a firmware image with TDX metadata and without Secure Boot keys in tee.tdx.firmware (Debian 13's OVMF.fd 2025.02, or a build of " +
+		"edk2's OvmfPkg/IntelTdx; Debian's ovmf-inteltdx starts no unsigned kernel)"
 	fixMachine   = "use a machine with an Intel Xeon of the 5th generation or later, or a 4th generation one made for TDX"
 	fixParameter = "load kvm_intel with tdx=1, switch TDX, TME-MT and SGX on in the machine's firmware, and read what the kernel says (dmesg: virt/tdx)"
 )
@@ -144,7 +145,7 @@ func (p *Platform) probeFirmware() []tee.Finding {
 	if err != nil {
 		fix := fixFirmware
 		if fw != nil {
-			fix = "add the digest to tee.firmware_digests if you trust that image"
+			fix = "add the digest to tee.tdx.firmware_digests if you trust that image"
 		}
 		return []tee.Finding{missing(what, fix, "%v", err)}
 	}

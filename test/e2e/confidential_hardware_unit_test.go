@@ -172,7 +172,7 @@ func TestHardwarePredictions(t *testing.T) {
 				require.NoError(t, err)
 				digest, err := firmware.DigestFile(ovmf, 64<<20)
 				require.NoError(t, err)
-				overlay(t, n, handlerOf(name), "62-firmware", "[tee]\nfirmware = '"+ovmf+"'\nfirmware_digests = ['"+digest+"']\n")
+				overlay(t, n, handlerOf(name), "62-firmware", "[tee.tdx]\nfirmware = '"+ovmf+"'\nfirmware_digests = ['"+digest+"']\n")
 			}
 			var all []*tee.ReferenceValues
 			for _, c := range launchCases {
