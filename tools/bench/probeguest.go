@@ -69,14 +69,17 @@ func probeServe() error {
 	}
 }
 
-// probeModules loads what the agent would load.
+// probeModules loads what the agent of an ordinary VM loads; the other phases are those of confidential platforms.
 func probeModules() error {
 	list, err := os.ReadFile("/lib/modules/load")
 	if err != nil {
 		return err
 	}
 	for line := range strings.Lines(string(list)) {
-		_, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		phase, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if phase != "early" && phase != "later" {
+			continue
+		}
 		name, params, _ := strings.Cut(rest, " ")
 		f, err := os.Open("/lib/modules/" + name)
 		if err != nil {
