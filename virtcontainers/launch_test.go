@@ -22,6 +22,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/initdata"
+	"github.com/cloister-project/cloister/virtcontainers/network"
 )
 
 const someInitdata = "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\na = \"b\"\n"
@@ -267,4 +268,37 @@ func TestPlanVMOfHardwareThatIsNotThere(t *testing.T) {
 	two, err = l.predicted(t.Context(), *other)
 	require.NoError(t, err)
 	require.NotEqual(t, one, two)
+}
+
+// A launch whose measurement cannot be predicted is refused by what comes before the VM; Info has what can be.
+func TestPrepareDocumentPredicts(t *testing.T) {
+	measured := func() (*tee.ReferenceValues, error) {
+		return &tee.ReferenceValues{Values: []tee.Value{{Name: "snp.launch_digest", Hex: "00ff"}}}, nil
+	}
+	for name, tc := range map[string]struct {
+		measure func() (*tee.ReferenceValues, error)
+		fault   string
+	}{
+		"predicted":     {measured, ""},
+		"not predicted": {func() (*tee.ReferenceValues, error) { return nil, errors.New("no initrd") }, "predict the launch measurement: no initrd"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := &Pod{
+				cfg: PodConfig{ID: "p", Config: &configs.Config{}}, net: &network.Network{},
+				launch: &launch{arch: hypervisor.ArchAMD64, platform: fakePlatform{
+					name: tee.SNP, prepare: func(*hypervisor.Document, tee.Inputs) error { return nil }, measure: tc.measure,
+				}},
+			}
+			doc, err := p.prepareDocument(t.Context(), hostFacts{arch: hypervisor.ArchAMD64})
+			if tc.fault != "" {
+				require.ErrorContains(t, err, tc.fault)
+				require.Nil(t, doc)
+				require.NotContains(t, p.Info().Extra, "launchMeasurement")
+				return
+			}
+			require.NoError(t, err)
+			require.Same(t, p.doc, doc)
+			require.Equal(t, "snp.launch_digest=00ff (predicted by this host, not what the hardware reported)", p.Info().Extra["launchMeasurement"])
+		})
+	}
 }

@@ -161,16 +161,22 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		return nil, nil, err
 	}
 	p.mark("prepared")
-	if err := p.makeCgroup(ctx); err != nil {
-		return nil, nil, err
-	}
 	host, vhost, err := p.probeHost(ctx, driver)
 	if err != nil {
 		return nil, nil, err
 	}
 	host.kernel = kernel
-	doc, err := p.prepareDocument(ctx, host)
-	if err != nil {
+	// Measured boot files are hashed meanwhile. What cannot be predicted is not started.
+	var (
+		doc  *hypervisor.Document
+		last errgroup.Group
+	)
+	last.Go(func() (err error) {
+		doc, err = p.prepareDocument(ctx, host)
+		return err
+	})
+	last.Go(func() error { return p.makeCgroup(ctx) })
+	if err := last.Wait(); err != nil {
 		closeFile(vhost)
 		return nil, nil, err
 	}
@@ -196,14 +202,7 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		return nil, nil, err
 	}
 	p.mark("vmm")
-	// The prediction hashes boot files; the guest needs longer to boot.
-	var predict errgroup.Group
-	predict.Go(func() error { return p.predict(ctx, *doc) })
 	g, err := p.boot(ctx, vm)
-	if perr := predict.Wait(); err == nil && perr != nil {
-		g.close()
-		err = perr
-	}
 	if err != nil {
 		vm.Kill()
 		var refusal *guestRefusal
@@ -221,18 +220,6 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		return nil, nil, err
 	}
 	return vm, g, nil
-}
-
-// predict keeps what the launch is predicted to be measured as, for Info.
-func (p *Pod) predict(ctx context.Context, doc hypervisor.Document) error {
-	measured, err := p.launch.predicted(ctx, doc)
-	if err != nil {
-		return err
-	}
-	p.mu.Lock()
-	p.measured = measured
-	p.mu.Unlock()
-	return nil
 }
 
 // boot lets the guest run and waits for its agent.
@@ -284,7 +271,8 @@ func (p *Pod) sandboxRequest() *agentv1.ConfigureSandboxRequest {
 	}
 }
 
-// prepareDocument describes the VM, with what its platform adds, and writes initdata's disk.
+// prepareDocument describes the VM, with what its platform adds, writes initdata's disk, and keeps for Info what the
+// launch is predicted to be measured as.
 func (p *Pod) prepareDocument(ctx context.Context, host hostFacts) (*hypervisor.Document, error) {
 	doc := buildDocument(p.cfg, p.launch, p.net.Interfaces, host)
 	if p.launch.initdata != nil {
@@ -295,8 +283,12 @@ func (p *Pod) prepareDocument(ctx context.Context, host hostFacts) (*hypervisor.
 	if err := p.launch.platform.Prepare(ctx, doc, p.launch.inputs()); err != nil {
 		return nil, fmt.Errorf("launch with tee.platform = %q: %w", p.launch.name(), err)
 	}
+	measured, err := p.launch.predicted(ctx, *doc)
+	if err != nil {
+		return nil, err
+	}
 	p.mu.Lock()
-	p.doc = doc
+	p.doc, p.measured = doc, measured
 	p.mu.Unlock()
 	return doc, nil
 }

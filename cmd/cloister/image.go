@@ -3,15 +3,12 @@
 package main
 
 import (
-	"context"
 	"crypto/ecdh"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -154,7 +151,7 @@ func seBuildCommand() *cobra.Command {
 				}
 			}
 			if cck != "" {
-				if c.Options.CCK, _, err = firmware.ReadFile(cck, image.CCKSize); err != nil {
+				if c.Options.CCK, err = firmware.ReadKeyFile(cck, image.CCKSize); err != nil {
 					return fmt.Errorf("--cck: %w", err)
 				}
 			}
@@ -180,7 +177,7 @@ func seBuildCommand() *cobra.Command {
 	fl.StringVar(&cmdline, "cmdline", "", "file with the kernel's command line (default: console=ttysclp0 quiet panic=-1 and so on, as for other guests)")
 	fl.StringVar(&stubs, "stubs", "", "folder with s390-tools' boot stubs stage3a.bin and stage3b_reloc.bin (needed)")
 	fl.StringVar(&initdataFile, "initdata", "", "initdata document (TOML) that the guest accepts")
-	fl.StringVar(&cck, "cck", "", fmt.Sprintf("file with a customer communication key of %d bytes (default: a random one that nobody knows)", image.CCKSize))
+	fl.StringVar(&cck, "cck", "", fmt.Sprintf("file, not open to all users, with a customer communication key of %d bytes (default: a random one that nobody knows)", image.CCKSize))
 	fl.BoolVar(&options.AllowDump, "allow-dump", false, "let the host take dumps, which the CCK opens (weakens the guest; tee.allow_debug must accept it)")
 	fl.BoolVar(&options.CCKExtensionSecret, "cck-extension-secret", false, "make the CCK necessary for adding secrets")
 	fl.BoolVar(&options.CCKUpdate, "cck-update", false, "let the guest replace its CCK")
@@ -251,38 +248,4 @@ func readCommandLine(path string) (string, error) {
 		return "", fmt.Errorf("--cmdline: %s has more than one line", path)
 	}
 	return line, nil
-}
-
-// checkOutput looks before the work; writeOutput makes sure.
-func checkOutput(path string, force bool) error {
-	if _, err := os.Lstat(path); err == nil && !force {
-		return fmt.Errorf("%s is there already; give another --output, or --force to replace it", path)
-	}
-	return nil
-}
-
-// writeOutput makes the file appear as a whole or not at all.
-func writeOutput(ctx context.Context, path string, force bool, content io.WriterTo) (err error) {
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(tmp.Name()))
-		}
-	}()
-	_, err = content.WriteTo(tmp)
-	if err = errors.Join(err, tmp.Sync(), tmp.Close(), ctx.Err()); err != nil {
-		return err
-	}
-	if force {
-		err = os.Rename(tmp.Name(), path)
-		return err
-	}
-	// A link does not replace what came in the meantime.
-	if err = os.Link(tmp.Name(), path); err != nil {
-		return err
-	}
-	return os.Remove(tmp.Name())
 }

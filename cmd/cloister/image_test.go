@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -14,12 +13,9 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
-	"errors"
-	"io"
 	"math/big"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -149,6 +145,8 @@ func TestSEBuildRefuses(t *testing.T) {
 	b.write(t, "debug", []byte("cloister.debug"))
 	b.write(t, "short", []byte("short"))
 	b.write(t, "rsa", []byte("no certificate"))
+	b.write(t, "open", make([]byte, image.CCKSize))
+	require.NoError(t, os.Chmod(b.path("open"), 0o644))
 	for name, tc := range map[string]struct {
 		args []string
 		want string
@@ -160,6 +158,7 @@ func TestSEBuildRefuses(t *testing.T) {
 		"debugging":        {[]string{"--cmdline", b.path("debug")}, "would open the guest"},
 		"initdata":         {[]string{"--initdata", b.path("short")}, "initdata"},
 		"key of 5 bytes":   {[]string{"--cck", b.path("short")}, "5 bytes"},
+		"everybody's key":  {[]string{"--cck", b.path("open")}, "open to all users (mode 0644)"},
 		"dump without key": {[]string{"--allow-dump"}, "customer communication key"},
 		"document":         {[]string{"-k", b.path("rsa")}, b.path("rsa")},
 		"same twice":       {[]string{"-k", b.path("host.crt")}, "twice"},
@@ -220,26 +219,4 @@ func TestSEAttestRequest(t *testing.T) {
 	status, _, stderr = cloister(t, args...)
 	assert.Equal(t, exitNo, status)
 	assert.Contains(t, stderr, "--force")
-}
-
-type failing struct{}
-
-func (failing) WriteTo(w io.Writer) (int64, error) {
-	_, _ = io.Copy(w, strings.NewReader("half"))
-	return 4, errors.New("disk is full")
-}
-
-func TestWriteOutputIsAllOrNothing(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "out")
-	require.ErrorContains(t, writeOutput(context.Background(), path, false, failing{}), "disk is full")
-	require.NoError(t, os.WriteFile(path, []byte("old"), 0o600))
-	require.ErrorContains(t, writeOutput(context.Background(), path, true, failing{}), "disk is full")
-	require.ErrorIs(t, writeOutput(context.Background(), path, false, bytes.NewReader(nil)), os.ErrExist)
-	content, err := os.ReadFile(path)
-	require.NoError(t, err)
-	assert.Equal(t, "old", string(content))
-	entries, err := os.ReadDir(dir)
-	require.NoError(t, err)
-	assert.Len(t, entries, 1, "nothing half-written stays")
 }

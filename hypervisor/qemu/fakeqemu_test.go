@@ -205,12 +205,30 @@ func TestAddDiskRefused(t *testing.T) {
 	for range 2 { // nothing is kept of the first
 		require.ErrorContains(t, v.AddDisk(context.Background(), disk), "no such bus")
 	}
-	log, _ := v.log.text()
-	require.Equal(t, 2, strings.Count(log, "command blockdev-del"), log)
+	awaitLog(t, v, "command blockdev-del", 2)
 	require.ErrorIs(t, v.RemoveDisk(context.Background(), disk.ID), errdefs.ErrNotFound)
 	require.ErrorContains(t, v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"}), "no such bus")
-	log, _ = v.log.text()
-	require.Contains(t, log, "command chardev-remove chr-folder-a")
+	awaitLog(t, v, "command chardev-remove chr-folder-a", 1)
+}
+
+// awaitLog waits until the VMM's log, which is read while the VMM goes on, has a text as often as given, and no more often.
+func awaitLog(t *testing.T, v *vm, text string, times int) {
+	t.Helper()
+	timeout := time.After(30 * time.Second)
+	for {
+		log, changed := v.log.text()
+		if strings.Count(log, text) >= times {
+			require.Equal(t, times, strings.Count(log, text), log)
+			return
+		}
+		select {
+		case <-changed:
+		case <-v.Done():
+			require.FailNow(t, "the VMM ended", log)
+		case <-timeout:
+			require.FailNow(t, "the VMM's log has not "+text, log)
+		}
+	}
 }
 
 func TestAddSharedFolderToConfidentialVM(t *testing.T) {
@@ -220,10 +238,12 @@ func TestAddSharedFolderToConfidentialVM(t *testing.T) {
 	err := v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"})
 	require.ErrorIs(t, err, errdefs.ErrPermissionDenied)
 	require.ErrorContains(t, err, "this VM is confidential")
-	log, _ := v.log.text()
-	require.NotContains(t, log, "chardev-add")
 	// Disks are no folders.
 	require.NoError(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)))
+	// What came before the disk is in the log by then.
+	awaitLog(t, v, "command device_add", 1)
+	log, _ := v.log.text()
+	require.NotContains(t, log, "chardev-add")
 }
 
 func TestAddDiskCancelled(t *testing.T) {
@@ -240,9 +260,7 @@ func TestAddDiskWhileQEMUEnds(t *testing.T) {
 	v := startGuest(t, d, doc)
 	errs := make(chan error, 1)
 	go func() { errs <- v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)) }()
-	for log, changed := v.log.text(); !strings.Contains(log, "device_add"); log, changed = v.log.text() {
-		<-changed
-	}
+	awaitLog(t, v, "device_add", 1)
 	require.ErrorIs(t, v.RemoveDisk(context.Background(), "layer-1"), errdefs.ErrUnavailable)
 	v.Kill()
 	require.ErrorIs(t, <-errs, errdefs.ErrFailedPrecondition)

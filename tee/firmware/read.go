@@ -18,16 +18,34 @@ import (
 // errdefs.ErrInvalidArgument: it is none, or longer. os.ErrNotExist as usual.
 func ReadFile(path string, max int64) (content []byte, digest string, err error) {
 	var b bytes.Buffer
-	sum, err := digestFile(path, max, &b)
+	sum, err := digestFile(path, max, &b, nil)
 	return b.Bytes(), sum, err
+}
+
+// ReadKeyFile is ReadFile for a file with a secret key. A file that is open to all users, for whatever, is refused with
+// errdefs.ErrInvalidArgument; the file that is looked at is the one that is read. Errors never have a part of the content.
+func ReadKeyFile(path string, max int64) ([]byte, error) {
+	var b bytes.Buffer
+	_, err := digestFile(path, max, &b, func(mode os.FileMode) error {
+		if mode.Perm()&0o007 == 0 {
+			return nil
+		}
+		return fmt.Errorf("the key %s is open to all users (mode %04o); chmod 600 it, and take another key if somebody else had access: %w",
+			path, mode.Perm(), errdefs.ErrInvalidArgument)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
 }
 
 // DigestFile is ReadFile without the content, for large files.
 func DigestFile(path string, max int64) (digest string, err error) {
-	return digestFile(path, max, io.Discard)
+	return digestFile(path, max, io.Discard, nil)
 }
 
-func digestFile(path string, max int64, to io.Writer) (string, error) {
+// digestFile has accept, unless it is nil, look at the open file before anything is read.
+func digestFile(path string, max int64, to io.Writer, accept func(os.FileMode) error) (string, error) {
 	// A fifo would block the open, a device may give bytes for ever.
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -43,6 +61,11 @@ func digestFile(path string, max int64, to io.Writer) (string, error) {
 		return "", fmt.Errorf("%s is no regular file: %w", path, errdefs.ErrInvalidArgument)
 	case fi.Size() > max:
 		return "", fmt.Errorf("%s has %d bytes, more than the %d that are accepted: %w", path, fi.Size(), max, errdefs.ErrInvalidArgument)
+	}
+	if accept != nil {
+		if err := accept(fi.Mode()); err != nil {
+			return "", err
+		}
 	}
 	h := sha256.New()
 	n, err := io.Copy(io.MultiWriter(h, to), io.LimitReader(f, max+1))

@@ -201,12 +201,23 @@ func (h Host) CanConnect(path string) error {
 	return nil
 }
 
+func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) }
+
 func openError(path string, err error) error {
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ENOTDIR):
-		return fmt.Errorf("%s is not there: %w", path, errdefs.ErrNotFound)
+	case absent(err):
+		return kindError{path + " is not there", errdefs.ErrNotFound}
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("this user must not open %s: %w", path, errdefs.ErrPermissionDenied)
+		return kindError{"this user must not open " + path, errdefs.ErrPermissionDenied}
 	}
 	return fmt.Errorf("%w (%w)", err, errdefs.ErrUnavailable)
 }
+
+// kindError is an error of a kind whose own text says already what the kind's would repeat.
+type kindError struct {
+	text string
+	kind error
+}
+
+func (e kindError) Error() string { return e.text }
+func (e kindError) Unwrap() error { return e.kind }

@@ -193,11 +193,13 @@ func TestCanOpen(t *testing.T) {
 	h := tree(t, map[string]string{"dev/sev": "", "dev/folder/x": ""})
 	require.NoError(t, h.CanOpen("/dev/sev"))
 	require.ErrorIs(t, h.CanOpen("/dev/none"), errdefs.ErrNotFound)
+	require.EqualError(t, h.CanOpen("/dev/none"), "/dev/none is not there")
 	require.ErrorIs(t, h.CanOpen("/dev/sev/none"), errdefs.ErrNotFound)
 	require.ErrorIs(t, h.CanOpen("/dev/folder"), errdefs.ErrUnavailable)
 	if os.Getuid() != 0 {
 		require.NoError(t, os.Chmod(filepath.Join(h.Root, "dev/sev"), 0))
 		require.ErrorIs(t, h.CanOpen("/dev/sev"), errdefs.ErrPermissionDenied)
+		require.EqualError(t, h.CanOpen("/dev/sev"), "this user must not open /dev/sev")
 	}
 }
 

@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"os"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -37,16 +36,9 @@ const (
 // LoadKey reads an ECDSA P-384 private key from a PEM file, PKCS#8 ("PRIVATE KEY") or SEC 1 ("EC PRIVATE KEY"). The file
 // must not be open to all users. errdefs.ErrInvalidArgument: it is no such file. Errors never have a part of the content.
 func LoadKey(path string) (*ecdsa.PrivateKey, error) {
-	raw, _, err := firmware.ReadFile(path, maxKeyFile)
+	raw, err := firmware.ReadKeyFile(path, maxKeyFile)
 	if err != nil {
 		return nil, err
-	}
-	fi, err := os.Stat(path)
-	switch {
-	case err != nil:
-		return nil, err
-	case fi.Mode().Perm()&0o007 != 0:
-		return nil, fmt.Errorf("the key %s is open to all users (mode %04o); chmod 600 it, and take another key if somebody else had access: %w", path, fi.Mode().Perm(), errdefs.ErrInvalidArgument)
 	}
 	key, err := parseKey(raw)
 	if err != nil {

@@ -105,7 +105,7 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 		"no guest_memfd": {func(h *fakeHost) { delete(h.extensions, hostprobe.CapGuestMemfd) }, "KVM_CAP_GUEST_MEMFD", "answers 0", tee.Missing},
 		"no bus cycles":  {func(h *fakeHost) { delete(h.extensions, hostprobe.CapX86APICBusCyclesNS) }, "KVM_CAP_X86_APIC_BUS_CYCLES_NS", "answers 0", tee.Missing},
 		"no quotes":      {func(h *fakeHost) { h.config.QuoteSocket = "" }, "Quote Generation Service", "cannot be attested", tee.Note},
-		"QGS down":       {func(h *fakeHost) { h.config.QuoteSocket = "unix:/none/qgs" }, "Quote Generation Service", "/none/qgs is not there: not found: guests start but cannot be attested", tee.Note},
+		"QGS down":       {func(h *fakeHost) { h.config.QuoteSocket = "unix:/none/qgs" }, "Quote Generation Service", "/none/qgs is not there: guests start but cannot be attested", tee.Note},
 		"QGS by vsock":   {func(h *fakeHost) { h.config.QuoteSocket = "vsock:2:4050" }, "Quote Generation Service", "CID 2 port 4050", tee.Note},
 		"no QEMU":        {func(h *fakeHost) { h.host.VMMTypes = nil }, "QEMU with tdx-guest", "no QEMU was found", tee.Missing},
 		"old QEMU":       {func(h *fakeHost) { h.host.VMMTypes = []string{"sev-snp-guest"} }, "QEMU with tdx-guest", "no object type", tee.Missing},
