@@ -148,7 +148,7 @@ func (p *probe) readDisk(ctx context.Context, at, bytes int) (float64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return mibPerSecond(bytes, time.Duration(nanos)), nil
+	return mibPerSecond(bytes/2, time.Duration(nanos)), nil
 }
 
 // readNumber reads the answer of 8 bytes, which errors do not have.
