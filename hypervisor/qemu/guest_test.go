@@ -3,12 +3,10 @@
 package qemu
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -22,6 +20,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/pvh"
+	"github.com/cloister-project/cloister/internal/guesttest"
 )
 
 func TestMain(m *testing.M) {
@@ -94,25 +93,11 @@ func testInitrdFor(t testing.TB, arch hypervisor.Architecture, modules ...string
 	if _, err := os.Stat(path); err == nil {
 		return path
 	}
-	binary := filepath.Join(t.TempDir(), "init")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, "./testdata/init")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+string(arch))
-	out, err := build.CombinedOutput()
-	require.NoError(t, err, string(out))
-	init, err := os.ReadFile(binary)
-	require.NoError(t, err)
-
-	var buf bytes.Buffer
-	w := cpio.Newc.Writer(&buf)
-	require.NoError(t, w.WriteRecord(cpio.Directory("dev", 0o755)))
-	require.NoError(t, w.WriteRecord(cpio.CharDev("dev/console", 0o600, 5, 1)))
-	require.NoError(t, w.WriteRecord(cpio.StaticFile("init", string(init), 0o755)))
-	require.NoError(t, w.WriteRecord(cpio.Directory("modules", 0o755)))
+	more := []cpio.Record{cpio.Directory("modules", 0o755)}
 	for i, m := range modules {
-		require.NoError(t, w.WriteRecord(cpio.StaticFile(fmt.Sprintf("modules/%02d-%s.ko", i, m), string(testModule(t, arch, m)), 0o644)))
+		more = append(more, cpio.StaticFile(fmt.Sprintf("modules/%02d-%s.ko", i, m), string(testModule(t, arch, m)), 0o644))
 	}
-	require.NoError(t, cpio.WriteTrailer(w))
-	require.NoError(t, os.WriteFile(path, buf.Bytes(), 0o600))
+	require.NoError(t, os.Rename(guesttest.Initrd(t, string(arch), "./testdata/init", more...), path))
 	return path
 }
 

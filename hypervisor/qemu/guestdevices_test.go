@@ -95,6 +95,9 @@ func TestGuestDevices(t *testing.T) {
 			require.Equal(t, "VSOCK hello.", strings.TrimSpace(waitConsole(t, v, "VSOCK ")))
 			require.Equal(t, "I am "+string(tc.arch), <-heard)
 
+			if tc.confidential && tc.arch == hypervisor.ArchAMD64 {
+				requireNoRoom(ctx, t, v)
+			}
 			waitConsole(t, v, expectedDisks(disks[:2]))
 			require.NoError(t, v.AddDisk(ctx, disks[2]))
 			waitConsole(t, v, expectedDisks(disks))
@@ -103,6 +106,25 @@ func TestGuestDevices(t *testing.T) {
 			requireClosed(t, v, disks[0].Path)
 		})
 	}
+}
+
+// requireNoRoom asks QEMU for what a confidential VM must not get while it runs. The machine was made without room for it.
+func requireNoRoom(ctx context.Context, t *testing.T, v *vm) {
+	t.Helper()
+	require.NoError(t, v.qmp.Execute(ctx, "object-add", map[string]any{"qom-type": "memory-backend-memfd", "id": "more", "size": 128 << 20}, nil))
+	for _, device := range []map[string]any{
+		{"driver": "pc-dimm", "id": "x", "memdev": "more"},
+		{"driver": "max-x86_64-cpu", "id": "x", "socket-id": 0, "core-id": 1, "thread-id": 0},
+		{"driver": "virtio-mem-pci", "id": "x", "memdev": "more"},
+		{"driver": "virtio-pmem-pci", "id": "x", "memdev": "more"},
+		{"driver": "virtio-balloon-pci", "id": "x"},
+		{"driver": "virtio-rng-pci", "id": "x"},
+	} {
+		err := v.qmp.Execute(ctx, "device_add", device, nil)
+		require.Error(t, err, device["driver"])
+		t.Logf("%s: %v", device["driver"], err)
+	}
+	require.NoError(t, v.qmp.Execute(ctx, "object-del", map[string]any{"id": "more"}, nil))
 }
 
 // TestS390XGuestEnds: the ways in which a guest ends are told apart on the other machine too.

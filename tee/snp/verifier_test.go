@@ -3,7 +3,6 @@
 package snp
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net"
@@ -20,11 +19,11 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"github.com/u-root/u-root/pkg/cpio"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/internal/guesttest"
 	"github.com/cloister-project/cloister/tee/firmware"
 )
 
@@ -64,21 +63,7 @@ func guestFiles(t *testing.T) bootFiles {
 		return bootFiles{filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "initrd.img"), guestCommands}
 	}
 	kernel := testFile(t, "CLOISTER_TEST_KERNEL")
-	binary, initrd := filepath.Join(t.TempDir(), "init"), filepath.Join(t.TempDir(), "initrd.img")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, "./testdata/init")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	out, err := build.CombinedOutput()
-	require.NoError(t, err, string(out))
-	init, err := os.ReadFile(binary)
-	require.NoError(t, err)
-	var b bytes.Buffer
-	w := cpio.Newc.Writer(&b)
-	require.NoError(t, w.WriteRecord(cpio.Directory("dev", 0o755)))
-	require.NoError(t, w.WriteRecord(cpio.CharDev("dev/console", 0o600, 5, 1)))
-	require.NoError(t, w.WriteRecord(cpio.StaticFile("init", string(init), 0o755)))
-	require.NoError(t, cpio.WriteTrailer(w))
-	require.NoError(t, os.WriteFile(initrd, b.Bytes(), 0o600))
-	return bootFiles{kernel, initrd, guestCommands}
+	return bootFiles{kernel, guesttest.Initrd(t, "amd64", "./testdata/init"), guestCommands}
 }
 
 // flipped is a copy of a file with one bit of its middle byte changed.

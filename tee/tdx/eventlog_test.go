@@ -17,9 +17,9 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
-	"github.com/u-root/u-root/pkg/cpio"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloister-project/cloister/internal/guesttest"
 	"github.com/cloister-project/cloister/tee/firmware"
 	"github.com/cloister-project/cloister/tee/snp"
 )
@@ -76,26 +76,6 @@ func parseLog(t *testing.T, b []byte) (out []tcgEvent) {
 	return out
 }
 
-func eventLogInitrd(t *testing.T) string {
-	t.Helper()
-	binary := filepath.Join(t.TempDir(), "init")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, "./testdata/eventlog")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
-	out, err := build.CombinedOutput()
-	require.NoError(t, err, string(out))
-	init, err := os.ReadFile(binary)
-	require.NoError(t, err)
-	var buf bytes.Buffer
-	w := cpio.Newc.Writer(&buf)
-	for _, r := range []cpio.Record{cpio.Directory("dev", 0o755), cpio.CharDev("dev/console", 0o600, 5, 1), cpio.StaticFile("init", string(init), 0o755)} {
-		require.NoError(t, w.WriteRecord(r))
-	}
-	require.NoError(t, cpio.WriteTrailer(w))
-	path := filepath.Join(t.TempDir(), "initrd")
-	require.NoError(t, os.WriteFile(path, buf.Bytes(), 0o644))
-	return path
-}
-
 // startTPM runs a software TPM and gives the other end of its control channel.
 func startTPM(t *testing.T, ctx context.Context, swtpm string) *os.File {
 	t.Helper()
@@ -120,7 +100,7 @@ func startTPM(t *testing.T, ctx context.Context, swtpm string) *os.File {
 	return ours
 }
 
-// measuredBoot is a machine with a software TPM that boots the kernel to eventLogInitrd.
+// measuredBoot is a machine with a software TPM that boots the kernel to testdata/eventlog.
 type measuredBoot struct {
 	qemu, swtpm, firmware, kernel, initrd string
 	parameters                            string
@@ -166,7 +146,7 @@ func TestFirmwareMeasuresWhatIsPredicted(t *testing.T) {
 	if m.swtpm, err = exec.LookPath(m.swtpm); err != nil {
 		t.Skipf("no software TPM: %v", err)
 	}
-	m.initrd = eventLogInitrd(t)
+	m.initrd = guesttest.Initrd(t, "amd64", "./testdata/eventlog")
 	kernel, err := os.ReadFile(m.kernel)
 	require.NoError(t, err)
 	initrd, err := os.ReadFile(m.initrd)

@@ -113,9 +113,17 @@ func (p *Platform) firmware() (*image, error) {
 	if len(p.cfg.Digests) == 0 {
 		what = "cannot be accepted, the list of accepted firmware is empty"
 	}
-	return fw, fmt.Errorf("the firmware %s has the SHA-256 digest %s and %s: if you trust that image with your guests, add its digest to "+
-		"tee.tdx.firmware_digests; else %s: %w", path, fw.digest, what, fixFirmware, errdefs.ErrPermissionDenied)
+	return fw, firmwareError(fmt.Sprintf("the firmware %s has the SHA-256 digest %s and %s: if you trust that image with your guests, add its digest to "+
+		"tee.tdx.firmware_digests; else %s", path, fw.digest, what, fixFirmware))
 }
+
+// firmwareError is errdefs.ErrInvalidArgument.
+type firmwareError string
+
+func (e firmwareError) Error() string { return string(e) }
+
+// Is makes it an errdefs.ErrInvalidArgument.
+func (firmwareError) Is(target error) bool { return target == errdefs.ErrInvalidArgument }
 
 // readImage reads an image that a TD can start with, accepted or not.
 func readImage(path string) (*image, error) {

@@ -18,9 +18,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"github.com/u-root/u-root/pkg/cpio"
 
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/internal/guesttest"
 	"github.com/cloister-project/cloister/tee/se/hostkey"
 )
 
@@ -43,26 +43,6 @@ func requireVariables(t *testing.T, names ...string) []string {
 		values = append(values, os.Getenv(n))
 	}
 	return values
-}
-
-func testInitrd(t *testing.T, dir string) string {
-	t.Helper()
-	binary := filepath.Join(dir, "init")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, "./testdata/init")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=s390x")
-	out, err := build.CombinedOutput()
-	require.NoError(t, err, string(out))
-	init, err := os.ReadFile(binary)
-	require.NoError(t, err)
-	var buf bytes.Buffer
-	w := cpio.Newc.Writer(&buf)
-	require.NoError(t, w.WriteRecord(cpio.Directory("dev", 0o755)))
-	require.NoError(t, w.WriteRecord(cpio.CharDev("dev/console", 0o600, 5, 1)))
-	require.NoError(t, w.WriteRecord(cpio.StaticFile("init", string(init), 0o755)))
-	require.NoError(t, cpio.WriteTrailer(w))
-	path := filepath.Join(dir, "initrd")
-	require.NoError(t, os.WriteFile(path, buf.Bytes(), 0o600))
-	return path
 }
 
 // boot starts an emulated machine with a file as its kernel and returns the console's first line that contains want. then
@@ -112,7 +92,7 @@ func TestRealBoot(t *testing.T) {
 	require.NoError(t, err)
 	other, err := hostkey.NewKey(rand.Reader)
 	require.NoError(t, err)
-	src, err := ReadSources(kernel, testInitrd(t, dir), stubs)
+	src, err := ReadSources(kernel, guesttest.Initrd(t, "s390x", "./testdata/init"), stubs)
 	require.NoError(t, err)
 	img, err := Build(context.Background(), BuildConfig{
 		Sources: src, Parameters: "console=ttyS0 panic=-1 quiet secret=hunter2", Initdata: []byte(testDocument),
