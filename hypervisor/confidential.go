@@ -14,14 +14,6 @@ type Confidential struct {
 	SecureExecution bool `json:"secure_execution,omitempty"`
 }
 
-// Sizes of the fields below, in bytes.
-const (
-	SNPHostDataSize = 32
-	SNPIDBlockSize  = 96
-	SNPIDAuthSize   = 4096
-	TDXDigestSize   = 48
-)
-
 // SNP is an AMD SEV-SNP launch: SEV Secure Nested Paging Firmware ABI Specification (AMD 56860), SNP_LAUNCH_START and
 // SNP_LAUNCH_FINISH. Byte fields are nil where they are not given; their sizes are exact.
 type SNP struct {

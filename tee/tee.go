@@ -10,51 +10,23 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
-// Name is a platform's name: in the configuration (tee.platform), on the guest's kernel command line (wire.ParamTEE), on
-// command lines of tools and in reports.
-type Name string
+// Name is a platform's name.
+type Name = abi.Platform
 
-// Platforms.
+// Platforms, as package abi has them.
 const (
-	// None is an ordinary VM. Nothing of it is hidden from the host.
-	None Name = "none"
-	// Sample has all rules of a confidential VM and no hardware behind them: for tests and for learning.
-	Sample Name = "sample"
-	// SNP is AMD SEV-SNP.
-	SNP Name = "snp"
-	// TDX is Intel TDX.
-	TDX Name = "tdx"
-	// SE is IBM Secure Execution for Linux, on s390x.
-	SE Name = "se"
+	None   = abi.None
+	Sample = abi.Sample
+	SNP    = abi.SNP
+	TDX    = abi.TDX
+	SE     = abi.SE
 )
 
-// Names lists all platforms.
-func Names() []Name { return []Name{None, Sample, SNP, TDX, SE} }
-
-// Confidential tells whether the rules of a confidential VM hold.
-func (n Name) Confidential() bool { return n != None && n != "" }
-
-// Protected tells whether hardware keeps the host out of the VM.
-func (n Name) Protected() bool { return n == SNP || n == TDX || n == SE }
-
-// Describe says in a line for people what the platform protects; it stands in a pod's status, in logs and in tools.
-func (n Name) Describe() string {
-	switch n {
-	case None:
-		return "none (the host can read this VM's memory)"
-	case Sample:
-		return "sample (NO PROTECTION: the rules of a confidential VM without its hardware; the host can read this VM's memory)"
-	case SNP:
-		return "snp (AMD SEV-SNP)"
-	case TDX:
-		return "tdx (Intel TDX)"
-	case SE:
-		return "se (IBM Secure Execution)"
-	}
-	return fmt.Sprintf("%q (unknown)", string(n))
-}
+// Names returns all platforms.
+func Names() []Name { return abi.Platforms() }
 
 // Host is what a caller of Probe found out about the node already.
 type Host struct {

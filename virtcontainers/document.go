@@ -85,7 +85,7 @@ func kernelParameters(cfg *configs.Config, name tee.Name, host hostFacts) []stri
 		}
 	}
 	if cfg.Log.DebugConsole {
-		params = append(params, "loglevel=7", paramDebug)
+		params = append(params, "loglevel=7", wire.ParamDebug)
 	}
 	return append(params, cfg.Hypervisor.KernelParams...)
 }

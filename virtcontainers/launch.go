@@ -45,9 +45,6 @@ func newLaunch(cfg PodConfig) (*launch, error) {
 	return l, nil
 }
 
-// paramDebug makes the agent tell more on the console (log.debug_console).
-const paramDebug = "cloister.debug"
-
 // refuseLaunch tells what of a configuration would weaken a confidential VM, or hide that there is none.
 func refuseLaunch(cfg *configs.Config, name tee.Name) []string {
 	var reasons []string
@@ -57,7 +54,7 @@ func refuseLaunch(cfg *configs.Config, name tee.Name) []string {
 		if strings.Contains(p, wire.ParamTEE) || strings.Contains(p, wire.ParamInitdata) {
 			add("hypervisor.kernel_params has %q: the launch alone says this to the guest; remove it", p)
 		}
-		if key, _, _ := strings.Cut(p, "="); key == paramDebug && name.Confidential() {
+		if key, _, _ := strings.Cut(p, "="); key == wire.ParamDebug && name.Confidential() {
 			add("hypervisor.kernel_params has %q with tee.platform = %q: the guest would show the host what it does, and its agent "+
 				"refuses to; remove it", p, name)
 		}

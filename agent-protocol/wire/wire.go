@@ -24,9 +24,16 @@ const (
 // hex where no register of the hardware holds it: in a Secure Execution image, sealed, and on the sample platform. The
 // disk with InitdataSerial carries the document itself.
 const (
-	ParamTEE       = "cloister.tee"
-	ParamInitdata  = "cloister.initdata"
+	ParamTEE       = ParamPrefix + "tee"
+	ParamInitdata  = ParamPrefix + "initdata"
 	InitdataSerial = "initdata"
+)
+
+// ParamPrefix begins the names of all kernel parameters that speak to the agent. ParamDebug makes the agent tell more on
+// the console, which the host reads (log.debug_console): the agent of a confidential guest refuses it.
+const (
+	ParamPrefix = "cloister."
+	ParamDebug  = ParamPrefix + "debug"
 )
 
 // Vsock ports.

@@ -141,7 +141,7 @@ func (s *System) loadLater(ctx context.Context, initramfs *os.Root, list []liste
 func (s *System) loadPlatform(initramfs *os.Root, list []listed) error {
 	// A driver that does not find its device means that this is not the platform's hardware: the check of the launch says
 	// so better, and refuses to go on.
-	if err := loadModules(initramfs, list, s.launch.Platform, s.mark); err != nil && !errors.Is(err, unix.ENODEV) {
+	if err := loadModules(initramfs, list, string(s.launch.Platform), s.mark); err != nil && !errors.Is(err, unix.ENODEV) {
 		return err
 	}
 	const configfs = "/sys/kernel/config"

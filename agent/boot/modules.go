@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // The image's list of modules: one line a module, "PHASE FILE [PARAMETERS]", in load order. tools/guest writes it.
@@ -26,7 +28,7 @@ const (
 
 // phases are all phases. Those behind the first two have the names of platforms: their modules are loaded in guests that
 // are launched on it, after the later ones.
-var phases = []string{phaseEarly, phaseLater, "snp", "tdx", "se"}
+var phases = []string{phaseEarly, phaseLater, string(abi.SNP), string(abi.TDX), string(abi.SE)}
 
 // listed is a line of the list.
 type listed struct{ phase, file, params string }

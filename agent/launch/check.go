@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/initdata"
 	"github.com/cloister-project/cloister/tee/report"
 )
@@ -21,7 +22,7 @@ import (
 // Guest is what Check looks at.
 type Guest struct {
 	// ReadHardware asks the hardware of a platform what it launched (report.Hardware.Read). It is not called for sample.
-	ReadHardware func(platform string) (*report.Launch, error)
+	ReadHardware func(platform abi.Platform) (*report.Launch, error)
 	// OpenDisk waits for the disk with the serial number until ctx ends, and opens it for reading.
 	OpenDisk func(ctx context.Context, serial string) (io.ReadCloser, error)
 	// HasDisk tells whether there is one now.
@@ -38,7 +39,7 @@ func (l Launch) Check(ctx context.Context, g Guest) (*initdata.Document, error) 
 		return nil, nil
 	}
 	bound := l.bound
-	if l.Platform != sample {
+	if l.Platform != abi.Sample {
 		launched, err := g.ReadHardware(l.Platform)
 		if err != nil {
 			return nil, fmt.Errorf("this guest was made for platform %s: %w", l.Platform, err)
@@ -47,7 +48,7 @@ func (l Launch) Check(ctx context.Context, g Guest) (*initdata.Document, error) 
 			// Configuration allows it (tee.allow_debug), and a verifier sees it in the evidence.
 			log.G(ctx).Warn("this guest is launched for debugging: NO PROTECTION, the host can read its memory")
 		}
-		if l.Platform != se {
+		if l.Platform != abi.SE {
 			if bound = launched.Bound; len(bound) == 0 {
 				return nil, fmt.Errorf("the hardware's report of platform %s binds nothing: %w", l.Platform, errdefs.ErrFailedPrecondition)
 			}

@@ -6,35 +6,21 @@ import (
 	"bytes"
 	"encoding/hex"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
-	"github.com/cloister-project/cloister/tee/initdata"
+	"github.com/cloister-project/cloister/tee/abi"
 )
-
-// Platforms, as package tee names them.
-const (
-	sample = "sample"
-	snp    = "snp"
-	tdx    = "tdx"
-	se     = "se"
-)
-
-var platforms = []string{sample, snp, tdx, se}
-
-// debugParameter makes the agent tell more (log.debug_console).
-const debugParameter = "cloister.debug"
 
 // Launch is what the kernel's command line says.
 type Launch struct {
-	// Platform as package tee names it; empty for an ordinary VM.
-	Platform string
+	// Platform that the guest was made for; empty for an ordinary VM.
+	Platform abi.Platform
 	// Debug asks the agent to tell more on the console.
 	Debug bool
-	// bound is the value of wire.ParamInitdata, initdata.BoundSize bytes; nil: there is none.
+	// bound is the value of wire.ParamInitdata, abi.BindingSize bytes; nil: there is none.
 	bound []byte
 }
 
@@ -55,7 +41,7 @@ func Parse(cmdline string) (Launch, error) {
 				return l, invalid("%s is there twice", name)
 			}
 			seen[name] = true
-		case debugParameter:
+		case wire.ParamDebug:
 			l.Debug = true
 		default:
 			// A slip of the pen, or quotes, must not make an ordinary VM of a confidential one.
@@ -65,14 +51,16 @@ func Parse(cmdline string) (Launch, error) {
 		}
 		switch name {
 		case wire.ParamTEE:
-			if !slices.Contains(platforms, value) {
-				return l, invalid("%s=%.40q: known are %s", name, value, strings.Join(platforms, ", "))
+			// An ordinary VM has no such parameter: none is not a platform here.
+			platform, known := abi.ParsePlatform(value)
+			if !known || !platform.Confidential() {
+				return l, invalid("%s=%.40q: known are %s", name, value, strings.TrimPrefix(abi.KnownPlatforms(), string(abi.None)+", "))
 			}
-			l.Platform = value
+			l.Platform = platform
 		case wire.ParamInitdata:
 			bound, err := hex.DecodeString(value)
-			if err != nil || len(bound) != initdata.BoundSize {
-				return l, invalid("%s=%.140q is not %d bytes in hex", name, value, initdata.BoundSize)
+			if err != nil || len(bound) != abi.BindingSize {
+				return l, invalid("%s=%.140q is not %d bytes in hex", name, value, abi.BindingSize)
 			}
 			if len(bytes.Trim(bound, "\x00")) == 0 {
 				return l, invalid("%s is zero: leave it out where no initdata is bound", name)
@@ -81,10 +69,10 @@ func Parse(cmdline string) (Launch, error) {
 		}
 	}
 	switch {
-	case l.bound != nil && l.Platform != sample && l.Platform != se:
+	case l.bound != nil && l.Platform != abi.Sample && l.Platform != abi.SE:
 		return l, invalid("%s is not for platform %q, whose hardware binds initdata", wire.ParamInitdata, l.Platform)
 	case l.Debug && l.Confidential():
-		return l, invalid("%s shows the host what the guest does; it is not for a confidential guest", debugParameter)
+		return l, invalid("%s shows the host what the guest does; it is not for a confidential guest", wire.ParamDebug)
 	}
 	return l, nil
 }

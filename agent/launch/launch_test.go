@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/initdata"
 	"github.com/cloister-project/cloister/tee/report"
 )
@@ -30,8 +31,9 @@ func digest(t *testing.T, text string, size int) []byte {
 func TestParse(t *testing.T) {
 	hexed := hex.EncodeToString(digest(t, document, 64))
 	for name, tc := range map[string]struct {
-		cmdline, platform string
-		bound             bool
+		cmdline  string
+		platform abi.Platform
+		bound    bool
 	}{
 		"ordinary":         {"console=ttyS0 quiet panic=-1\n", "", false},
 		"ordinary, debug":  {"cloister.debug", "", false},
@@ -75,14 +77,14 @@ func TestParse(t *testing.T) {
 
 // guest is a machine made up for a test.
 type guest struct {
-	platform string
+	platform abi.Platform
 	bound    []byte
 	disk     []byte // nil: there is none
 }
 
 func (g guest) looks() Guest {
 	return Guest{
-		ReadHardware: func(platform string) (*report.Launch, error) {
+		ReadHardware: func(platform abi.Platform) (*report.Launch, error) {
 			if platform != g.platform {
 				return nil, errors.New("other hardware")
 			}
@@ -117,24 +119,24 @@ func TestCheck(t *testing.T) {
 	}{
 		"ordinary VM looks at nothing":       {cmdline: "quiet"},
 		"ordinary VM with a disk":            {cmdline: "quiet", guest: guest{disk: disk(t, document)}},
-		"snp without initdata":               {cmdline: "cloister.tee=snp", guest: guest{platform: snp, bound: make([]byte, 32)}},
-		"snp with initdata":                  {cmdline: "cloister.tee=snp", guest: guest{snp, digest(t, document, 32), disk(t, document)}, found: true},
-		"tdx with initdata":                  {cmdline: "cloister.tee=tdx", guest: guest{tdx, digest(t, document, 48), disk(t, document)}, found: true},
-		"se with initdata":                   {cmdline: "cloister.tee=se " + param, guest: guest{se, nil, disk(t, document)}, found: true},
-		"se without":                         {cmdline: "cloister.tee=se", guest: guest{platform: se}},
+		"snp without initdata":               {cmdline: "cloister.tee=snp", guest: guest{platform: abi.SNP, bound: make([]byte, 32)}},
+		"snp with initdata":                  {cmdline: "cloister.tee=snp", guest: guest{abi.SNP, digest(t, document, 32), disk(t, document)}, found: true},
+		"tdx with initdata":                  {cmdline: "cloister.tee=tdx", guest: guest{abi.TDX, digest(t, document, 48), disk(t, document)}, found: true},
+		"se with initdata":                   {cmdline: "cloister.tee=se " + param, guest: guest{abi.SE, nil, disk(t, document)}, found: true},
+		"se without":                         {cmdline: "cloister.tee=se", guest: guest{platform: abi.SE}},
 		"sample with initdata":               {cmdline: "cloister.tee=sample " + param, guest: guest{disk: disk(t, document)}, found: true},
 		"sample without":                     {cmdline: "cloister.tee=sample"},
-		"no such hardware":                   {cmdline: "cloister.tee=snp", guest: guest{platform: tdx}, says: "made for platform snp"},
-		"no report":                          {cmdline: "cloister.tee=snp", guest: guest{platform: snp}, says: "binds nothing"},
-		"bound, and the disk is missing":     {cmdline: "cloister.tee=snp", guest: guest{platform: snp, bound: digest(t, document, 32)}, says: "disk is missing"},
-		"bound to another":                   {cmdline: "cloister.tee=snp", guest: guest{snp, digest(t, document, 32), disk(t, other)}, says: "another document"},
-		"se: bound to another":               {cmdline: "cloister.tee=se " + param, guest: guest{se, nil, disk(t, other)}, says: "another document"},
-		"a disk that nobody bound":           {cmdline: "cloister.tee=snp", guest: guest{snp, make([]byte, 32), disk(t, document)}, says: "not bound to any"},
-		"se: a disk that nobody sealed":      {cmdline: "cloister.tee=se", guest: guest{se, nil, disk(t, document)}, says: "not bound to any"},
+		"no such hardware":                   {cmdline: "cloister.tee=snp", guest: guest{platform: abi.TDX}, says: "made for platform snp"},
+		"no report":                          {cmdline: "cloister.tee=snp", guest: guest{platform: abi.SNP}, says: "binds nothing"},
+		"bound, and the disk is missing":     {cmdline: "cloister.tee=snp", guest: guest{platform: abi.SNP, bound: digest(t, document, 32)}, says: "disk is missing"},
+		"bound to another":                   {cmdline: "cloister.tee=snp", guest: guest{abi.SNP, digest(t, document, 32), disk(t, other)}, says: "another document"},
+		"se: bound to another":               {cmdline: "cloister.tee=se " + param, guest: guest{abi.SE, nil, disk(t, other)}, says: "another document"},
+		"a disk that nobody bound":           {cmdline: "cloister.tee=snp", guest: guest{abi.SNP, make([]byte, 32), disk(t, document)}, says: "not bound to any"},
+		"se: a disk that nobody sealed":      {cmdline: "cloister.tee=se", guest: guest{abi.SE, nil, disk(t, document)}, says: "not bound to any"},
 		"sample: a disk that nobody bound":   {cmdline: "cloister.tee=sample", guest: guest{disk: disk(t, document)}, says: "not bound to any"},
 		"a disk with garbage":                {cmdline: "cloister.tee=sample " + param, guest: guest{disk: []byte("garbage, 16 bytes or more")}, says: "initdata disk"},
 		"a disk with another kind of text":   {cmdline: "cloister.tee=sample " + param, guest: guest{disk: disk(t, "x = ''\n")}, says: "initdata has"},
-		"snp: the report's field is at odds": {cmdline: "cloister.tee=snp", guest: guest{snp, append(make([]byte, 31), 1), disk(t, document)}, says: "another document"},
+		"snp: the report's field is at odds": {cmdline: "cloister.tee=snp", guest: guest{abi.SNP, append(make([]byte, 31), 1), disk(t, document)}, says: "another document"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			l, err := Parse(tc.cmdline)
@@ -159,7 +161,7 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, cmdline string) {
 		l, err := Parse(cmdline)
 		if err == nil && l.bound != nil {
-			require.Len(t, l.bound, initdata.BoundSize)
+			require.Len(t, l.bound, abi.BindingSize)
 			require.True(t, l.Confidential())
 		}
 	})

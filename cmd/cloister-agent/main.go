@@ -21,6 +21,7 @@ import (
 	"github.com/cloister-project/cloister/agent/server"
 	"github.com/cloister-project/cloister/agent/storage"
 	"github.com/cloister-project/cloister/internal/version"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/report"
 )
 
@@ -61,7 +62,7 @@ func run(ctx context.Context) error {
 		Transport: server.Vsock(),
 		StateDir:  stateDir,
 		Version:   version.Version,
-		Platform:  launched.Platform,
+		Platform:  string(launched.Platform),
 	}
 	if err := checkLaunch(ctx, system, &config, launched, launchErr); err != nil {
 		// On the console, where the shim finds it if it cannot be told otherwise.
@@ -76,7 +77,7 @@ func run(ctx context.Context) error {
 		return fmt.Errorf("set up storage: %w", err)
 	}
 	store.After(system.WaitModules)
-	store.Confidential(launched.Platform)
+	store.Confidential(string(launched.Platform))
 	config.Storage = store
 
 	s := server.New(config)
@@ -93,7 +94,7 @@ func checkLaunch(ctx context.Context, system *boot.System, config *server.Config
 	if parseErr != nil {
 		return parseErr
 	}
-	if l.Platform == "sample" {
+	if l.Platform == abi.Sample {
 		log.G(ctx).Warn("this guest is launched as \"sample\": NO PROTECTION, the host can read its memory")
 	}
 	if l.Confidential() {

@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // Files that the golden documents name; the tests with a real QEMU put others in their place.
@@ -143,7 +144,7 @@ func goldenCases() map[string]goldenCase {
 		withKernelVsock(d)
 		s := d.Confidential.SNP
 		s.Policy = 0x1f0000 &^ (1 << 19)
-		s.HostData, s.IDBlock, s.IDAuth = filled(hypervisor.SNPHostDataSize, 1), filled(hypervisor.SNPIDBlockSize, 2), filled(hypervisor.SNPIDAuthSize, 3)
+		s.HostData, s.IDBlock, s.IDAuth = filled(abi.SNPHostDataSize, 1), filled(abi.SNPIDBlockSize, 2), filled(abi.SNPIDAuthSize, 3)
 		binary.LittleEndian.PutUint64(s.IDBlock[idBlockPolicy:], s.Policy)
 		s.AuthorKey = true
 	})
@@ -151,7 +152,7 @@ func goldenCases() map[string]goldenCase {
 	add("tdx-unix", tdxDocument(), newestFeatures(), func(d *hypervisor.Document) {
 		withKernelVsock(d)
 		x := d.Confidential.TDX
-		x.MRConfigID, x.MROwner, x.MROwnerConfig = filled(hypervisor.TDXDigestSize, 4), filled(hypervisor.TDXDigestSize, 5), filled(hypervisor.TDXDigestSize, 6)
+		x.MRConfigID, x.MROwner, x.MROwnerConfig = filled(abi.TDXDigestSize, 4), filled(abi.TDXDigestSize, 5), filled(abi.TDXDigestSize, 6)
 		x.Attributes |= 1 << 63
 		x.QuoteSocket = &hypervisor.QuoteSocket{Path: "/var/run/tdx-qgs/qgs.socket"}
 	})

@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // Platforms by name, as package tee has them.
@@ -103,16 +104,16 @@ func (f *faults) snp(doc hypervisor.Document, s *hypervisor.SNP) {
 	if doc.Boot.Kernel != "" && !s.KernelHashes {
 		f.add("confidential.snp.kernel_hashes must be set: without it the host can change kernel, initrd and parameters unseen")
 	}
-	f.size("snp.host_data", s.HostData, hypervisor.SNPHostDataSize)
-	f.size("snp.id_block", s.IDBlock, hypervisor.SNPIDBlockSize)
-	f.size("snp.id_auth", s.IDAuth, hypervisor.SNPIDAuthSize)
+	f.size("snp.host_data", s.HostData, abi.SNPHostDataSize)
+	f.size("snp.id_block", s.IDBlock, abi.SNPIDBlockSize)
+	f.size("snp.id_auth", s.IDAuth, abi.SNPIDAuthSize)
 	if (s.IDBlock == nil) != (s.IDAuth == nil) {
 		f.add("confidential.snp.id_block and id_auth belong together")
 	}
 	if s.AuthorKey && s.IDAuth == nil {
 		f.add("confidential.snp.author_key needs id_block and id_auth")
 	}
-	if len(s.IDBlock) == hypervisor.SNPIDBlockSize {
+	if len(s.IDBlock) == abi.SNPIDBlockSize {
 		if p := binary.LittleEndian.Uint64(s.IDBlock[idBlockPolicy:]); p != s.Policy {
 			f.add("confidential.snp.id_block is for the policy %#x and the VM's is %#x: the firmware would refuse it", p, s.Policy)
 		}
@@ -130,9 +131,9 @@ func (f *faults) tdx(doc hypervisor.Document, t *hypervisor.TDX) {
 	if t.Attributes&tdxSEPTVEDisable == 0 {
 		f.add("confidential.tdx.attributes %#x: bit 28 (SEPT_VE_DISABLE) must be one", t.Attributes)
 	}
-	f.size("tdx.mrconfigid", t.MRConfigID, hypervisor.TDXDigestSize)
-	f.size("tdx.mrowner", t.MROwner, hypervisor.TDXDigestSize)
-	f.size("tdx.mrownerconfig", t.MROwnerConfig, hypervisor.TDXDigestSize)
+	f.size("tdx.mrconfigid", t.MRConfigID, abi.TDXDigestSize)
+	f.size("tdx.mrowner", t.MROwner, abi.TDXDigestSize)
+	f.size("tdx.mrownerconfig", t.MROwnerConfig, abi.TDXDigestSize)
 	q := t.QuoteSocket
 	switch {
 	case q == nil:

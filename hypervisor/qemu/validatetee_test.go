@@ -15,6 +15,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 func TestPlatformNames(t *testing.T) {
@@ -26,7 +27,7 @@ func TestValidateConfidential(t *testing.T) {
 	type document = hypervisor.Document
 	idBlock := func(d *document) {
 		s := d.Confidential.SNP
-		s.IDBlock, s.IDAuth = make([]byte, hypervisor.SNPIDBlockSize), make([]byte, hypervisor.SNPIDAuthSize)
+		s.IDBlock, s.IDAuth = make([]byte, abi.SNPIDBlockSize), make([]byte, abi.SNPIDAuthSize)
 		binary.LittleEndian.PutUint64(s.IDBlock[idBlockPolicy:], s.Policy)
 	}
 	for _, doc := range []document{confidentialDocument(), snpDocument(), tdxDocument(), s390xDocument(), seDocument()} {

@@ -172,9 +172,6 @@ func (d *Document) Digest() []byte {
 // String is the digest with its algorithm, "sha384:HEX".
 func (d *Document) String() string { return string(d.Algorithm) + ":" + hex.EncodeToString(d.Digest()) }
 
-// BoundSize is the size of a binding where no register gives one: on a kernel command line (wire.ParamInitdata).
-const BoundSize = 64
-
 // Bind fits a digest to a register of size bytes: a longer digest is cut, a shorter one padded with zero bytes.
 func Bind(digest []byte, size int) []byte {
 	out := make([]byte, size)

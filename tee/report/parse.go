@@ -7,6 +7,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // ATTESTATION_REPORT of SEV-SNP: AMD 56860, table "ATTESTATION_REPORT Structure". Offsets and sizes in bytes.
@@ -16,10 +18,6 @@ const (
 	snpPolicy     = 0x08 // u64
 	snpReportData = 0x50
 	snpHostData   = 0xc0
-	// HostDataSize is the size of HOST_DATA.
-	HostDataSize = 32
-
-	snpPolicyDebug = 1 << 19
 	// Versions 2 to 5 have the fields above at the same places.
 	snpOldest, snpNewest = 2, 5
 )
@@ -36,9 +34,9 @@ func parseSNP(raw []byte, nonce [NonceSize]byte) (*Launch, error) {
 		return nil, errNonce
 	}
 	return &Launch{
-		Platform: SNP,
-		Bound:    bytes.Clone(raw[snpHostData : snpHostData+HostDataSize]),
-		Debug:    binary.LittleEndian.Uint64(raw[snpPolicy:])&snpPolicyDebug != 0,
+		Platform: abi.SNP,
+		Bound:    bytes.Clone(raw[snpHostData : snpHostData+abi.SNPHostDataSize]),
+		Debug:    binary.LittleEndian.Uint64(raw[snpPolicy:])&abi.SNPPolicyDebug != 0,
 	}, nil
 }
 
@@ -51,11 +49,8 @@ const (
 	tdxInfo       = 512 // TDINFO_STRUCT: ATTRIBUTES (8), XFAM (8), MRTD (48), MRCONFIGID (48), …
 	tdxAttributes = tdxInfo
 	tdxMRConfigID = tdxInfo + 64
-	// MRConfigIDSize is the size of MRCONFIGID.
-	MRConfigIDSize = 48
 
-	tdxTypeTD         = 0x81
-	tdxAttributeDebug = 1
+	tdxTypeTD = 0x81
 )
 
 // parseTDX reads a TDREPORT as the TDX module gave it.
@@ -71,9 +66,9 @@ func parseTDX(raw []byte, nonce [NonceSize]byte) (*Launch, error) {
 		return nil, errNonce
 	}
 	return &Launch{
-		Platform: TDX,
-		Bound:    bytes.Clone(raw[tdxMRConfigID : tdxMRConfigID+MRConfigIDSize]),
-		Debug:    binary.LittleEndian.Uint64(raw[tdxAttributes:])&tdxAttributeDebug != 0,
+		Platform: abi.TDX,
+		Bound:    bytes.Clone(raw[tdxMRConfigID : tdxMRConfigID+abi.TDXDigestSize]),
+		Debug:    binary.LittleEndian.Uint64(raw[tdxAttributes:])&abi.TDXAttributeDebug != 0,
 	}, nil
 }
 

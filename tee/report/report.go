@@ -14,13 +14,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/google/go-configfs-tsm/configfs/configfsi"
 	"github.com/google/go-configfs-tsm/configfs/linuxtsm"
-)
 
-// Platforms as package tee names them; the agent does not import that package, which is the host's.
-const (
-	SNP = "snp"
-	TDX = "tdx"
-	SE  = "se"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // NonceSize is the size of the field that a report echoes, bytes, on SNP and on TDX.
@@ -28,7 +23,7 @@ const NonceSize = 64
 
 // Launch is what the hardware says of this guest's launch.
 type Launch struct {
-	Platform string
+	Platform abi.Platform
 	// Bound is the field that the host bound to the launch: 32 bytes (SNP, HOST_DATA), 48 bytes (TDX, MRCONFIGID), nil (SE).
 	Bound []byte
 	// Debug says that the launch allows the host to look into the guest (SNP policy bit 19, TDX attribute bit 0).
@@ -47,15 +42,15 @@ type Hardware struct {
 
 // Read asks the hardware for the launch on a platform. The error is errdefs.ErrFailedPrecondition if the hardware is not
 // that platform, or cannot be asked.
-func (h Hardware) Read(platform string) (*Launch, error) {
+func (h Hardware) Read(platform abi.Platform) (*Launch, error) {
 	var launch *Launch
 	var err error
 	switch platform {
-	case SNP:
+	case abi.SNP:
 		launch, err = h.readSNP()
-	case TDX:
+	case abi.TDX:
 		launch, err = h.readTDX()
-	case SE:
+	case abi.SE:
 		launch, err = h.readSE()
 	default:
 		return nil, fmt.Errorf("platform %.40q has no hardware to ask: %w", platform, errdefs.ErrInvalidArgument)
@@ -138,5 +133,5 @@ func (h Hardware) readSE() (*Launch, error) {
 	if s := strings.TrimSpace(string(text)); s != "1" {
 		return nil, fmt.Errorf("%s is %.20q, not 1: the ultravisor does not protect this guest", protVirtGuest, s)
 	}
-	return &Launch{Platform: SE}, nil
+	return &Launch{Platform: abi.SE}, nil
 }

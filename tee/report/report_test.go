@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/google/go-configfs-tsm/configfs/configfsi"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // fakeTSM is configfs-tsm of a kernel with one entry at a time.
@@ -79,9 +81,9 @@ func TestSNP(t *testing.T) {
 		require.Empty(t, level)
 		return snpReport(in), nil
 	}}
-	launch, err := Hardware{TSM: tsm}.Read(SNP)
+	launch, err := Hardware{TSM: tsm}.Read(abi.SNP)
 	require.NoError(t, err)
-	require.Equal(t, SNP, launch.Platform)
+	require.Equal(t, abi.SNP, launch.Platform)
 	require.False(t, launch.Debug)
 	require.Equal(t, snpReport(nil)[0xc0:0xe0], launch.Bound)
 	require.False(t, tsm.open, "the entry is taken away")
@@ -93,7 +95,7 @@ func TestSNP(t *testing.T) {
 		raw[8+2] = 1 << 3 // bit 19 of the policy
 		return raw, nil
 	}
-	launch, err = Hardware{TSM: tsm}.Read(SNP)
+	launch, err = Hardware{TSM: tsm}.Read(abi.SNP)
 	require.NoError(t, err)
 	require.True(t, launch.Debug)
 }
@@ -116,7 +118,7 @@ func TestSNPRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tsm := &fakeTSM{provider: tc.provider, answer: tc.answer}
-			_, err := Hardware{TSM: tsm}.Read(SNP)
+			_, err := Hardware{TSM: tsm}.Read(abi.SNP)
 			require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 			require.ErrorContains(t, err, tc.says)
 			require.False(t, tsm.open, "the entry is taken away")
@@ -148,30 +150,30 @@ func TestTDX(t *testing.T) {
 		"another size": {func([]byte) []byte { return make([]byte, snpSize) }, "bytes", false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			launch, err := Hardware{TDReport: func(n [NonceSize]byte) ([]byte, error) { return tc.change(tdReport(n[:])), nil }}.Read(TDX)
+			launch, err := Hardware{TDReport: func(n [NonceSize]byte) ([]byte, error) { return tc.change(tdReport(n[:])), nil }}.Read(abi.TDX)
 			if tc.says != "" {
 				require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 				require.ErrorContains(t, err, tc.says)
 				return
 			}
 			require.NoError(t, err)
-			require.Equal(t, &Launch{Platform: TDX, Bound: tdReport(nil)[576:624], Debug: tc.debug}, launch)
+			require.Equal(t, &Launch{Platform: abi.TDX, Bound: tdReport(nil)[576:624], Debug: tc.debug}, launch)
 		})
 	}
 }
 
 func TestSE(t *testing.T) {
 	root := t.TempDir()
-	_, err := Hardware{Root: root}.Read(SE)
+	_, err := Hardware{Root: root}.Read(abi.SE)
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	file := filepath.Join(root, protVirtGuest)
 	require.NoError(t, os.MkdirAll(filepath.Dir(file), 0o755))
 	for text, says := range map[string]string{"1\n": "", "0\n": `"0"`, "": `""`, "1 1": "not 1"} {
 		require.NoError(t, os.WriteFile(file, []byte(text), 0o644))
-		launch, err := Hardware{Root: root}.Read(SE)
+		launch, err := Hardware{Root: root}.Read(abi.SE)
 		if says == "" {
 			require.NoError(t, err)
-			require.Equal(t, &Launch{Platform: SE}, launch)
+			require.Equal(t, &Launch{Platform: abi.SE}, launch)
 			continue
 		}
 		require.ErrorContains(t, err, says)
@@ -180,14 +182,14 @@ func TestSE(t *testing.T) {
 
 // TestNotHere: where this test runs nothing may pass for a platform by itself.
 func TestNotHere(t *testing.T) {
-	for _, name := range []string{SNP, TDX, SE} {
+	for _, name := range []abi.Platform{abi.SNP, abi.TDX, abi.SE} {
 		_, err := Hardware{Root: t.TempDir()}.Read(name)
-		if name == SNP && err == nil {
+		if name == abi.SNP && err == nil {
 			t.Skip("this is an SEV-SNP guest")
 		}
 		require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	}
-	for _, name := range []string{"", "sample", "none", "SNP", strings.Repeat("x", 100)} {
+	for _, name := range []abi.Platform{"", "sample", "none", "SNP", abi.Platform(strings.Repeat("x", 100))} {
 		_, err := Hardware{}.Read(name)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	}
@@ -200,11 +202,11 @@ func FuzzReports(f *testing.F) {
 	f.Add([]byte{0x81})
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if launch, err := parseSNP(raw, [NonceSize]byte{}); err == nil {
-			require.Len(t, launch.Bound, HostDataSize)
+			require.Len(t, launch.Bound, abi.SNPHostDataSize)
 			require.Len(t, raw, snpSize)
 		}
 		if launch, err := parseTDX(raw, [NonceSize]byte{}); err == nil {
-			require.Len(t, launch.Bound, MRConfigIDSize)
+			require.Len(t, launch.Bound, abi.TDXDigestSize)
 			require.Len(t, raw, tdxSize)
 		}
 	})

@@ -21,14 +21,9 @@ import (
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/initdata"
 )
-
-// BindingSize is the length of initdata's binding in bytes, the longest digest's; shorter ones are padded with zeros.
-const BindingSize = 64
-
-// paramDebug opens the guest's console (the agent's own parameter).
-const paramDebug = "cloister.debug"
 
 // Platform without protection. The zero value is ready for use.
 type Platform struct{}
@@ -54,7 +49,7 @@ func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inp
 	}
 	doc.Confidential = &hypervisor.Confidential{Platform: string(tee.Sample)}
 	if in.InitdataDigest != nil && !doc.Boot.Sealed {
-		binding := wire.ParamInitdata + "=" + hex.EncodeToString(initdata.Bind(in.InitdataDigest, BindingSize))
+		binding := wire.ParamInitdata + "=" + hex.EncodeToString(initdata.Bind(in.InitdataDigest, abi.BindingSize))
 		// The caller's slice may be shared.
 		doc.Boot.Parameters = append(slices.Clone(doc.Boot.Parameters), binding)
 	}
@@ -88,7 +83,7 @@ func documentFaults(doc *hypervisor.Document) (faults []error) {
 			}
 		case wire.ParamInitdata:
 			add("the kernel parameter %s is the launch's to set", p)
-		case paramDebug:
+		case wire.ParamDebug:
 			add("the kernel parameter %s opens the guest's console to the host; set log.debug_console to false", p)
 		}
 	}

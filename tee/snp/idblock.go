@@ -11,7 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // Identity is an ID block: what its signer says a launch is. 56860, SNP_LAUNCH_FINISH, IDB.
@@ -30,7 +30,7 @@ const idBlockVersion = 1
 
 // Block is the ID block's bytes.
 func (i Identity) Block() []byte {
-	b := make([]byte, 0, hypervisor.SNPIDBlockSize)
+	b := make([]byte, 0, abi.SNPIDBlockSize)
 	b = append(b, i.Digest[:]...)
 	b = append(b, i.FamilyID[:]...)
 	b = append(b, i.ImageID[:]...)
@@ -53,7 +53,7 @@ const (
 // author key, so that a verifier can trust one author and have changing ID keys.
 func (i Identity) Sign(id, author *ecdsa.PrivateKey) (block, auth []byte, err error) {
 	block = i.Block()
-	auth = make([]byte, hypervisor.SNPIDAuthSize)
+	auth = make([]byte, abi.SNPIDAuthSize)
 	binary.LittleEndian.PutUint32(auth[authIDAlgo:], algoECDSAP384)
 	binary.LittleEndian.PutUint32(auth[authAuthorAlgo:], algoECDSAP384)
 	public, err := place(auth, id, authIDSignature, authIDKey, block)
@@ -98,8 +98,8 @@ func VerifyIDBlock(block, auth []byte, author bool) (*Verified, error) {
 		return fmt.Errorf("ID block: %s: %w", reason, errdefs.ErrInvalidArgument)
 	}
 	switch {
-	case len(block) != hypervisor.SNPIDBlockSize || len(auth) != hypervisor.SNPIDAuthSize:
-		return nil, wrong(fmt.Sprintf("%d bytes with %d bytes of authentication, want %d and %d", len(block), len(auth), hypervisor.SNPIDBlockSize, hypervisor.SNPIDAuthSize))
+	case len(block) != abi.SNPIDBlockSize || len(auth) != abi.SNPIDAuthSize:
+		return nil, wrong(fmt.Sprintf("%d bytes with %d bytes of authentication, want %d and %d", len(block), len(auth), abi.SNPIDBlockSize, abi.SNPIDAuthSize))
 	case binary.LittleEndian.Uint32(auth[authIDAlgo:]) != algoECDSAP384:
 		return nil, wrong("the ID key's algorithm is not ECDSA P-384 with SHA-384")
 	case author && binary.LittleEndian.Uint32(auth[authAuthorAlgo:]) != algoECDSAP384:

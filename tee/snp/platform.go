@@ -17,6 +17,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/firmware"
 	"github.com/cloister-project/cloister/tee/hostprobe"
 	"github.com/cloister-project/cloister/tee/initdata"
@@ -139,7 +140,7 @@ func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee
 		s.CBitPosition, s.ReducedPhysBits = sev.CBitPosition, sev.ReducedPhysBits
 	}
 	if in.InitdataDigest != nil {
-		s.HostData = initdata.Bind(in.InitdataDigest, hypervisor.SNPHostDataSize)
+		s.HostData = initdata.Bind(in.InitdataDigest, abi.SNPHostDataSize)
 	}
 	prepared := *doc
 	prepared.Boot.Firmware = path

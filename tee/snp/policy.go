@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // Policy of a guest: 56860 section 4.3. The CPU's firmware enforces it, and the report shows it.
@@ -23,7 +25,7 @@ const (
 	// PolicyMigrateMA allows a migration agent, which gets the guest's memory and state.
 	PolicyMigrateMA Policy = 1 << 18
 	// PolicyDebug allows the host to read and write the guest's memory and registers.
-	PolicyDebug Policy = 1 << 19
+	PolicyDebug = Policy(abi.SNPPolicyDebug)
 	// PolicySingleSocket wants the guest on one socket.
 	PolicySingleSocket Policy = 1 << 20
 	// PolicyCXL allows CXL devices.

@@ -16,12 +16,13 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/hostprobe"
 )
 
 // Bits of a TD's attributes: Intel TDX Module ABI Specification (348551), ATTRIBUTES.
 const (
-	AttributeDebug         uint64 = 1 << 0
+	AttributeDebug                = abi.TDXAttributeDebug
 	AttributeSEPTVEDisable uint64 = 1 << 28
 	AttributePKS           uint64 = 1 << 30
 )

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/firmware"
 	"github.com/cloister-project/cloister/tee/initdata"
 )
@@ -44,7 +45,7 @@ func (p *Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.I
 		MROwnerConfig: slices.Clone(p.mrOwnerConfig),
 	}
 	if in.InitdataDigest != nil {
-		c.MRConfigID = initdata.Bind(in.InitdataDigest, hypervisor.TDXDigestSize)
+		c.MRConfigID = initdata.Bind(in.InitdataDigest, abi.TDXDigestSize)
 	}
 	if p.quoteSocket != nil {
 		q := *p.quoteSocket

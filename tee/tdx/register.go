@@ -5,10 +5,12 @@ package tdx
 import (
 	"crypto/sha512"
 	"encoding/hex"
+
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // DigestSize of all measurements of a TD: SHA-384, in bytes.
-const DigestSize = sha512.Size384
+const DigestSize = abi.TDXDigestSize
 
 // Digest is a SHA-384 digest or a register's value.
 type Digest [DigestSize]byte

@@ -18,6 +18,8 @@ import (
 	"strings"
 
 	"github.com/ulikunitz/xz"
+
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // Phases of loading, as package agent/boot knows them. Modules of a platform's phase, which has the name of the platform
@@ -25,9 +27,9 @@ import (
 const (
 	phaseEarly = "early"
 	phaseLater = "later"
-	phaseSNP   = "snp"
-	phaseTDX   = "tdx"
-	phaseSE    = "se"
+	phaseSNP   = string(abi.SNP)
+	phaseTDX   = string(abi.TDX)
+	phaseSE    = string(abi.SE)
 )
 
 type want struct{ phase, name string }

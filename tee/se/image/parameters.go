@@ -11,14 +11,9 @@ import (
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/initdata"
 )
-
-// BindingSize is the length of initdata's binding in bytes; shorter digests are padded with zeros.
-const BindingSize = 64
-
-// debugPrefix starts the agent's parameters that open the guest.
-const debugPrefix = "cloister.debug"
 
 // sealedParameters is the command line that goes into the image: the owner's, the platform's name, initdata's binding.
 func sealedParameters(platform tee.Name, given string, document []byte, max int) (string, error) {
@@ -39,7 +34,7 @@ func sealedParameters(platform tee.Name, given string, document []byte, max int)
 			continue // added below
 		case name == wire.ParamInitdata:
 			faults = append(faults, fmt.Sprintf("%s is computed from the initdata document: give the document instead", w))
-		case strings.HasPrefix(name, debugPrefix):
+		case strings.HasPrefix(name, wire.ParamDebug):
 			faults = append(faults, fmt.Sprintf("%s would open the guest to the host", w))
 		case strings.Contains(w, wire.ParamTEE), strings.Contains(w, wire.ParamInitdata):
 			faults = append(faults, fmt.Sprintf("%s looks like %s or %s and is neither: the guest would refuse to start", w, wire.ParamTEE, wire.ParamInitdata))
@@ -55,7 +50,7 @@ func sealedParameters(platform tee.Name, given string, document []byte, max int)
 		if err != nil {
 			return "", err
 		}
-		words = append(words, wire.ParamInitdata+"="+hex.EncodeToString(initdata.Bind(d.Digest(), BindingSize)))
+		words = append(words, wire.ParamInitdata+"="+hex.EncodeToString(initdata.Bind(d.Digest(), abi.BindingSize)))
 	}
 	line := strings.Join(words, " ")
 	if len(line) >= max {
