@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // annotationsFile stands for a file in the faults of annotations.
@@ -79,7 +81,7 @@ func initdataAnnotation(c *Config, s string) *problem {
 	case c.TEE.InitdataAnnotation != "" && c.TEE.InitdataAnnotation != s:
 		return &problem{"differs from what " + AnnotationInitdata + " says", "give one of the two"}
 	case !c.TEE.confidential():
-		return &problem{fmt.Sprintf("is given with tee.platform = %q: nothing binds it to the launch of an ordinary VM", PlatformNone),
+		return &problem{fmt.Sprintf("is given with tee.platform = %q: nothing binds it to the launch of an ordinary VM", abi.None),
 			"choose a RuntimeClass with a confidential platform, or remove it"}
 	}
 	c.TEE.InitdataAnnotation = s

@@ -19,7 +19,7 @@ type Config struct {
 	Annotations Annotations
 	Log         Log
 
-	// origins tells for each key which layer set it last; CheckFiles and cross-checks name it in their faults.
+	// origins tells for each key which layer set it last; whoever checks further names it in their faults.
 	origins map[string]origin
 }
 
@@ -30,12 +30,12 @@ type origin struct {
 
 // Hypervisor is [hypervisor]: the VMM, how it runs, and what it boots.
 type Hypervisor struct {
-	// Kind is "qemu".
+	// Kind is one of the Kind constants.
 	Kind string
 	// Arch is the guest's architecture in Go's words, "amd64" or "s390x"; empty: the host's. Another than the host's is
 	// emulated.
 	Arch string
-	// Path of the VMM's binary; empty: found in PATH. See Config.QEMU.
+	// Path of the VMM's binary; empty: the VMM's driver finds it.
 	Path string
 	// Accel is one of the Accel constants.
 	Accel string
@@ -71,7 +71,7 @@ const (
 
 // TEE is [tee]: whether and how VMs are launched as confidential ones.
 type TEE struct {
-	// Platform is a name of package tee: none, sample, snp, tdx, se.
+	// Platform is a name of package tee/abi: none, sample, snp, tdx, se.
 	Platform string
 	// FirmwareDescriptors are the folders of QEMU's firmware descriptors, the first one with a fitting one counts.
 	FirmwareDescriptors []string
@@ -199,8 +199,8 @@ func (c *Config) clone() *Config {
 	return &n
 }
 
-// fault builds a Fault that names the layer which set the key.
-func (c *Config) fault(key, reason, fix string) Fault {
+// Fault returns a Fault that names the layer which set the key.
+func (c *Config) Fault(key, reason, fix string) Fault {
 	o := c.origins[key]
 	return Fault{File: o.file, Line: o.line, Key: key, Reason: reason, Fix: fix}
 }

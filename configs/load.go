@@ -43,7 +43,7 @@ const PathVariable = "CLOISTER_CONFIG"
 // where that is not set either, DefaultPath where that
 // file exists, and the defaults alone (still with the drop-ins of /etc/cloister/config.d) where it does not; any other
 // path must exist. Every fault is reported at once: the error is of type Faults. Load does not look at the files that
-// the configuration names; CheckFiles does.
+// the configuration names, and does not judge what a platform makes of its settings (package tee/platform).
 func Load(path string) (*Config, error) {
 	return load(cmp.Or(path, os.Getenv(PathVariable)), DefaultPath, nil)
 }

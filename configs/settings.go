@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
 // Limits of what a file may hold (design rule 7).
@@ -201,22 +203,22 @@ func podSettings() []setting {
 func crossCheck(c *Config) Faults {
 	var fs Faults
 	if s := c.Sizing; s.MaxVCPUs > 0 && s.DefaultVCPUs > s.MaxVCPUs {
-		fs = append(fs, c.fault("sizing.default_vcpus",
+		fs = append(fs, c.Fault("sizing.default_vcpus",
 			fmt.Sprintf("%d is more than sizing.max_vcpus = %d", s.DefaultVCPUs, s.MaxVCPUs), "lower it, or raise the maximum"))
 	}
 	if s := c.Sizing; s.MaxMemoryMiB > 0 && s.DefaultMemoryMiB > s.MaxMemoryMiB {
-		fs = append(fs, c.fault("sizing.default_memory_mib",
+		fs = append(fs, c.Fault("sizing.default_memory_mib",
 			fmt.Sprintf("%d is more than sizing.max_memory_mib = %d", s.DefaultMemoryMiB, s.MaxMemoryMiB), "lower it, or raise the maximum"))
 	}
 	if s := c.Sizing; s.MaxMemoryMiB > 0 && s.OverheadMemoryMiB > s.MaxMemoryMiB {
-		fs = append(fs, c.fault("sizing.overhead_memory_mib",
+		fs = append(fs, c.Fault("sizing.overhead_memory_mib",
 			fmt.Sprintf("%d is more than sizing.max_memory_mib = %d", s.OverheadMemoryMiB, s.MaxMemoryMiB), "lower it, or raise the maximum"))
 	}
 	if below(c.Rootfs.CacheDir, c.State.Dir) {
-		fs = append(fs, c.fault("rootfs.cache_dir", fmt.Sprintf("%s is inside state.dir = %s", c.Rootfs.CacheDir, c.State.Dir),
+		fs = append(fs, c.Fault("rootfs.cache_dir", fmt.Sprintf("%s is inside state.dir = %s", c.Rootfs.CacheDir, c.State.Dir),
 			"give a folder that outlives a reboot, outside of state.dir"))
 	}
-	return append(fs, crossCheckTEE(c)...)
+	return fs
 }
 
 func wrongType(raw any, want string) *problem {
@@ -299,10 +301,8 @@ func cpuModel(s string) *problem {
 }
 
 // reservedParams decide what the guest's PID 1 is, or end the kernel's own parameters: Cloister sets them itself, and all
-// that begin with ownParams, which tell the agent what it is.
+// that begin with wire.ParamPrefix, which speak to the agent.
 var reservedParams = [...]string{"init", "rdinit", "root", "initrd"}
-
-const ownParams = "cloister."
 
 func kernelParams(params []string) *problem {
 	total := 0
@@ -313,7 +313,7 @@ func kernelParams(params []string) *problem {
 			return &problem{fmt.Sprintf("entry %d is empty", i+1), "remove it"}
 		case strings.ContainsAny(p, " \"'") || !isASCII(p):
 			return &problem{fmt.Sprintf("entry %d: %q has spaces, quotes or characters outside of ASCII", i+1, clip(p)), "give one parameter an entry, without quotes"}
-		case p == "--" || slices.Contains(reservedParams[:], name) || strings.HasPrefix(name, ownParams):
+		case p == "--" || slices.Contains(reservedParams[:], name) || strings.HasPrefix(name, wire.ParamPrefix):
 			return &problem{fmt.Sprintf("entry %d: %q is set by Cloister itself", i+1, clip(p)), "remove it"}
 		}
 		total += len(p) + 1

@@ -2,14 +2,16 @@
 
 package hypervisor
 
+import "github.com/cloister-project/cloister/tee/abi"
+
 // Confidential is what makes a VM a confidential one. A driver that sees it gives every virtio device the guest's DMA
 // rules (iommu_platform) and the modern interface only, and nothing that shares host folders or resizes memory. At most
 // one of the platforms' parts is set; with none the rules stand alone and no hardware protects anything.
 type Confidential struct {
-	// Platform as package tee names it; for messages and records, a driver decides by the parts below.
-	Platform string `json:"platform"`
-	SNP      *SNP   `json:"snp,omitempty"`
-	TDX      *TDX   `json:"tdx,omitempty"`
+	// Platform is for messages and records; a driver decides by the parts below.
+	Platform abi.Platform `json:"platform"`
+	SNP      *SNP         `json:"snp,omitempty"`
+	TDX      *TDX         `json:"tdx,omitempty"`
 	// SecureExecution asks for IBM Secure Execution; all its parameters are in the sealed image (Boot.Sealed).
 	SecureExecution bool `json:"secure_execution,omitempty"`
 }

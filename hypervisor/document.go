@@ -48,12 +48,20 @@ type Document struct {
 	// Disks present at boot. More can be added to a running VM.
 	Disks []Disk `json:"disks,omitempty"`
 	NICs  []NIC  `json:"nics,omitempty"`
-	// SharedFolderPorts is the number of hot-plug places kept for shared folders (virtio-fs). Needs Memory.Shared.
-	SharedFolderPorts int `json:"shared_folder_ports,omitempty"`
+	// SharedFolders is the number of shared folders (virtio-fs) that can be added to the running VM. Needs Memory.Shared.
+	SharedFolders int `json:"shared_folders,omitempty"`
 	// Sandboxed asks the VMM to give up what it does not need (seccomp).
 	Sandboxed bool `json:"sandboxed"`
 	// Confidential says how the VM is launched as a confidential one; nil for an ordinary VM.
 	Confidential *Confidential `json:"confidential,omitempty"`
+}
+
+// Arch returns the guest's architecture.
+func (d Document) Arch() Architecture {
+	if d.Architecture == "" {
+		return ArchAMD64
+	}
+	return d.Architecture
 }
 
 // CPU of the VM.

@@ -31,9 +31,8 @@ func Names() []Name { return abi.Platforms() }
 // Host is what a caller of Probe found out about the node already.
 type Host struct {
 	Accelerator hypervisor.Accelerator
-	// VMMTypes are the object and device types that the VMM's binary has (qemu.Features.Types); nil: not known, no VMM
-	// was found.
-	VMMTypes []string
+	// VMM is what the VMM's binary can do; nil: none was found, or it could not be asked.
+	VMM *hypervisor.Capabilities
 }
 
 // Result of one look at the host.
@@ -61,10 +60,33 @@ type Inputs struct {
 	InitdataDigest []byte
 }
 
+// File is a file that a platform reads.
+type File struct {
+	// Key of the configuration that names it.
+	Key, Path string
+	// Fix says what to do if it cannot be read.
+	Fix string
+}
+
 // Platform is one way of launching a VM. Implementations hold configuration only; all methods may be called from any
 // goroutine.
 type Platform interface {
 	Name() Name
+	// Files lists the files that the configuration names for the platform, beside kernel and initrd. A path may be empty.
+	Files() []File
+	// SealedImage returns the path of the image that VMs boot in place of kernel and initrd, which it holds both; empty:
+	// they boot these.
+	SealedImage() string
+	// BootsKernelFile reports whether VMs start the configured kernel file as it is, since its bytes are what is measured.
+	// Otherwise a VMM may start what was unpacked from it.
+	BootsKernelFile() bool
+	// CPUModel returns the CPU model of VMs for which the configuration names none; empty: the VMM's own.
+	CPUModel() string
+	// HostCanRead reports whether a prepared document lets the host read the guest, by design or by a debug launch.
+	HostCanRead(doc hypervisor.Document) bool
+	// Explain finds in a VM's end why it could not be launched on the platform, and says it with what to do; empty: nothing
+	// there tells. The words are the host's and the guest's to write: they explain, they prove nothing.
+	Explain(exit hypervisor.Exit) string
 	// Probe looks for everything that the platform needs on this host, in the order in which it is set up. It changes
 	// nothing and needs no VM.
 	Probe(ctx context.Context, h Host) []Finding
@@ -85,6 +107,9 @@ type ReferenceValues struct {
 	CPUModel string `json:"cpu_model,omitempty"`
 	// Values in the order in which a person looks for them.
 	Values []Value `json:"values"`
+	// Unpredicted are those that the hardware will report and that cannot be predicted. They are not among the values: what
+	// has no value cannot be compared with.
+	Unpredicted []Unpredicted `json:"-"`
 	// Inputs are the files that were measured.
 	Inputs []Input `json:"inputs,omitempty"`
 	// Parameters is the measured kernel command line.
@@ -97,10 +122,18 @@ type Value struct {
 	// tdx.mrtd_two_pass, tdx.rtmr0, tdx.rtmr1, tdx.rtmr2, tdx.mrconfigid, tdx.attributes, se.tag, se.image_phkh,
 	// se.attestation_phkh, se.pld, se.ald, se.tld.
 	Name string `json:"name"`
-	// Hex is the value in lower-case hexadecimal digits.
+	// Hex is the value's bytes in lower-case hexadecimal digits, in the order in which the evidence has them; numbers are
+	// little-endian there (SEV-SNP's POLICY, TDX's ATTRIBUTES).
 	Hex string `json:"hex"`
 	// Note says what has to be known about the value; for people.
 	Note string `json:"note,omitempty"`
+}
+
+// Unpredicted is a register whose value is not known before the launch.
+type Unpredicted struct {
+	Name string
+	// Reason says why, and what it would take; for people.
+	Reason string
 }
 
 // Input is a measured file.
@@ -142,4 +175,18 @@ func Supported(name Name, findings []Finding) error {
 		return nil
 	}
 	return &UnsupportedError{Platform: name, Missing: missing}
+}
+
+// ProbeVMM is the finding about the VMM that every platform with hardware behind it needs.
+func (h Host) ProbeVMM(name Name) Finding {
+	const what = "VMM"
+	if h.VMM == nil {
+		return Finding{What: what, Result: Missing, Detail: "none was found that can be asked", Fix: "install one, or set hypervisor.path"}
+	}
+	version := fmt.Sprintf("%s, %s", h.VMM.Binary, h.VMM.Version)
+	if err := h.VMM.Launches(name); err != nil {
+		return Finding{What: what, Result: Missing, Detail: fmt.Sprintf("%s: %v", version, err),
+			Fix: "install one that launches VMs of platform " + string(name) + ", or set hypervisor.path"}
+	}
+	return Finding{What: what, Result: OK, Detail: version + ", launches VMs of platform " + string(name)}
 }

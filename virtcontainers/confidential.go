@@ -18,7 +18,8 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
-	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
@@ -27,14 +28,9 @@ import (
 // does not rely on these; here they give an error that a person can act on, before anything is made.
 
 // apart tells why the VM shares no files with the host; "" if it does, by virtio-fs.
-func (l *launch) apart() string {
-	switch {
-	case l.name().Confidential():
-		return "the host could read and change it, and a confidential VM shares no files with the host"
-	case l.arch != hypervisor.ArchAMD64:
-		return fmt.Sprintf("a VM of architecture %s shares no files with the host yet", l.arch)
-	}
-	return ""
+func apart(cfg *configs.Config) string {
+	_, why := vmplan.SharesFolders(cfg)
+	return why
 }
 
 // refuseLive tells why a VM apart from the host's files cannot have what a bind mount brings, as far as its words tell; ""
@@ -98,7 +94,7 @@ func (p *Pod) attachApart(ctx context.Context, c *Container, m specs.Mount) (_ *
 	case volumes.ImageVolume:
 		return p.imageVolume(g, m, c.spec)
 	}
-	return nil, refuseLive(m, p.launch.apart()), nil
+	return nil, refuseLive(m, apart(p.cfg.Config)), nil
 }
 
 // readOnly is the options with ro in place of rw.
@@ -123,7 +119,7 @@ func (p *Pod) attachCopied(ctx context.Context, g *agentv1.Mount, where volumes.
 
 // attachPart mounts a part of a volume, as it is now: the kubelet does not change it either once it is mounted.
 func (p *Pod) attachPart(ctx context.Context, g *agentv1.Mount, m specs.Mount) (*agentv1.Mount, string, error) {
-	if reason := refusePart(m, p.launch.apart()); reason != "" {
+	if reason := refusePart(m, apart(p.cfg.Config)); reason != "" {
 		return nil, reason, nil
 	}
 	g.Options = readOnly(g.Options)

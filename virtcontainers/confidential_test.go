@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 
@@ -22,27 +21,20 @@ import (
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
-// fakePlatform is a platform by name only.
-type fakePlatform struct {
-	tee.Platform
-	name     tee.Name
-	findings []tee.Finding
-	prepare  func(*hypervisor.Document, tee.Inputs) error
-	measure  func() (*tee.ReferenceValues, error)
+// testConfig is a configuration of a platform with what every one has.
+func testConfig(name tee.Name) *configs.Config {
+	return &configs.Config{Hypervisor: configs.Hypervisor{Kind: configs.KindQEMU, Arch: configs.ArchAMD64}, TEE: configs.TEE{Platform: string(name)}}
 }
 
-func (f fakePlatform) Name() tee.Name                                { return f.name }
-func (f fakePlatform) Probe(context.Context, tee.Host) []tee.Finding { return f.findings }
-
-func (f fakePlatform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
-	return f.prepare(doc, in)
-}
-
-func (f fakePlatform) Measure(context.Context, hypervisor.Document) (*tee.ReferenceValues, error) {
-	return f.measure()
+func testPlan(t *testing.T, cfg *configs.Config) *vmplan.Plan {
+	t.Helper()
+	plan, err := vmplan.New(vmplan.Pod{ID: "p", Config: cfg})
+	require.NoError(t, err)
+	return plan
 }
 
 // kubelet is a pod's folder as the kubelet lays it out.
@@ -173,43 +165,6 @@ func TestConfidentialPodIsToldEverythingAtOnce(t *testing.T) {
 	require.Len(t, refused.Reasons, 9)
 }
 
-// What would weaken a launch is refused, for each platform.
-func TestRefuseLaunch(t *testing.T) {
-	for _, tc := range []struct {
-		name   string
-		on     []tee.Name
-		change func(*configs.Config)
-		want   string
-	}{
-		{"nothing", tee.Names(), func(*configs.Config) {}, ""},
-		{"debug console", []tee.Name{tee.Sample, tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Log.DebugConsole = true }, "log.debug_console"},
-		{"debug console of an ordinary VM", []tee.Name{tee.None}, func(c *configs.Config) { c.Log.DebugConsole = true }, ""},
-		{"emulation", []tee.Name{tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Hypervisor.Accel = "tcg" }, "an emulated CPU protects nothing"},
-		{"emulation where nothing is protected", []tee.Name{tee.None, tee.Sample}, func(c *configs.Config) { c.Hypervisor.Accel = "tcg" }, ""},
-		{"platform by kernel parameter", tee.Names(), func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"quiet", "cloister.tee=none"} }, "cloister.tee=none"},
-		{"platform by a quoted kernel parameter", tee.Names(), func(c *configs.Config) { c.Hypervisor.KernelParams = []string{`"cloister.tee=none"`} }, "cloister.tee=none"},
-		{"agent's debugging by kernel parameter", []tee.Name{tee.Sample, tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"cloister.debug=1"} }, "cloister.debug=1"},
-		{"the same in an ordinary VM", []tee.Name{tee.None}, func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"cloister.debug"} }, ""},
-		{"binding by kernel parameter", tee.Names(), func(c *configs.Config) { c.Hypervisor.KernelParams = []string{"cloister.initdata=00"} }, "cloister.initdata=00"},
-		{"initdata without a launch that binds it", []tee.Name{tee.None}, func(c *configs.Config) { c.TEE.Initdata = "/x" }, "initdata is given"},
-		{"the pod's initdata without one", []tee.Name{tee.None}, func(c *configs.Config) { c.TEE.InitdataAnnotation = "x" }, "initdata is given"},
-	} {
-		for _, name := range tc.on {
-			t.Run(tc.name+" on "+string(name), func(t *testing.T) {
-				cfg := &configs.Config{}
-				tc.change(cfg)
-				reasons := refuseLaunch(cfg, name)
-				if tc.want == "" {
-					require.Empty(t, reasons)
-					return
-				}
-				require.Len(t, reasons, 1)
-				require.Contains(t, reasons[0], tc.want)
-			})
-		}
-	}
-}
-
 // volumeGuest is an agent that takes volumes.
 type volumeGuest struct {
 	agentv1.AgentService
@@ -230,7 +185,7 @@ func confidentialPod(t *testing.T) (*Pod, *volumeGuest) {
 	g := &volumeGuest{}
 	life, end := context.WithCancel(t.Context())
 	p := &Pod{
-		cfg: PodConfig{ID: "p", Config: &configs.Config{}, Hostname: "h"}, launch: &launch{platform: fakePlatform{name: tee.Sample}},
+		cfg: PodConfig{ID: "p", Config: testConfig(tee.Sample), Hostname: "h"}, plan: testPlan(t, testConfig(tee.Sample)),
 		state: PodReady, guest: &guest{rpc: g, timeout: 1 << 40}, life: life,
 		doc: &hypervisor.Document{Memory: hypervisor.Memory{Bytes: 1 << 30}}, containers: map[string]*Container{},
 	}
@@ -401,26 +356,19 @@ func TestVolumesOfTheImage(t *testing.T) {
 	require.ErrorContains(t, err, "read-only root filesystem")
 }
 
-func TestHelloOfTheLaunch(t *testing.T) {
-	for _, tc := range []struct {
-		asked tee.Name
-		said  string
-		want  string
-	}{
-		{tee.None, "", ""}, {tee.None, "none", ""}, {tee.Sample, "sample", ""}, {tee.SNP, "snp", ""},
-		{tee.None, "snp", `guest says "snp"`}, {tee.SNP, "", `guest says "none"`}, {tee.SNP, "sample", `guest says "sample"`},
-		{tee.SNP, "\x1b[31m" + strings.Repeat("x", 1<<16), `"?[31mxxx`},
-	} {
-		l := &launch{platform: fakePlatform{name: tc.asked}}
-		err := l.checkHello(&agentv1.Hello{Tee: tc.said})
-		if tc.want == "" {
-			require.NoError(t, err)
-			continue
-		}
-		require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
-		require.ErrorContains(t, err, tc.want)
-		require.Less(t, len(err.Error()), 2048)
+// What is wrong with the only container is told before its VM starts, on every platform.
+func TestOnlyContainerIsCheckedWithItsPod(t *testing.T) {
+	for _, name := range []tee.Name{tee.None, tee.Sample} {
+		cfg := PodConfig{ID: "p", Config: testConfig(name), Only: &specs.Spec{
+			Process: &specs.Process{}, Linux: &specs.Linux{Devices: []specs.LinuxDevice{{Path: "/dev/sda"}}},
+			Mounts: []specs.Mount{bind("/dev/null", "/null")},
+		}}
+		_, err := NewPod(t.Context(), cfg)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+		require.ErrorContains(t, err, "/dev/sda")
+		require.ErrorContains(t, err, "/dev/null")
+		cfg.Only = &specs.Spec{}
+		_, err = NewPod(t.Context(), cfg)
+		require.ErrorContains(t, err, "no process")
 	}
-	l := &launch{platform: fakePlatform{name: tee.Sample}}
-	require.ErrorContains(t, l.checkHello(&agentv1.Hello{Tee: "sample", Initdata: "sha256:00"}), "the pod's initdata is none and the guest found sha256:00")
 }

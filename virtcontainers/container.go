@@ -125,7 +125,7 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 	if !wire.ValidID(cfg.ID) {
 		return nil, fmt.Errorf("container id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
 	}
-	plan, err := planWhole(cfg.Spec, p.cfg, p.launch.apart())
+	plan, err := planWhole(cfg.Spec, p.cfg, apart(p.cfg.Config))
 	if err != nil {
 		return nil, fmt.Errorf("container %s: %w", cfg.ID, err)
 	}

@@ -118,7 +118,7 @@ func TestHandshakeWithAnotherLaunch(t *testing.T) {
 		_ = wire.ReadFrame(agent, reply)
 		replies <- reply
 	}()
-	_, err := shakeHands(host, (&launch{platform: fakePlatform{name: tee.None}}).checkHello)
+	_, err := shakeHands(host, testPlan(t, testConfig(tee.None)).CheckHello)
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	require.ErrorContains(t, err, `guest says "snp"`)
 	require.Contains(t, (<-replies).GetError(), `guest says "snp"`)

@@ -50,7 +50,7 @@ func (p *Pod) attachMounts(ctx context.Context, c *Container, mounts []specs.Mou
 			}
 			copied += len(file.Content)
 			g.Source = &agentv1.Mount_File{File: file}
-		case p.launch.apart() != "":
+		case apart(p.cfg.Config) != "":
 			made, reason, err := p.attachApart(ctx, c, m)
 			if err != nil {
 				return nil, err

@@ -18,12 +18,14 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
 	"github.com/cloister-project/cloister/virtcontainers/network"
 	"github.com/cloister-project/cloister/virtcontainers/rootfs"
 	"github.com/cloister-project/cloister/virtcontainers/share"
+	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
@@ -34,7 +36,7 @@ type Pod struct {
 	stateDir string
 	rootfs   *rootfs.Cache
 	disks    disks
-	launch   *launch
+	plan     *vmplan.Plan
 	// volumes are those that a confidential guest has in place of the host's.
 	volumes *volumes.Set
 
@@ -83,11 +85,11 @@ type timelineMark struct {
 
 // NewPod checks what can be checked without touching anything.
 func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
-	l, err := checkPod(cfg)
+	plan, err := checkPod(cfg)
 	if err != nil {
 		return nil, err
 	}
-	if err := cfg.Config.CheckFiles(); err != nil {
+	if err := plan.CheckFiles(); err != nil {
 		return nil, err
 	}
 	cache, err := rootfs.OpenCache(cfg.Config.Rootfs.CacheDir, int64(cfg.Config.Rootfs.CacheMaxMiB)<<20)
@@ -98,9 +100,9 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 	p := &Pod{
 		cfg:        cfg,
 		created:    time.Now(),
-		stateDir:   stateDir(cfg.Config.State.Dir, cfg.Namespace, cfg.ID),
+		stateDir:   plan.StateDir(),
 		rootfs:     cache,
-		launch:     l,
+		plan:       plan,
 		shareTurn:  make(chan struct{}, 1),
 		life:       life,
 		endLife:    endLife,
@@ -116,7 +118,7 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 
 // checkPod checks what a pod's configuration asks for, its only container's specification included where that is known.
 // All that is refused is told at once.
-func checkPod(cfg PodConfig) (*launch, error) {
+func checkPod(cfg PodConfig) (*vmplan.Plan, error) {
 	if !wire.ValidID(cfg.ID) {
 		return nil, fmt.Errorf("sandbox id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
 	}
@@ -124,24 +126,31 @@ func checkPod(cfg PodConfig) (*launch, error) {
 		return nil, err
 	}
 	reasons := refuseHost(cfg)
-	l, err := newLaunch(cfg)
-	if more, other := refusedBy(err); other != nil {
-		return nil, other
-	} else {
-		reasons = append(reasons, more...)
+	plan, err := vmplan.New(vmplan.Pod{
+		ID: cfg.ID, Namespace: cfg.Namespace, Config: cfg.Config, Resources: cfg.Resources, KeepProbe: true,
+	})
+	var faults configs.Faults
+	if err != nil && !errors.As(err, &faults) {
+		return nil, err
 	}
 	if cfg.Only != nil {
-		_, err := planWhole(cfg.Only, cfg, l.apart())
+		_, err := planWhole(cfg.Only, cfg, apart(cfg.Config))
 		more, other := refusedBy(err)
 		if other != nil {
 			return nil, other
 		}
 		reasons = append(reasons, more...)
 	}
-	if reasons != nil {
+	switch {
+	case len(reasons) > 0:
+		for _, f := range faults {
+			reasons = append(reasons, f.String())
+		}
 		return nil, &RefusedError{Reasons: reasons}
+	case len(faults) > 0:
+		return nil, faults
 	}
-	return l, nil
+	return plan, nil
 }
 
 // refusedBy takes the reasons out of a RefusedError; any other error it gives back.
@@ -180,14 +189,14 @@ func (p *Pod) Info() PodInfo {
 		info.PID = uint32(p.vm.PID())
 	}
 	if p.doc != nil {
-		info.Extra["hypervisor"] = p.cfg.Config.Hypervisor.Kind
+		info.Extra["hypervisor"] = p.plan.Driver().Kind()
 		info.Extra["accelerator"] = string(p.doc.Accelerator)
 		info.Extra["vsock"] = string(p.doc.Vsock.Kind)
 		info.Extra["vcpus"] = fmt.Sprint(p.doc.CPU.Count)
 		info.Extra["memoryMiB"] = fmt.Sprint(p.doc.Memory.Bytes >> 20)
 		// Said outright so that nobody takes a VM for a confidential one.
-		info.Extra["tee"] = describeLaunch(p.launch.name(), p.doc)
-		if digest := p.launch.initdata.digest(); digest != "" {
+		info.Extra["tee"] = p.plan.Describe(p.doc)
+		if digest := p.plan.InitdataDigest(); digest != "" {
 			info.Extra["initdata"] = digest
 		}
 		if p.measured != "" {
@@ -381,10 +390,10 @@ func (p *Pod) Update(_ context.Context, r *specs.LinuxResources) error {
 	if p.agent() == nil {
 		return p.lostError()
 	}
-	want := sizeVM(p.cfg.Config.Sizing, r)
-	if want.vcpus > p.doc.CPU.Count || want.memory > p.doc.Memory.Bytes {
+	want := vmplan.SizeVM(p.cfg.Config.Sizing, r)
+	if want.VCPUs > p.doc.CPU.Count || want.MemoryBytes > p.doc.Memory.Bytes {
 		return fmt.Errorf("the pod's new limits need %d CPUs and %d MiB, its VM was started with %d and %d and does not grow: "+
-			"make the pod anew: %w", want.vcpus, want.memory>>20, p.doc.CPU.Count, p.doc.Memory.Bytes>>20, errdefs.ErrNotImplemented)
+			"make the pod anew: %w", want.VCPUs, want.MemoryBytes>>20, p.doc.CPU.Count, p.doc.Memory.Bytes>>20, errdefs.ErrNotImplemented)
 	}
 	return nil
 }

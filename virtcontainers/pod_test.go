@@ -9,11 +9,11 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
-	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/tee"
 )
 
 func TestNewPodRefusesTheHostsNamespacesAtOnce(t *testing.T) {
-	_, err := NewPod(context.Background(), PodConfig{ID: "p", Config: &configs.Config{}, Network: NetworkHost, HostPID: true, HostIPC: true})
+	_, err := NewPod(context.Background(), PodConfig{ID: "p", Config: testConfig(tee.None), Network: NetworkHost, HostPID: true, HostIPC: true})
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	for _, word := range []string{"hostNetwork", "hostPID", "hostIPC"} {
 		require.ErrorContains(t, err, word)

@@ -18,12 +18,10 @@ import (
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor"
-	"github.com/cloister-project/cloister/hypervisor/pvh"
-	"github.com/cloister-project/cloister/hypervisor/qemu"
-	"github.com/cloister-project/cloister/hypervisor/vsock"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
 	"github.com/cloister-project/cloister/virtcontainers/network"
+	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 )
 
 // Start boots the VM and returns when its agent is ready. A failed Start leaves nothing; the pod is stopped then.
@@ -68,7 +66,7 @@ func (p *Pod) Start(ctx context.Context) error {
 	go p.watchVM(vm)
 	info := p.Info()
 	ready := log.G(ctx).WithField("timeline", info.Extra["bootTimeline"]).WithField("tee", info.Extra["tee"])
-	if name := p.launch.name(); name.Confidential() && (!name.Protected() || debugged(p.doc)) {
+	if p.plan.HostCanRead(p.doc) {
 		ready.Warn("sandbox ready, with the rules of a confidential VM and NO PROTECTION")
 	} else {
 		ready.Info("sandbox ready")
@@ -132,12 +130,8 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		}
 	}()
 
-	driver, err := openDriver(ctx, p.cfg.Config, qemuCache(p.cfg.Config))
-	if err != nil {
-		return nil, nil, err
-	}
 	// What the host lacks for the platform is told before anything is made.
-	if err := p.launch.probe(ctx, probedHost(p.cfg.Config, driver)); err != nil {
+	if err := p.plan.Probe(ctx); err != nil {
 		return nil, nil, err
 	}
 	if err := p.makeStateDir(); err != nil {
@@ -150,7 +144,7 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		work   errgroup.Group
 	)
 	work.Go(func() (err error) {
-		kernel, err = p.kernelImage(ctx)
+		kernel, err = p.plan.Kernel(ctx)
 		return err
 	})
 	work.Go(func() (err error) {
@@ -161,11 +155,11 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		return nil, nil, err
 	}
 	p.mark("prepared")
-	host, vhost, err := p.probeHost(ctx, driver)
+	host, vhost, err := p.plan.Host(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	host.kernel = kernel
+	host.Kernel = kernel
 	// Measured boot files are hashed meanwhile. What cannot be predicted is not started.
 	var (
 		doc  *hypervisor.Document
@@ -180,26 +174,24 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		closeFile(vhost)
 		return nil, nil, err
 	}
-	taps, err := p.tapFiles()
-	if err != nil {
-		closeFile(vhost)
+	resources := hypervisor.Resources{VhostVsock: vhost, NetNS: netns, StateDir: p.stateDir}
+	if err := p.networkFiles(&resources, host.VhostNet); err != nil {
+		resources.Close()
 		return nil, nil, err
 	}
-	vm, err := driver.Start(ctx, *doc, hypervisor.Resources{
-		Taps: taps, VhostVsock: vhost, NetNS: netns, StateDir: p.stateDir,
-		OnStart: func(pid int) error {
-			p.vmmPID = pid
-			if err := p.saveRecord(); err != nil {
-				return err
-			}
-			return p.cgroup.AddProcess(ctx, pid)
-		},
-	})
+	resources.OnStart = func(pid int) error {
+		p.vmmPID = pid
+		if err := p.saveRecord(); err != nil {
+			return err
+		}
+		return p.cgroup.AddProcess(ctx, pid)
+	}
+	vm, err := p.plan.Driver().Start(ctx, *doc, resources)
 	if errors.Is(err, unix.ENOSPC) {
 		err = fmt.Errorf("the file system of state.dir = %q is full: make room there, or set the key: %w", p.cfg.Config.State.Dir, err)
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, p.plan.Explain(err)
 	}
 	p.mark("vmm")
 	g, err := p.boot(ctx, vm)
@@ -208,11 +200,9 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		var refusal *guestRefusal
 		if errors.As(err, &refusal) {
 			// The guest ends itself after it; its own words say more.
-		} else if exit := vm.Exit(); p.launch.explain(exit.Console) != "" {
-			err = fmt.Errorf("start of the guest: %s: %w", p.launch.explain(exit.Console), exit)
-		} else if exit.Reason != hypervisor.ExitStopped {
+		} else if exit := vm.Exit(); p.plan.Platform().Explain(exit) != "" || exit.Reason != hypervisor.ExitStopped {
 			// The VM's own end says more than the call that failed because of it.
-			err = fmt.Errorf("start of the guest: %w", exit)
+			err = fmt.Errorf("start of the guest: %w", p.plan.Explain(exit))
 		} else if errors.Is(err, context.DeadlineExceeded) {
 			err = fmt.Errorf("the guest's agent was not ready after %v (timeouts.boot); the last lines of the guest's console:\n%s\n%w",
 				p.cfg.Config.Timeouts.Boot, exit.Console, err)
@@ -244,7 +234,7 @@ func (p *Pod) boot(ctx context.Context, vm hypervisor.VM) (*guest, error) {
 		_ = ready.Close()
 		return nil, err
 	}
-	g, err := acceptGuest(gone, vm.Vsock(), ready, p.cfg.Config.Timeouts.RPC, p.launch.checkHello)
+	g, err := acceptGuest(gone, vm.Vsock(), ready, p.cfg.Config.Timeouts.RPC, p.plan.CheckHello)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -273,17 +263,12 @@ func (p *Pod) sandboxRequest() *agentv1.ConfigureSandboxRequest {
 
 // prepareDocument describes the VM, with what its platform adds, writes initdata's disk, and keeps for Info what the
 // launch is predicted to be measured as.
-func (p *Pod) prepareDocument(ctx context.Context, host hostFacts) (*hypervisor.Document, error) {
-	doc := buildDocument(p.cfg, p.launch, p.net.Interfaces, host)
-	if p.launch.initdata != nil {
-		if err := p.launch.initdata.writeDisk(p.stateDir); err != nil {
-			return nil, err
-		}
+func (p *Pod) prepareDocument(ctx context.Context, host vmplan.Host) (*hypervisor.Document, error) {
+	doc := p.plan.Document(p.nics(), host)
+	if err := p.plan.WriteInitdata(); err != nil {
+		return nil, err
 	}
-	if err := p.launch.platform.Prepare(ctx, doc, p.launch.inputs()); err != nil {
-		return nil, fmt.Errorf("launch with tee.platform = %q: %w", p.launch.name(), err)
-	}
-	measured, err := p.launch.predicted(ctx, *doc)
+	measured, err := p.plan.Prepare(ctx, doc)
 	if err != nil {
 		return nil, err
 	}
@@ -293,50 +278,18 @@ func (p *Pod) prepareDocument(ctx context.Context, host hostFacts) (*hypervisor.
 	return doc, nil
 }
 
-// vhostUserCID is the guest's CID on the embedded device: every guest has a device of its own, so that it need not be
-// unique.
-const vhostUserCID = 3
-
-// probeHost finds out what the document leaves to the host. With the kernel's vsock the file that holds the CID comes
-// with it.
-func (p *Pod) probeHost(ctx context.Context, driver *qemu.Driver) (hostFacts, *os.File, error) {
-	h := p.cfg.Config.Hypervisor
-	accel, err := driver.Accelerator(h.Accel)
-	if err != nil {
-		return hostFacts{}, nil, fmt.Errorf("hypervisor.accel = %q: %w", h.Accel, err)
+// nics are the pod's interfaces as the VM has them.
+func (p *Pod) nics() (nics []hypervisor.NIC) {
+	for i, ifc := range p.net.Interfaces {
+		nics = append(nics, hypervisor.NIC{ID: nicID(i), MAC: ifc.MAC.String(), MTU: ifc.MTU})
 	}
-	facts := hostFacts{
-		arch: p.launch.arch, accel: accel, cpu: cpuModel(p.cfg.Config, p.launch, accel),
-		vsock: vsockKind(p.cfg.Config, p.launch.name()), cid: vhostUserCID,
-	}
-	if facts.vsock == hypervisor.VsockVhostUser {
-		return facts, nil, nil
-	}
-	cid, file, err := vsock.AllocateCID(ctx)
-	if err != nil {
-		return hostFacts{}, nil, fmt.Errorf("hypervisor.vsock = %q: %w", h.Vsock, err)
-	}
-	facts.cid = cid
-	return facts, file, nil
+	return nics
 }
 
 func closeFile(f *os.File) {
 	if f != nil {
 		_ = f.Close()
 	}
-}
-
-// kernelImage is the kernel to boot. For an ordinary VM it is uncompressed: taken out of the configured one once and kept.
-func (p *Pod) kernelImage(ctx context.Context) (string, error) {
-	cfg := p.cfg.Config
-	if !p.launch.unpacked() {
-		return cfg.Hypervisor.Kernel, nil
-	}
-	image, err := pvh.Extract(ctx, cfg.Hypervisor.Kernel, filepath.Join(cfg.Rootfs.CacheDir, "kernels"))
-	if err != nil {
-		return "", fmt.Errorf("unpack the guest's kernel (hypervisor.kernel) into rootfs.cache_dir = %q: %w", cfg.Rootfs.CacheDir, err)
-	}
-	return image, nil
 }
 
 func (p *Pod) makeStateDir() error {
@@ -406,20 +359,24 @@ func (p *Pod) makeNetwork(ctx context.Context) (*os.File, error) {
 	return ns, nil
 }
 
-// tapFiles are duplicates of the taps' files for the driver, which closes what it gets.
-func (p *Pod) tapFiles() (map[string]*os.File, error) {
-	files := map[string]*os.File{}
+// networkFiles adds duplicates of the taps' files for the driver, which closes what it gets, and vhost-net where it is used.
+func (p *Pod) networkFiles(res *hypervisor.Resources, vhostNet bool) error {
+	res.Taps, res.VhostNet = map[string]*os.File{}, map[string]*os.File{}
 	for i, ifc := range p.net.Interfaces {
 		fd, err := unix.FcntlInt(ifc.Tap.Fd(), unix.F_DUPFD_CLOEXEC, 3)
 		if err != nil {
-			for _, f := range files {
-				_ = f.Close()
-			}
-			return nil, fmt.Errorf("duplicate the tap of %s: %w", ifc.HostName, err)
+			return fmt.Errorf("duplicate the tap of %s: %w", ifc.HostName, err)
 		}
-		files[nicID(i)] = os.NewFile(uintptr(fd), ifc.TapName)
+		res.Taps[nicID(i)] = os.NewFile(uintptr(fd), ifc.TapName)
+		if vhostNet {
+			f, err := vmplan.OpenVhostNet()
+			if err != nil {
+				return fmt.Errorf("vhost-net for %s: %w", ifc.HostName, err)
+			}
+			res.VhostNet[nicID(i)] = f
+		}
 	}
-	return files, nil
+	return nil
 }
 
 func (p *Pod) makeCgroup(ctx context.Context) error {

@@ -93,9 +93,8 @@ func virtualizationFlag(cpuinfo string) (string, error) {
 	return "", s.Err()
 }
 
-// DefaultCPU is the CPU model to use with an accelerator if nobody says another. A confidential VM's platform names its
-// own.
-func DefaultCPU(_ hypervisor.Architecture, a hypervisor.Accelerator) string {
+// DefaultCPU implements hypervisor.Driver.
+func (*Driver) DefaultCPU(a hypervisor.Accelerator) string {
 	if a == hypervisor.AccelKVM {
 		return "host"
 	}

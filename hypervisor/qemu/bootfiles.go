@@ -28,39 +28,39 @@ const (
 )
 
 // bootFiles checks what the document's boot part names on the host.
-func (f *faults) bootFiles(doc hypervisor.Document) {
+func bootFiles(f *hypervisor.Faults, doc hypervisor.Document) {
 	b := doc.Boot
 	switch {
 	case b.Sealed:
-		f.bootFile("boot.kernel", b.Kernel)
-	case architecture(doc) == hypervisor.ArchS390X:
+		bootFile(f, "boot.kernel", b.Kernel)
+	case doc.Arch() == hypervisor.ArchS390X:
 		limit, err := s390CommandLineSize(b.Kernel)
 		if err != nil {
-			f.add("boot.kernel: %w", err)
+			f.Add("boot.kernel: %w", err)
 		} else if n := len(strings.Join(b.Parameters, " ")) + 1; n > limit {
-			f.add("boot.parameters have %d bytes, the kernel takes %d", n-1, limit-1)
+			f.Add("boot.parameters have %d bytes, the kernel takes %d", n-1, limit-1)
 		}
 	default:
 		kind, err := pvh.Inspect(b.Kernel)
 		if err != nil {
-			f.add("boot.kernel: %w", err)
+			f.Add("boot.kernel: %w", err)
 		} else if kind == pvh.Vmlinux && b.Firmware != "" {
-			f.add("boot.kernel: %s is an ELF file, which a VM with boot.firmware cannot start; give it the bzImage", b.Kernel)
+			f.Add("boot.kernel: %s is an ELF file, which a VM with boot.firmware cannot start; give it the bzImage", b.Kernel)
 		}
 	}
 	if !b.Sealed {
-		f.bootFile("boot.initrd", b.Initrd)
+		bootFile(f, "boot.initrd", b.Initrd)
 	}
 	if b.Firmware != "" {
-		f.bootFile("boot.firmware", b.Firmware)
+		bootFile(f, "boot.firmware", b.Firmware)
 	}
 }
 
-func (f *faults) bootFile(field, path string) {
+func bootFile(f *hypervisor.Faults, field, path string) {
 	if fi, err := os.Stat(path); err != nil {
-		f.add("%s: %w", field, err)
+		f.Add("%s: %w", field, err)
 	} else if !fi.Mode().IsRegular() || fi.Size() == 0 {
-		f.add("%s: %s is empty or no regular file", field, path)
+		f.Add("%s: %s is empty or no regular file", field, path)
 	}
 }
 

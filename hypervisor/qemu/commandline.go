@@ -36,11 +36,11 @@ const (
 	pciFuncs    = 8
 )
 
-// CommandLine of QEMU.
-type CommandLine struct {
-	Args []string
-	// Files names what is inherited, from firstInheritedFD on.
-	Files []string
+// commandLine of QEMU.
+type commandLine struct {
+	args []string
+	// files names what is inherited, from firstInheritedFD on.
+	files []string
 }
 
 // Missing says what a QEMU binary lacks. It is errdefs.ErrNotImplemented.
@@ -53,22 +53,49 @@ func (m *Missing) Error() string {
 // Is makes it an errdefs.ErrNotImplemented.
 func (m *Missing) Is(target error) bool { return target == errdefs.ErrNotImplemented }
 
-// NewCommandLine builds the command line for a valid document. It touches nothing; drivers tells the block driver of
-// each disk that is there at boot ("file" or "host_device"), by Disk.ID.
-func NewCommandLine(doc hypervisor.Document, f Features, drivers map[string]string) (CommandLine, error) {
-	if want := architecture(doc); f.Architecture != want {
-		return CommandLine{}, fmt.Errorf("the VM is for %s and this QEMU for %s: %w", want, f.Architecture, errdefs.ErrInvalidArgument)
+// newCommandLine builds the command line for a valid document. It touches nothing; drivers tells the block driver of
+// each disk that is there at boot (driverFile or driverDevice), by Disk.ID.
+func newCommandLine(doc hypervisor.Document, f Features, drivers map[string]string) (commandLine, error) {
+	return build(builder{doc: doc}, f, drivers)
+}
+
+func build(b builder, f Features, drivers map[string]string) (commandLine, error) {
+	doc := b.doc
+	if want := doc.Arch(); f.Architecture != want {
+		return commandLine{}, fmt.Errorf("the VM is for %s and this QEMU for %s: %w", want, f.Architecture, errdefs.ErrInvalidArgument)
 	}
-	if err := f.lacks(doc); err != nil {
-		return CommandLine{}, err
+	if err := f.lacks(doc, b.detached); err != nil {
+		return commandLine{}, err
 	}
-	b := builder{doc: doc}
 	if err := b.machine(f); err != nil {
-		return CommandLine{}, err
+		return commandLine{}, err
 	}
 	b.boot(doc.Boot)
+	b.control(f)
+	b.virtio("virtio-scsi", scsiController, slotSCSI)
+	b.vsock(doc.Vsock)
+	for i, n := range doc.NICs {
+		b.nic(n, slotNIC+i)
+	}
+	for i := range doc.SharedFolders {
+		b.rootPort(i)
+	}
+	for i, d := range doc.Disks {
+		if err := b.disk(d, drivers[d.ID], i); err != nil {
+			return commandLine{}, err
+		}
+	}
+	return b.commandLine, nil
+}
+
+// control adds the monitor and the console.
+func (b *builder) control(f Features) {
+	if b.detached {
+		b.add("-serial", "null")
+		return
+	}
 	b.chardevSocket("qmp", fileQMP)
-	if slices.Contains(f.Types, typeMonitor) {
+	if f.has(typeMonitor) {
 		b.add("-object", typeMonitor+",id=monitor,chardev=qmp")
 	} else {
 		b.add("-mon", "chardev=qmp,mode=control") // deprecated where there is the other
@@ -79,48 +106,35 @@ func NewCommandLine(doc hypervisor.Document, f Features, drivers map[string]stri
 	} else {
 		b.add("-serial", "chardev:console")
 	}
-	b.virtio("virtio-scsi", scsiController, slotSCSI)
-	b.vsock(doc.Vsock)
-	for i, n := range doc.NICs {
-		b.nic(n, slotNIC+i)
-	}
-	for i := range doc.SharedFolderPorts {
-		b.rootPort(i)
-	}
-	for i, d := range doc.Disks {
-		if err := b.disk(d, drivers[d.ID], i); err != nil {
-			return CommandLine{}, err
-		}
-	}
-	return b.CommandLine, nil
 }
 
-// lacks returns a *Missing if the binary cannot do what the document asks for.
-func (f Features) lacks(doc hypervisor.Document) error {
+// lacks returns a *Missing if the binary cannot do what the document asks for. A detached machine has no vsock device.
+func (f Features) lacks(doc hypervisor.Document, detached bool) error {
 	var m Missing
 	need := func(types ...string) {
 		for _, t := range types {
-			if !slices.Contains(f.Types, t) && !slices.Contains(m.What, t) {
+			if !f.has(t) && !slices.Contains(m.What, t) {
 				m.What = append(m.What, t)
 			}
 		}
 	}
 	bus := "-pci"
-	if architecture(doc) == hypervisor.ArchS390X {
+	if doc.Arch() == hypervisor.ArchS390X {
 		bus = "-ccw"
 		need("sclpconsole")
 	}
 	need("virtio-scsi"+bus, "scsi-hd", string(doc.Accelerator)+"-accel")
 	if f.Machine == "" {
-		m.What = append(m.What, "the "+machineAlias[architecture(doc)]+" machine")
+		m.What = append(m.What, "the "+machineAlias[doc.Arch()]+" machine")
 	}
 	if doc.Memory.Shared {
 		need("memory-backend-memfd")
 	}
-	switch doc.Vsock.Kind {
-	case hypervisor.VsockVhost:
+	switch {
+	case detached:
+	case doc.Vsock.Kind == hypervisor.VsockVhost:
 		need("vhost-vsock" + bus)
-	case hypervisor.VsockVhostUser:
+	case doc.Vsock.Kind == hypervisor.VsockVhostUser:
 		need("vhost-user-vsock-pci") // there is none for the channel subsystem
 		if bus == "-ccw" {
 			need("zpci")
@@ -129,7 +143,7 @@ func (f Features) lacks(doc hypervisor.Document) error {
 	if len(doc.NICs) > 0 {
 		need("virtio-net" + bus)
 	}
-	if doc.SharedFolderPorts > 0 {
+	if doc.SharedFolders > 0 {
 		need("pcie-root-port", "vhost-user-fs-pci")
 	}
 	if doc.Sandboxed && !f.Sandbox {
@@ -143,21 +157,24 @@ func (f Features) lacks(doc hypervisor.Document) error {
 }
 
 type builder struct {
-	CommandLine
+	commandLine
 	doc hypervisor.Document
+	// detached: the machine inherits no file and is connected to nothing (newEmulatedLine).
+	detached bool
+	hubs     int
 }
 
-func (b *builder) add(args ...string) { b.Args = append(b.Args, args...) }
+func (b *builder) add(args ...string) { b.args = append(b.args, args...) }
 
 // ccw: devices are on IBM's channel subsystem, not on PCI.
-func (b *builder) ccw() bool { return architecture(b.doc) == hypervisor.ArchS390X }
+func (b *builder) ccw() bool { return b.doc.Arch() == hypervisor.ArchS390X }
 
 func (b *builder) device(props ...string) { b.add("-device", strings.Join(props, ",")) }
 
 // fd gives the number of the next inherited file.
 func (b *builder) fd(name string) string {
-	b.Files = append(b.Files, name)
-	return strconv.Itoa(firstInheritedFD + len(b.Files) - 1)
+	b.files = append(b.files, name)
+	return strconv.Itoa(firstInheritedFD + len(b.files) - 1)
 }
 
 func (b *builder) chardevSocket(id, file string) {
@@ -207,6 +224,10 @@ func (b *builder) boot(boot hypervisor.Boot) {
 }
 
 func (b *builder) vsock(v hypervisor.Vsock) {
+	if b.detached {
+		b.virtio(vsockStandIn, "vsock0", slotVsock)
+		return
+	}
 	switch v.Kind {
 	case hypervisor.VsockVhost:
 		b.virtio("vhost-vsock", "vsock0", slotVsock, fmt.Sprintf("guest-cid=%d", v.CID), "vhostfd="+b.fd(fileVsock))
@@ -225,16 +246,24 @@ func (b *builder) vsock(v hypervisor.Vsock) {
 }
 
 func (b *builder) nic(n hypervisor.NIC, slot int) {
-	netdev := "tap,id=net-" + n.ID + ",fd=" + b.fd(fileTap+n.ID)
-	if n.VhostNet {
-		netdev += ",vhost=on,vhostfd=" + b.fd(fileVhost+n.ID)
-	}
-	b.add("-netdev", netdev)
+	b.add("-netdev", b.netdev(n))
 	props := []string{"netdev=net-" + n.ID, "mac=" + n.MAC}
 	if n.MTU != 0 {
 		props = append(props, fmt.Sprintf("host_mtu=%d", n.MTU))
 	}
 	b.virtio("virtio-net", "nic-"+n.ID, slot, props...)
+}
+
+// netdev is what a network interface is connected to.
+func (b *builder) netdev(n hypervisor.NIC) string {
+	if b.detached {
+		return b.detachedNetdev(n.ID)
+	}
+	netdev := "tap,id=net-" + n.ID + ",fd=" + b.fd(fileTap+n.ID)
+	if n.VhostNet {
+		netdev += ",vhost=on,vhostfd=" + b.fd(fileVhost+n.ID)
+	}
+	return netdev
 }
 
 func rootPortID(i int) string { return fmt.Sprintf("folder%d", i) }
@@ -253,6 +282,9 @@ func (b *builder) rootPort(i int) {
 // disk is given as JSON, in which a path needs no escaping.
 func (b *builder) disk(d hypervisor.Disk, driver string, address int) error {
 	node, err := json.Marshal(newBlockNode(d, driver, address))
+	if b.detached {
+		node, err = detachedNode(d, address)
+	}
 	if err != nil {
 		return err
 	}

@@ -50,10 +50,10 @@ func goldenDocument() hypervisor.Document {
 			Kernel: goldenKernel, Initrd: goldenInitrd,
 			Parameters: []string{"console=ttyS0", "panic=-1"},
 		},
-		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
-		NICs:              []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}},
-		SharedFolderPorts: 9,
-		Sandboxed:         true,
+		Vsock:         hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
+		NICs:          []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}},
+		SharedFolders: 9,
+		Sandboxed:     true,
 	}
 }
 
@@ -61,7 +61,7 @@ func TestCommandLineGolden(t *testing.T) {
 	for name, tc := range goldenCases() {
 		t.Run(name, func(t *testing.T) {
 			c := tc.commandLine(t, tc.features)
-			got := strings.Join(c.Args, "\n") + "\n# inherited: " + strings.Join(c.Files, " ") + "\n"
+			got := strings.Join(c.args, "\n") + "\n# inherited: " + strings.Join(c.files, " ") + "\n"
 			golden := filepath.Join("testdata", name+".golden")
 			if *update {
 				require.NoError(t, os.WriteFile(golden, []byte(got), 0o644))
@@ -74,7 +74,7 @@ func TestCommandLineGolden(t *testing.T) {
 }
 
 func TestCommandLineNeedsFeatures(t *testing.T) {
-	_, err := NewCommandLine(goldenDocument(), Features{Architecture: hypervisor.ArchAMD64}, nil)
+	_, err := newCommandLine(goldenDocument(), Features{Architecture: hypervisor.ArchAMD64}, nil)
 	require.ErrorIs(t, err, errdefs.ErrNotImplemented)
 	var missing *Missing
 	require.ErrorAs(t, err, &missing)
@@ -86,59 +86,40 @@ func TestCommandLineNeedsFeatures(t *testing.T) {
 	doc.Vsock.Kind = hypervisor.VsockVhost
 	f := debianFeatures()
 	f.Types = []string{"virtio-scsi-pci", "scsi-hd", "memory-backend-memfd", "virtio-net-pci", "pcie-root-port", "vhost-user-fs-pci"}
-	_, err = NewCommandLine(doc, f, nil)
+	_, err = newCommandLine(doc, f, nil)
 	require.ErrorAs(t, err, &missing)
 	require.Equal(t, []string{"kvm-accel", "vhost-vsock-pci"}, missing.What)
 }
 
+// What holds for every VMM is tested with package hypervisor; this is what QEMU's machines have no room for.
 func TestValidate(t *testing.T) {
-	require.NoError(t, Validate(goldenDocument()))
+	d := new(Driver)
+	for name, doc := range map[string]hypervisor.Document{
+		"plain": goldenDocument(), "confidential": confidentialDocument(), "snp": snpDocument(), "tdx": tdxDocument(),
+		"s390x": s390xDocument(), "se": seDocument(),
+	} {
+		require.NoError(t, d.Validate(doc), name)
+	}
 	for name, tc := range map[string]struct {
 		change func(*hypervisor.Document)
 		says   string
 	}{
-		"id":              {func(d *hypervisor.Document) { d.ID = "a/b" }, "id"},
-		"id with comma":   {func(d *hypervisor.Document) { d.ID = "a,process=x" }, "id"},
-		"uuid":            {func(d *hypervisor.Document) { d.UUID = "{7d444840-9dc0-11d1-b245-5ffdce74fad2}" }, "uuid"},
-		"accelerator":     {func(d *hypervisor.Document) { d.Accelerator = "xen" }, "accelerator"},
-		"cpu model":       {func(d *hypervisor.Document) { d.CPU.Model = "max -device x" }, "cpu.model"},
-		"cpu count":       {func(d *hypervisor.Document) { d.CPU.Count = 0 }, "cpu.count"},
-		"little memory":   {func(d *hypervisor.Document) { d.Memory.Bytes = 2 << 20 }, "memory.bytes"},
-		"odd memory":      {func(d *hypervisor.Document) { d.Memory.Bytes++ }, "memory.bytes"},
-		"kernel":          {func(d *hypervisor.Document) { d.Boot.Kernel = "vmlinux" }, "boot.kernel"},
-		"initrd":          {func(d *hypervisor.Document) { d.Boot.Initrd = "" }, "boot.initrd"},
-		"parameter":       {func(d *hypervisor.Document) { d.Boot.Parameters = []string{"a b"} }, "boot.parameters"},
-		"long parameters": {func(d *hypervisor.Document) { d.Boot.Parameters = []string{strings.Repeat("x", 2048)} }, "2048 bytes"},
-		"vsock kind":      {func(d *hypervisor.Document) { d.Vsock.Kind = "" }, "vsock.kind"},
-		"vsock cid":       {func(d *hypervisor.Document) { d.Vsock.CID = 2 }, "vsock.cid"},
-		"memory shared":   {func(d *hypervisor.Document) { d.Memory.Shared = false }, "memory.shared"},
-		"nic id":          {func(d *hypervisor.Document) { d.NICs[0].ID = "a,b" }, "nic id"},
-		"nic mac":         {func(d *hypervisor.Document) { d.NICs[0].MAC = "01:00:00:00:00:00" }, "unicast"},
-		"nic mtu":         {func(d *hypervisor.Document) { d.NICs[0].MTU = 60 }, "MTU"},
-		"nic twice":       {func(d *hypervisor.Document) { d.NICs = append(d.NICs, d.NICs[0]) }, "twice"},
-		"disk id":         {func(d *hypervisor.Document) { d.Disks = []hypervisor.Disk{{ID: "ä", Serial: "a", Path: "/a"}} }, "disk id"},
-		"disk serial": {func(d *hypervisor.Document) {
-			d.Disks = []hypervisor.Disk{{ID: "a", Serial: strings.Repeat("a", 21), Path: "/a"}}
-		}, "serial"},
-		"disk path": {func(d *hypervisor.Document) { d.Disks = []hypervisor.Disk{{ID: "a", Serial: "a", Path: "a"}} }, "absolute"},
-		"disk serial same": {func(d *hypervisor.Document) {
-			d.Disks = []hypervisor.Disk{{ID: "a", Serial: "a", Path: "/a"}, {ID: "b", Serial: "a", Path: "/a"}}
-		}, "twice"},
-		"folder ports": {func(d *hypervisor.Document) { d.SharedFolderPorts = 33 }, "shared_folder_ports"},
+		"what holds for every VMM": {func(d *hypervisor.Document) { d.ID = "a/b" }, "id"},
+		"cpu model":                {func(d *hypervisor.Document) { d.CPU.Model = "max -device x" }, "cpu.model"},
+		"cpu count":                {func(d *hypervisor.Document) { d.CPU.Count = 241 }, "more than 240"},
+		"disks":                    {func(d *hypervisor.Document) { d.Disks = make([]hypervisor.Disk, maxDisks+1) }, "disks are more than"},
+		"nics":                     {func(d *hypervisor.Document) { d.NICs = make([]hypervisor.NIC, maxNICs+1) }, "9 NICs are more than 8"},
+		"shared folders":           {func(d *hypervisor.Document) { d.SharedFolders = 33 }, "shared_folders 33 is more than 32"},
+		"shared folders, s390x": {func(d *hypervisor.Document) {
+			d.Architecture = hypervisor.ArchS390X
+		}, "shared_folders is for amd64"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			doc := goldenDocument()
 			tc.change(&doc)
-			err := Validate(doc)
+			err := d.Validate(doc)
 			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 			require.ErrorContains(t, err, tc.says)
 		})
 	}
-	err := Validate(hypervisor.Document{})
-	for _, field := range []string{"id", "uuid", "accelerator", "cpu.model", "cpu.count", "memory.bytes", "boot.kernel", "vsock.kind", "vsock.cid"} {
-		require.ErrorContains(t, err, field)
-	}
-	require.ErrorIs(t, validateFolder(hypervisor.SharedFolder{ID: "a", Tag: "ä", Socket: "/s"}), errdefs.ErrInvalidArgument)
-	require.ErrorIs(t, validateFolder(hypervisor.SharedFolder{ID: "a", Tag: strings.Repeat("a", 37), Socket: "s"}), errdefs.ErrInvalidArgument)
-	require.NoError(t, validateFolder(hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/s"}))
 }

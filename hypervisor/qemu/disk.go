@@ -8,6 +8,12 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 )
 
+// QEMU's block drivers of what a disk can be on the host.
+const (
+	driverFile   = "file"
+	driverDevice = "host_device"
+)
+
 const (
 	scsiController = "scsi0"
 	// What QEMU's virtio-scsi has is 256 targets of 16384 LUNs; single-byte LUN addresses are enough.

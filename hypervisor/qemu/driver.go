@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -31,67 +32,113 @@ type Config struct {
 	Arch hypervisor.Architecture
 	// Path of the QEMU binary. Where empty, the usual places are searched.
 	Path string
-	// CacheDir keeps what is known of the binary; made if missing. Where empty, each New probes the binary (0.1 s or so).
+	// CacheDir keeps what is known of the binary; made if missing. Where empty, each Driver probes the binary (0.1 s or so).
 	CacheDir string
 }
 
-// Driver starts VMs with one QEMU binary. It has no state of its own.
+// Kind is QEMU's name in the configuration.
+const Kind = "qemu"
+
+// Driver starts VMs with one QEMU binary; hypervisor.Driver.
 type Driver struct {
-	path     string
-	features Features
-	host     host
+	config Config
+	host   host
+	// turn is held (one element) while the binary is looked for and probed; found is written under it.
+	turn  chan struct{}
+	found *program
 }
 
-// New finds the QEMU binary and what it can do. Errors: os.ErrNotExist or errdefs.ErrNotFound, errdefs.ErrInvalidArgument
-// (not executable, or for another architecture), or what the binary itself said if it is no QEMU.
-func New(ctx context.Context, c Config) (*Driver, error) {
+// program is a QEMU that was found and probed.
+type program struct {
+	path     string
+	features Features
+}
+
+var (
+	_ hypervisor.Driver     = (*Driver)(nil)
+	_ hypervisor.TableMaker = (*Driver)(nil)
+)
+
+// New returns a driver. It touches nothing.
+func New(c Config) *Driver {
 	if c.Arch == "" {
 		c.Arch = hostArchitecture()
 	}
-	path, err := findBinary(c.Path, c.Arch)
+	return &Driver{config: c, host: host{kvm: "/dev/kvm", cpuinfo: "/proc/cpuinfo"}, turn: make(chan struct{}, 1)}
+}
+
+// open finds the binary and what it can do, once; a failure is tried again by the next call. Errors: os.ErrNotExist or
+// errdefs.ErrNotFound, errdefs.ErrInvalidArgument (not executable, or for another architecture), or what the binary itself
+// said if it is no QEMU.
+func (d *Driver) open(ctx context.Context) (*program, error) {
+	select {
+	case d.turn <- struct{}{}:
+		defer func() { <-d.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if d.found != nil {
+		return d.found, nil
+	}
+	path, err := findBinary(d.config.Path, d.config.Arch)
 	if err != nil {
 		return nil, err
 	}
-	f, err := featuresOf(ctx, path, c.CacheDir)
+	f, err := featuresOf(ctx, path, d.config.CacheDir)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("hypervisor.path: %w", err)
 	}
-	if f.Architecture != c.Arch {
+	if f.Architecture != d.config.Arch {
 		return nil, fmt.Errorf("%s is a QEMU for %s guests and one for %s is needed; correct hypervisor.path or hypervisor.arch: %w",
-			path, f.Architecture, c.Arch, errdefs.ErrInvalidArgument)
+			path, f.Architecture, d.config.Arch, errdefs.ErrInvalidArgument)
 	}
-	return &Driver{path: path, features: f, host: host{kvm: "/dev/kvm", cpuinfo: "/proc/cpuinfo"}}, nil
+	d.found = &program{path: path, features: f}
+	return d.found, nil
 }
 
-// Path of the binary.
-func (d *Driver) Path() string { return d.path }
+// Kind implements hypervisor.Driver.
+func (*Driver) Kind() string { return Kind }
 
-// Features of the binary.
-func (d *Driver) Features() Features { return d.features }
+// Binary implements hypervisor.Driver.
+func (d *Driver) Binary() (string, error) { return findBinary(d.config.Path, d.config.Arch) }
 
-// Accelerator turns "auto" (or ""), "kvm" or "tcg" into what this host and binary can do. auto is KVM only where
-// /dev/kvm opens and the CPU has hardware virtualization. An accelerator that is asked for by name and not there is an
-// error, never replaced.
-func (d *Driver) Accelerator(want string) (hypervisor.Accelerator, error) {
-	return d.host.accelerator(want, d.features)
+// Capabilities implements hypervisor.Driver.
+func (d *Driver) Capabilities(ctx context.Context) (hypervisor.Capabilities, error) {
+	b, err := d.open(ctx)
+	if err != nil {
+		return hypervisor.Capabilities{}, err
+	}
+	return hypervisor.Capabilities{
+		Binary: b.path, Version: strings.TrimSpace(b.features.Version),
+		Details: b.features.details(), Platforms: b.features.platforms(),
+	}, nil
 }
 
-// Start starts QEMU for the document, with the virtual CPUs stopped until VM.Boot. ctx bounds the start only. It takes
-// over the files in res, also on errors. On an error nothing is left, no log either: the error quotes QEMU's own words.
-//
-// errdefs.ErrInvalidArgument: the document, with all its faults. errdefs.ErrNotImplemented: the binary lacks something.
-// errdefs.ErrResourceExhausted: more memory than the host has.
+// Accelerator implements hypervisor.Driver.
+func (d *Driver) Accelerator(ctx context.Context, want string) (hypervisor.Accelerator, error) {
+	b, err := d.open(ctx)
+	if err != nil {
+		return "", err
+	}
+	return d.host.accelerator(want, b.features)
+}
+
+// Start implements hypervisor.Driver.
 func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervisor.Resources) (_ hypervisor.VM, err error) {
 	// QEMU gets copies.
-	defer func() { closeFiles(resourceFiles(res)) }()
-	if err := Validate(doc); err != nil {
+	defer res.Close()
+	if err := d.Validate(doc); err != nil {
+		return nil, err
+	}
+	b, err := d.open(ctx)
+	if err != nil {
 		return nil, err
 	}
 	drivers, err := preflight(doc, res)
 	if err != nil {
 		return nil, err
 	}
-	cmdline, err := NewCommandLine(doc, d.features, drivers)
+	cmdline, err := newCommandLine(doc, b.features, drivers)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +149,7 @@ func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervi
 	if err != nil {
 		return nil, err
 	}
-	if err := v.start(ctx, d.path, cmdline, res); err != nil {
+	if err := v.start(ctx, b.path, cmdline, res); err != nil {
 		return nil, errors.Join(err, v.discard())
 	}
 	return v, nil
@@ -110,31 +157,31 @@ func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervi
 
 // preflight checks what the document names on the host. It returns the block driver of each disk.
 func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]string, error) {
-	var f faults
-	f.bootFiles(doc)
+	var f hypervisor.Faults
+	bootFiles(&f, doc)
 	drivers := make(map[string]string, len(doc.Disks))
 	for _, disk := range doc.Disks {
 		driver, err := diskDriver(disk.Path)
 		if err != nil {
-			f.add("disk %s: %w", disk.ID, err)
+			f.Add("disk %s: %w", disk.ID, err)
 		}
 		drivers[disk.ID] = driver
 	}
 	for _, n := range doc.NICs {
 		if res.Taps[n.ID] == nil {
-			f.add("nic %s: no tap was given", n.ID)
+			f.Add("nic %s: no tap was given", n.ID)
 		}
 		if n.VhostNet && res.VhostNet[n.ID] == nil {
-			f.add("nic %s: no vhost-net was given", n.ID)
+			f.Add("nic %s: no vhost-net was given", n.ID)
 		}
 	}
 	if doc.Vsock.Kind == hypervisor.VsockVhost && res.VhostVsock == nil {
-		f.add("vsock: no vhost-vsock device was given")
+		f.Add("vsock: no vhost-vsock device was given")
 	}
 	if fi, err := os.Stat(res.StateDir); err != nil || !fi.IsDir() || !filepath.IsAbs(res.StateDir) {
-		f.add("state folder %q: no absolute path of a folder", res.StateDir)
+		f.Add("state folder %q: no absolute path of a folder", res.StateDir)
 	}
-	if err := f.err(); err != nil {
+	if err := f.Err(); err != nil {
 		return nil, err
 	}
 	var info unix.Sysinfo_t
@@ -150,7 +197,7 @@ func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]st
 }
 
 // start opens what the VM needs and starts QEMU. On an error the process is gone; the caller calls discard.
-func (v *vm) start(ctx context.Context, path string, cmdline CommandLine, res hypervisor.Resources) error {
+func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hypervisor.Resources) error {
 	given := map[string]*os.File{}
 	for id, f := range res.Taps {
 		given[fileTap+id] = f
@@ -201,11 +248,11 @@ func (v *vm) start(ctx context.Context, path string, cmdline CommandLine, res hy
 		return fmt.Errorf("pipe for QEMU's log: %w", err)
 	}
 	theirs = append(theirs, stderr)
-	files := make([]*os.File, len(cmdline.Files))
-	for i, name := range cmdline.Files {
+	files := make([]*os.File, len(cmdline.files))
+	for i, name := range cmdline.files {
 		files[i] = given[name]
 	}
-	v.proc, err = startProcess(processSpec{path: path, args: cmdline.Args, files: files, output: stderr, netns: res.NetNS})
+	v.proc, err = startProcess(processSpec{path: path, args: cmdline.args, files: files, output: stderr, netns: res.NetNS})
 	if err != nil {
 		control.Close()
 		console.Close()
@@ -257,17 +304,6 @@ func socketPair(name string) (net.Conn, *os.File, error) {
 		return nil, nil, fmt.Errorf("socket pair for QEMU's %s: %w", name, err)
 	}
 	return conn, theirs, nil
-}
-
-func resourceFiles(res hypervisor.Resources) []*os.File {
-	files := []*os.File{res.VhostVsock}
-	for _, f := range res.Taps {
-		files = append(files, f)
-	}
-	for _, f := range res.VhostNet {
-		files = append(files, f)
-	}
-	return files
 }
 
 // closeFiles closes the files that are not nil; closing twice does no harm.

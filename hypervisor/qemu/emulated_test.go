@@ -16,6 +16,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // values of all occurrences of an option.
@@ -29,8 +30,9 @@ func values(args []string, option string) (all []string) {
 }
 
 func TestEmulatedGolden(t *testing.T) {
-	args, err := EmulatedTDX(goldenCases()["tdx-unix"].doc, newestFeatures())
+	line, err := newEmulatedLine(goldenCases()["tdx-unix"].doc, newestFeatures())
 	require.NoError(t, err)
+	args := line.args
 	got, golden := strings.Join(args, "\n")+"\n", filepath.Join("testdata", "tdx-emulated.golden")
 	if *update {
 		require.NoError(t, os.WriteFile(golden, []byte(got), 0o644))
@@ -46,18 +48,19 @@ func TestEmulatedIsTheLaunchedMachine(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c := goldenCases()[name]
 			launch := c.commandLine(t, c.features)
-			args, err := EmulatedTDX(c.doc, c.features)
+			line, err := newEmulatedLine(c.doc, c.features)
 			require.NoError(t, err)
-			require.Equal(t, []string{strings.TrimSuffix(values(launch.Args, "-machine")[0], ",confidential-guest-support="+teeObjectID) + ",pic=off"},
+			args := line.args
+			require.Equal(t, []string{strings.TrimSuffix(values(launch.args, "-machine")[0], ",confidential-guest-support="+teeObjectID) + ",pic=off"},
 				values(args, "-machine"))
 			for _, option := range []string{"-uuid", "-smp", "-m", "-bios", "-kernel", "-initrd", "-append", "-sandbox"} {
-				require.Equal(t, values(launch.Args, option), values(args, option), option)
+				require.Equal(t, values(launch.args, option), values(args, option), option)
 			}
-			require.Equal(t, values(launch.Args, "-object")[:1], values(args, "-object"), "the memory, and nothing else")
-			require.Len(t, values(args, "-serial"), len(values(launch.Args, "-serial")))
-			require.Len(t, values(args, "-blockdev"), len(values(launch.Args, "-blockdev")))
+			require.Equal(t, values(launch.args, "-object")[:1], values(args, "-object"), "the memory, and nothing else")
+			require.Len(t, values(args, "-serial"), len(values(launch.args, "-serial")))
+			require.Len(t, values(args, "-blockdev"), len(values(launch.args, "-blockdev")))
 
-			devices, stand := values(launch.Args, "-device"), values(args, "-device")
+			devices, stand := values(launch.args, "-device"), values(args, "-device")
 			require.Len(t, stand, len(devices))
 			for i, d := range devices {
 				if !strings.Contains(d, "vsock") {
@@ -67,7 +70,7 @@ func TestEmulatedIsTheLaunchedMachine(t *testing.T) {
 				kept := d[strings.Index(d, ","):]
 				kept = kept[:strings.Index(kept, ",iommu_platform=on")+len(",iommu_platform=on")]
 				require.Contains(t, kept, "addr=0x3.0x0,romfile=,disable-legacy=on")
-				require.Equal(t, vsockStandIn+kept, stand[i], "the same place and the same rules")
+				require.Equal(t, vsockStandIn+"-pci"+kept, stand[i], "the same place and the same rules")
 			}
 
 			all := strings.Join(args, "\n")
@@ -83,18 +86,18 @@ func TestEmulatedTakesTDsOnly(t *testing.T) {
 	for name, doc := range map[string]hypervisor.Document{
 		"plain": goldenDocument(), "sample": confidentialDocument(), "snp": snpDocument(), "s390x": s390xDocument(), "se": seDocument(),
 	} {
-		_, err := EmulatedTDX(doc, f)
+		_, err := newEmulatedLine(doc, f)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, name)
 	}
 	broken := tdxDocument()
 	broken.Boot.Firmware, broken.CPU.Count = "", 0
-	_, err := EmulatedTDX(broken, f)
+	_, _, err := New(Config{}).ACPITables(context.Background(), broken)
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	require.ErrorContains(t, err, "boot.firmware")
 	require.ErrorContains(t, err, "cpu.count")
 
 	f.Types = []string{"virtio-scsi-pci", "scsi-hd", "memory-backend-memfd", "kvm-accel", "tcg-accel"}
-	_, err = EmulatedTDX(tdxDocument(), f)
+	_, err = newEmulatedLine(tdxDocument(), f)
 	var missing *Missing
 	require.ErrorAs(t, err, &missing)
 	require.Equal(t, []string{"virtio-net-pci"}, missing.What, "neither TDX nor a vsock device is needed")
@@ -130,8 +133,8 @@ func pciDevices(t *testing.T, c *qmp.Client) []pciDevice {
 func TestEmulatedDevicesLookTheSame(t *testing.T) {
 	d := testDriver(t)
 	launched := testDocument(t, testKernel(t), testInitrd(t), "idle")
-	launched.SharedFolderPorts = 0
-	launched.Confidential = &hypervisor.Confidential{Platform: platformSample}
+	launched.SharedFolders = 0
+	launched.Confidential = &hypervisor.Confidential{Platform: abi.Sample}
 	v := startGuest(t, d, launched)
 	want := pciDevices(t, v.qmp)
 
@@ -140,13 +143,14 @@ func TestEmulatedDevicesLookTheSame(t *testing.T) {
 	require.NoError(t, os.WriteFile(doc.Boot.Firmware, make([]byte, 64<<10), 0o600))
 	doc.Accelerator, doc.CPU.Model = hypervisor.AccelKVM, "host"
 	doc.Confidential = tdxDocument().Confidential
-	args, err := EmulatedTDX(doc, d.Features())
+	line, err := newEmulatedLine(doc, features(t, d))
 	require.NoError(t, err)
+	args := line.args
 	ours, theirs, err := socketPair("qmp")
 	require.NoError(t, err)
 	defer ours.Close()
 	p, err := startProcess(processSpec{
-		path: d.Path(), args: append(args, "-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", firstInheritedFD), "-mon", "chardev=qmp,mode=control"),
+		path: probed(t, d).path, args: append(args, "-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", firstInheritedFD), "-mon", "chardev=qmp,mode=control"),
 		files: []*os.File{theirs}, output: os.Stderr,
 	})
 	require.NoError(t, err)

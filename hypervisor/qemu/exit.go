@@ -65,13 +65,13 @@ func (v *vm) onEvent(e qmp.Event) {
 	}
 }
 
-// onStop looks why the virtual CPUs stand still. Without a wish of ours it is KVM that gave up: the guest would hang
-// for ever.
+// onStop looks why the virtual CPUs stand still. Nobody here asks for that: it is KVM that gave up, and the guest would
+// hang for ever.
 func (v *vm) onStop() {
 	v.mu.Lock()
-	client, wanted := v.qmp, v.paused || v.end != endEvents{}
+	client, ending := v.qmp, v.end != endEvents{}
 	v.mu.Unlock()
-	if wanted || client == nil {
+	if ending || client == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
@@ -161,7 +161,7 @@ func (v *vm) classify() hypervisor.Exit {
 	status := v.proc.state.Sys().(syscall.WaitStatus)
 	switch {
 	case end.panicked != "" || end.shutdown == "guest-panic":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, lastWords(v.doc, text)
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
 		switch {
 		case e.Detail != "" && end.byTEE:
 			e.Detail += "; " + end.panicked
@@ -171,7 +171,7 @@ func (v *vm) classify() hypervisor.Exit {
 			e.Detail = "the guest reported a panic"
 		}
 	case end.shutdown == "guest-reset":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, lastWords(v.doc, text)
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
 		if e.Detail == "" {
 			e.Detail = "the guest reset itself, without a kernel panic on its console"
 		}
@@ -196,9 +196,6 @@ func (v *vm) classify() hypervisor.Exit {
 		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU ended itself (%s), exit status %d", clip(end.shutdown), status.ExitStatus())
 	default:
 		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU exited with status %d", status.ExitStatus())
-		if advice := adviceFor(e.VMMLog); advice != "" {
-			e.Detail += ": " + advice
-		}
 	}
 	return e
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // fakeVariable makes the test binary a QEMU that misbehaves in the way its value says.
@@ -139,7 +140,9 @@ func fakeDriver(t *testing.T, mode string) (*Driver, hypervisor.Document) {
 	copy(kernel[0x202:], "HdrS")
 	path := filepath.Join(dir, "kernel")
 	require.NoError(t, os.WriteFile(path, kernel, 0o600))
-	return &Driver{path: wrapper, features: debianFeatures()}, testDocument(t, path, path, "idle")
+	d := New(Config{Arch: hypervisor.ArchAMD64})
+	d.found = &program{path: wrapper, features: debianFeatures()}
+	return d, testDocument(t, path, path, "idle")
 }
 
 func TestFaults(t *testing.T) {
@@ -166,7 +169,7 @@ func TestFaults(t *testing.T) {
 			require.Contains(t, exit.Detail, want.detail)
 			require.Less(t, len(exit.Detail), 600)
 			require.Contains(t, exit.VMMLog, "command cont")
-			require.ErrorIs(t, v.Resume(context.Background()), errdefs.ErrFailedPrecondition)
+			require.ErrorIs(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)), errdefs.ErrFailedPrecondition)
 		})
 	}
 }
@@ -185,8 +188,10 @@ func TestStartFaults(t *testing.T) {
 	t.Run("refuses the platform", func(t *testing.T) {
 		d, doc := fakeDriver(t, "refuses-snp")
 		_, err := d.Start(context.Background(), doc, hypervisor.Resources{StateDir: t.TempDir()})
-		require.ErrorContains(t, err, "QEMU exited with status 1: KVM on this host runs no SEV-SNP guests; `cloister check --tee snp`")
-		require.ErrorContains(t, err, "vm-type SEV-SNP not supported by KVM")
+		var exit hypervisor.Exit
+		require.ErrorAs(t, err, &exit)
+		require.Equal(t, "QEMU exited with status 1", exit.Detail)
+		require.Contains(t, exit.VMMLog, "vm-type SEV-SNP not supported by KVM")
 	})
 	t.Run("mute", func(t *testing.T) {
 		d, doc := fakeDriver(t, "mute")
@@ -233,7 +238,7 @@ func awaitLog(t *testing.T, v *vm, text string, times int) {
 
 func TestAddSharedFolderToConfidentialVM(t *testing.T) {
 	d, doc := fakeDriver(t, "none")
-	doc.SharedFolderPorts, doc.Confidential = 0, &hypervisor.Confidential{Platform: platformSample}
+	doc.SharedFolders, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
 	v := startGuest(t, d, doc)
 	err := v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"})
 	require.ErrorIs(t, err, errdefs.ErrPermissionDenied)

@@ -45,6 +45,9 @@ type Features struct {
 	ExitWithParent bool `json:"exit_with_parent"`
 }
 
+// has reports whether the binary has a type of wantedTypes.
+func (f Features) has(t string) bool { return slices.Contains(f.Types, t) }
+
 // wantedTypes are the QOM types that command lines use, and accelerators.
 var wantedTypes = [...]string{
 	"kvm-accel", "tcg-accel", "memory-backend-memfd", "pcie-root-port", "scsi-hd", "vhost-user-fs-pci",
@@ -107,13 +110,14 @@ func findBinary(configured string, arch hypervisor.Architecture) (string, error)
 	if qemuTarget[arch] == "" {
 		return "", fmt.Errorf("guests of the architecture %q are not supported (amd64 and s390x are); set hypervisor.arch: %w", arch, errdefs.ErrNotImplemented)
 	}
+	// exec.LookPath refuses what it found relative to the working directory; the shim's is the bundle.
+	if p, err := exec.LookPath("qemu-system-" + qemuTarget[arch]); err == nil && filepath.IsAbs(p) {
+		return p, nil
+	}
 	for _, c := range candidates(arch) {
 		if fi, err := os.Stat(c); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return c, nil
 		}
-	}
-	if p, err := exec.LookPath("qemu-system-" + qemuTarget[arch]); err == nil {
-		return p, nil
 	}
 	return "", fmt.Errorf("no QEMU for %s found at %v or in PATH; install %s or set hypervisor.path: %w",
 		arch, candidates(arch), debianPackage[arch], errdefs.ErrNotFound)

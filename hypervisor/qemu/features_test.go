@@ -20,11 +20,10 @@ func TestProbeAndCache(t *testing.T) {
 		t.Skip(err)
 	}
 	dir := filepath.Join(t.TempDir(), "cache")
-	d, err := New(context.Background(), Config{Path: path, CacheDir: dir})
-	require.NoError(t, err)
-	t.Logf("%+v", d.Features())
-	require.NoError(t, d.Features().lacks(goldenDocument()))
-	require.NotEmpty(t, d.Features().Version)
+	d := New(Config{Path: path, CacheDir: dir, Arch: hypervisor.ArchAMD64})
+	t.Logf("%+v", features(t, d))
+	require.NoError(t, features(t, d).lacks(goldenDocument(), false))
+	require.NotEmpty(t, features(t, d).Version)
 
 	files, err := filepath.Glob(filepath.Join(dir, "*"))
 	require.NoError(t, err)
@@ -33,9 +32,8 @@ func TestProbeAndCache(t *testing.T) {
 	id, err := identifyBinary(path)
 	require.NoError(t, err)
 	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion, Binary: id, Features: Features{Version: "mark", Architecture: hypervisor.ArchAMD64}}))
-	d, err = New(context.Background(), Config{Path: path, CacheDir: dir})
-	require.NoError(t, err)
-	require.Equal(t, "mark", d.Features().Version)
+	d = New(Config{Path: path, CacheDir: dir, Arch: hypervisor.ArchAMD64})
+	require.Equal(t, "mark", features(t, d).Version)
 
 	// Another binary at the same path, rubbish, and another format are not believed.
 	other := id
@@ -47,9 +45,8 @@ func TestProbeAndCache(t *testing.T) {
 	_, ok = readFeatures(files[0], id)
 	require.False(t, ok)
 	require.NoError(t, os.WriteFile(files[0], []byte("{"), 0o600))
-	d, err = New(context.Background(), Config{Path: path, CacheDir: dir})
-	require.NoError(t, err)
-	require.NotEqual(t, "mark", d.Features().Version)
+	d = New(Config{Path: path, CacheDir: dir, Arch: hypervisor.ArchAMD64})
+	require.NotEqual(t, "mark", features(t, d).Version)
 }
 
 func TestAccelerator(t *testing.T) {
@@ -105,16 +102,16 @@ func TestAccelerator(t *testing.T) {
 
 func TestNewForAnotherArchitecture(t *testing.T) {
 	s390x := driverFor(t, hypervisor.ArchS390X)
-	f := s390x.Features()
+	f := features(t, s390x)
 	require.Equal(t, hypervisor.ArchS390X, f.Architecture)
 	require.Contains(t, f.Machine, "s390-ccw-virtio-", "a concrete type")
 	require.NotContains(t, f.Types, typeSE, "it is in builds for s390x hosts only")
-	require.NoError(t, f.lacks(s390xDocument()))
-	_, err := New(context.Background(), Config{Path: s390x.Path(), Arch: hypervisor.ArchAMD64})
+	require.NoError(t, f.lacks(s390xDocument(), false))
+	_, err := New(Config{Path: probed(t, s390x).path, Arch: hypervisor.ArchAMD64}).Capabilities(context.Background())
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	require.ErrorContains(t, err, "is a QEMU for s390x guests and one for amd64 is needed")
 
-	_, err = New(context.Background(), Config{Arch: "riscv64"})
+	_, err = New(Config{Arch: "riscv64"}).Capabilities(context.Background())
 	require.ErrorIs(t, err, errdefs.ErrNotImplemented)
 	require.ErrorContains(t, err, "riscv64")
 }

@@ -28,10 +28,10 @@ type goldenCase struct {
 	features Features
 }
 
-func (c goldenCase) commandLine(t *testing.T, f Features) CommandLine {
+func (c goldenCase) commandLine(t *testing.T, f Features) commandLine {
 	t.Helper()
-	require.NoError(t, Validate(c.doc))
-	cmdline, err := NewCommandLine(c.doc, f, map[string]string{"layer0": "file", "scratch": "host_device"})
+	require.NoError(t, new(Driver).Validate(c.doc))
+	cmdline, err := newCommandLine(c.doc, f, map[string]string{"layer0": "file", "scratch": "host_device"})
 	require.NoError(t, err)
 	return cmdline
 }
@@ -61,15 +61,15 @@ func s390xFeatures() Features {
 // confidentialDocument keeps all rules of a confidential VM, with nothing behind them.
 func confidentialDocument() hypervisor.Document {
 	d := goldenDocument()
-	d.SharedFolderPorts = 0
-	d.Confidential = &hypervisor.Confidential{Platform: platformSample}
+	d.SharedFolders = 0
+	d.Confidential = &hypervisor.Confidential{Platform: abi.Sample}
 	return d
 }
 
 func snpDocument() hypervisor.Document {
 	d := confidentialDocument()
 	d.Accelerator, d.CPU.Model, d.Boot.Firmware = hypervisor.AccelKVM, "EPYC-v4", goldenFirmware
-	d.Confidential = &hypervisor.Confidential{Platform: platformSNP, SNP: &hypervisor.SNP{
+	d.Confidential = &hypervisor.Confidential{Platform: abi.SNP, SNP: &hypervisor.SNP{
 		CBitPosition: 51, ReducedPhysBits: 1, Policy: 0x30000, KernelHashes: true,
 	}}
 	return d
@@ -78,13 +78,13 @@ func snpDocument() hypervisor.Document {
 func tdxDocument() hypervisor.Document {
 	d := confidentialDocument()
 	d.Accelerator, d.CPU.Model, d.Boot.Firmware = hypervisor.AccelKVM, "host", goldenFirmware
-	d.Confidential = &hypervisor.Confidential{Platform: platformTDX, TDX: &hypervisor.TDX{Attributes: tdxSEPTVEDisable}}
+	d.Confidential = &hypervisor.Confidential{Platform: abi.TDX, TDX: &hypervisor.TDX{Attributes: 1 << 28}}
 	return d
 }
 
 func s390xDocument() hypervisor.Document {
 	d := goldenDocument()
-	d.Architecture, d.SharedFolderPorts = hypervisor.ArchS390X, 0
+	d.Architecture, d.SharedFolders = hypervisor.ArchS390X, 0
 	d.Boot.Parameters = []string{"console=ttysclp0", "panic=-1"}
 	return d
 }
@@ -95,7 +95,7 @@ func seDocument() hypervisor.Document {
 	d.Memory.Shared = false
 	d.Boot = hypervisor.Boot{Kernel: goldenKernel, Sealed: true}
 	d.Vsock = hypervisor.Vsock{Kind: hypervisor.VsockVhost, CID: 4711}
-	d.Confidential = &hypervisor.Confidential{Platform: platformSE, SecureExecution: true}
+	d.Confidential = &hypervisor.Confidential{Platform: abi.SE, SecureExecution: true}
 	return d
 }
 
@@ -127,12 +127,12 @@ func goldenCases() map[string]goldenCase {
 	add("tcg-vhost-user", goldenDocument(), debianFeatures(), nil)
 	add("kvm-vhost", goldenDocument(), debianFeatures(), func(d *hypervisor.Document) {
 		d.Accelerator, d.CPU.Model = hypervisor.AccelKVM, "host"
-		d.Memory.Shared, d.SharedFolderPorts = false, 0
+		d.Memory.Shared, d.SharedFolders = false, 0
 		withKernelVsock(d)
 	})
 	old := debianFeatures()
 	old.Machine, old.MachineOptions, old.Sandbox = "pc-q35-7.2", []string{"usb"}, false
-	add("old-qemu", goldenDocument(), old, func(d *hypervisor.Document) { d.NICs, d.SharedFolderPorts, d.Sandboxed = nil, 0, false })
+	add("old-qemu", goldenDocument(), old, func(d *hypervisor.Document) { d.NICs, d.SharedFolders, d.Sandboxed = nil, 0, false })
 	parent := debianFeatures()
 	parent.ExitWithParent = true
 	add("exit-with-parent", goldenDocument(), parent, nil)
@@ -145,7 +145,7 @@ func goldenCases() map[string]goldenCase {
 		s := d.Confidential.SNP
 		s.Policy = 0x1f0000 &^ (1 << 19)
 		s.HostData, s.IDBlock, s.IDAuth = filled(abi.SNPHostDataSize, 1), filled(abi.SNPIDBlockSize, 2), filled(abi.SNPIDAuthSize, 3)
-		binary.LittleEndian.PutUint64(s.IDBlock[idBlockPolicy:], s.Policy)
+		binary.LittleEndian.PutUint64(s.IDBlock[88:], s.Policy) // as a signed one has it: POLICY of ID_BLOCK, AMD 56860
 		s.AuthorKey = true
 	})
 	add("tdx-minimal", tdxDocument(), newestFeatures(), nil)
@@ -162,7 +162,7 @@ func goldenCases() map[string]goldenCase {
 	add("s390x", s390xDocument(), s390xFeatures(), nil)
 	add("s390x-vhost", s390xDocument(), s390xFeatures(), withKernelVsock)
 	add("s390x-sample", s390xDocument(), s390xFeatures(), func(d *hypervisor.Document) {
-		d.Confidential = &hypervisor.Confidential{Platform: platformSample}
+		d.Confidential = &hypervisor.Confidential{Platform: abi.Sample}
 	})
 	add("se", seDocument(), s390xFeatures(), withKernelVsock)
 	return cases

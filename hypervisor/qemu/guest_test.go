@@ -54,10 +54,20 @@ func testDriver(t testing.TB) *Driver {
 	if _, err := findBinary(os.Getenv("CLOISTER_TEST_QEMU"), hypervisor.ArchAMD64); err != nil {
 		t.Skipf("no QEMU: %v", err)
 	}
-	d, err := New(context.Background(), Config{Path: os.Getenv("CLOISTER_TEST_QEMU"), CacheDir: filepath.Join(cacheDir(t), "qemu")})
-	require.NoError(t, err)
+	d := New(Config{Path: os.Getenv("CLOISTER_TEST_QEMU"), CacheDir: filepath.Join(cacheDir(t), "qemu"), Arch: hypervisor.ArchAMD64})
+	probed(t, d)
 	return d
 }
+
+// probed is the driver's binary.
+func probed(t testing.TB, d *Driver) *program {
+	t.Helper()
+	p, err := d.open(context.Background())
+	require.NoError(t, err)
+	return p
+}
+
+func features(t testing.TB, d *Driver) Features { return probed(t, d).features }
 
 // cachePath is shared by the tests of one run of the test binary.
 func cachePath() string {
@@ -137,15 +147,15 @@ func testDocument(t testing.TB, kernel, initrd, do string) hypervisor.Document {
 		Architecture: hypervisor.ArchAMD64,
 		UUID:         uuid.NewString(),
 		Accelerator:  hypervisor.AccelTCG,
-		CPU:          hypervisor.CPU{Model: DefaultCPU(hypervisor.ArchAMD64, hypervisor.AccelTCG), Count: 1},
+		CPU:          hypervisor.CPU{Model: new(Driver).DefaultCPU(hypervisor.AccelTCG), Count: 1},
 		Memory:       hypervisor.Memory{Bytes: 256 << 20, Shared: true},
 		Boot: hypervisor.Boot{
 			Kernel: kernel, Initrd: initrd,
-			Parameters: append(KernelParameters(hypervisor.ArchAMD64, hypervisor.AccelTCG), "init.do="+do),
+			Parameters: append(New(Config{Arch: hypervisor.ArchAMD64}).KernelParameters(hypervisor.AccelTCG), "init.do="+do),
 		},
-		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
-		SharedFolderPorts: 2,
-		Sandboxed:         true,
+		Vsock:         hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
+		SharedFolders: 2,
+		Sandboxed:     true,
 	}
 }
 

@@ -30,7 +30,6 @@ func TestGuestBootsAndStops(t *testing.T) {
 	l, err := v.Vsock().Listen(1024)
 	require.NoError(t, err)
 	require.NoError(t, l.Close())
-	require.ErrorIs(t, v.Pause(context.Background()), errdefs.ErrFailedPrecondition)
 	console, _ := v.console.text()
 	require.Empty(t, console)
 	requireInherited(t, v)
@@ -40,17 +39,15 @@ func TestGuestBootsAndStops(t *testing.T) {
 	line := waitConsole(t, v, "INIT up")
 	t.Logf("start %v, boot to init %v, guest says %q", prepared, time.Since(start)-prepared, line)
 
-	require.NoError(t, v.Pause(context.Background()))
-	require.NoError(t, v.Pause(context.Background()))
-	require.NoError(t, v.Resume(context.Background()))
-
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
 	require.NoError(t, v.Stop(ctx)) // this guest does not power off
 	require.NoError(t, v.Stop(context.Background()))
 	require.Equal(t, hypervisor.ExitStopped, v.Exit().Reason)
 	require.Contains(t, v.Exit().Console, "INIT up")
-	err = v.Pause(context.Background())
+	err = v.RemoveDisk(context.Background(), "none")
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	err = v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1))
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	require.ErrorContains(t, err, "stopped from outside")
 	_, err = v.Vsock().Listen(1024)
@@ -237,13 +234,13 @@ func TestStartGivenUp(t *testing.T) {
 }
 
 func TestNewRefuses(t *testing.T) {
-	_, err := New(context.Background(), Config{Path: "/nonexistent/qemu"})
+	_, err := New(Config{Path: "/nonexistent/qemu"}).Capabilities(context.Background())
 	require.ErrorIs(t, err, os.ErrNotExist)
 	require.ErrorContains(t, err, "hypervisor.path")
-	_, err = New(context.Background(), Config{Path: "/etc/passwd"})
+	_, err = New(Config{Path: "/etc/passwd"}).Capabilities(context.Background())
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-	_, err = New(context.Background(), Config{Path: "/bin/true"})
+	_, err = New(Config{Path: "/bin/true"}).Capabilities(context.Background())
 	require.ErrorContains(t, err, "is it a QEMU")
-	_, err = New(context.Background(), Config{Path: "/bin/ls"})
+	_, err = New(Config{Path: "/bin/ls"}).Capabilities(context.Background())
 	require.ErrorContains(t, err, "it said")
 }

@@ -75,9 +75,7 @@ func (t *diskTable) release(id string) {
 
 // AddDisk implements hypervisor.VM.
 func (v *vm) AddDisk(ctx context.Context, d hypervisor.Disk) (err error) {
-	var f faults
-	f.disk(d)
-	if err := f.err(); err != nil {
+	if err := d.Validate(); err != nil {
 		return err
 	}
 	driver, err := diskDriver(d.Path)
@@ -266,7 +264,7 @@ const fsQueue = 1024
 
 // AddSharedFolder implements hypervisor.VM.
 func (v *vm) AddSharedFolder(ctx context.Context, s hypervisor.SharedFolder) (err error) {
-	if err := validateFolder(s); err != nil {
+	if err := s.Validate(); err != nil {
 		return err
 	}
 	if v.doc.Confidential != nil {

@@ -24,14 +24,6 @@ var qemuTarget = map[hypervisor.Architecture]string{
 	hypervisor.ArchS390X: "s390x",
 }
 
-// architecture of a document's guest.
-func architecture(doc hypervisor.Document) hypervisor.Architecture {
-	if doc.Architecture == "" {
-		return hypervisor.ArchAMD64
-	}
-	return doc.Architecture
-}
-
 func hostArchitecture() hypervisor.Architecture { return hypervisor.Architecture(runtime.GOARCH) }
 
 // machineOff are options of the machine that are switched off where the binary has them: what a guest without graphics
@@ -47,7 +39,7 @@ func (b *builder) machine(f Features) error {
 	if doc.Sandboxed {
 		b.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 	}
-	if f.ExitWithParent {
+	if f.ExitWithParent && !b.detached {
 		b.add("-run-with", "exit-with-parent=on")
 	}
 	mib := strconv.FormatUint(doc.Memory.Bytes>>20, 10) + "M"
@@ -69,6 +61,9 @@ func (b *builder) machine(f Features) error {
 	if object != nil {
 		machine += ",confidential-guest-support=" + teeObjectID
 		b.add("-object", string(object))
+	}
+	if b.detached {
+		machine += ",pic=off" // QEMU does this to a TD by itself
 	}
 	b.add("-machine", machine)
 	accel := string(doc.Accelerator)

@@ -101,8 +101,8 @@ func TestStartWithKVM(t *testing.T) {
 	}
 	f.Close()
 	doc := testDocument(t, testKernel(t), testInitrd(t), "idle")
-	doc.Accelerator, doc.CPU.Model = hypervisor.AccelKVM, DefaultCPU(hypervisor.ArchAMD64, hypervisor.AccelKVM)
-	if _, err := d.Accelerator("kvm"); err != nil {
+	doc.Accelerator, doc.CPU.Model = hypervisor.AccelKVM, new(Driver).DefaultCPU(hypervisor.AccelKVM)
+	if _, err := d.Accelerator(context.Background(), "kvm"); err != nil {
 		doc.CPU.Model = "qemu64"
 	}
 	v := startGuest(t, d, doc)

@@ -4,9 +4,9 @@ package qemu
 
 import "github.com/cloister-project/cloister/hypervisor"
 
-// KernelParameters are those that the guest's kernel needs to run well on this driver's machine of an architecture. The
-// caller adds its own behind them.
-func KernelParameters(arch hypervisor.Architecture, a hypervisor.Accelerator) []string {
+// KernelParameters implements hypervisor.Driver.
+func (d *Driver) KernelParameters(a hypervisor.Accelerator) []string {
+	arch := d.config.Arch
 	console := "console=ttyS0"
 	if arch == hypervisor.ArchS390X {
 		console = "console=ttysclp0" // the SCLP's ASCII console

@@ -21,6 +21,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
 	"github.com/cloister-project/cloister/hypervisor/vsock/vhostuser"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // s390xQEMUVariable is the path of a QEMU for s390x; a test that lacks it is skipped.
@@ -36,8 +37,8 @@ func driverFor(t testing.TB, arch hypervisor.Architecture) *Driver {
 	if path == "" {
 		t.Skip(s390xQEMUVariable + " (the path of qemu-system-s390x) is not set")
 	}
-	d, err := New(context.Background(), Config{Path: path, Arch: arch, CacheDir: filepath.Join(cacheDir(t), "qemu")})
-	require.NoError(t, err)
+	d := New(Config{Path: path, Arch: arch, CacheDir: filepath.Join(cacheDir(t), "qemu")})
+	probed(t, d)
 	return d
 }
 
@@ -48,7 +49,7 @@ type outcome struct {
 }
 
 // launch gives a command line to a real QEMU, with a real file behind each inherited one.
-func launch(t *testing.T, path string, c CommandLine) outcome {
+func launch(t *testing.T, path string, c commandLine) outcome {
 	t.Helper()
 	var files []*os.File
 	var conn io.Closer
@@ -59,7 +60,7 @@ func launch(t *testing.T, path string, c CommandLine) outcome {
 			conn.Close()
 		}
 	}()
-	for _, name := range c.Files {
+	for _, name := range c.files {
 		switch {
 		case name == fileQMP:
 			ours, theirs, err := socketPair(name)
@@ -85,7 +86,7 @@ func launch(t *testing.T, path string, c CommandLine) outcome {
 	}
 	output, stderr, err := os.Pipe()
 	require.NoError(t, err)
-	p, err := startProcess(processSpec{path: path, args: c.Args, files: files, output: stderr})
+	p, err := startProcess(processSpec{path: path, args: c.args, files: files, output: stderr})
 	require.NoError(t, err)
 	stderr.Close()
 	closeFiles(files)
@@ -139,24 +140,24 @@ func realFiles(t *testing.T, arch hypervisor.Architecture) *strings.Replacer {
 		`"driver":"host_device"`, `"driver":"file"`)
 }
 
-func (c CommandLine) replaced(change func(option, value string) (string, bool)) CommandLine {
-	out := CommandLine{Files: c.Files}
-	for i := 0; i < len(c.Args); i++ {
-		if i+1 == len(c.Args) || strings.HasPrefix(c.Args[i+1], "-") {
-			out.Args = append(out.Args, c.Args[i])
+func (c commandLine) replaced(change func(option, value string) (string, bool)) commandLine {
+	out := commandLine{files: c.files}
+	for i := 0; i < len(c.args); i++ {
+		if i+1 == len(c.args) || strings.HasPrefix(c.args[i+1], "-") {
+			out.args = append(out.args, c.args[i])
 			continue
 		}
-		option, value := c.Args[i], c.Args[i+1]
+		option, value := c.args[i], c.args[i+1]
 		i++
 		if v, keep := change(option, value); keep {
-			out.Args = append(out.Args, option, v)
+			out.args = append(out.args, option, v)
 		}
 	}
 	return out
 }
 
 // with replaces the accelerator. vhost-net is left out: it is rarely where the tests run.
-func (c CommandLine) with(accel string) CommandLine {
+func (c commandLine) with(accel string) commandLine {
 	return c.replaced(func(option, value string) (string, bool) {
 		switch option {
 		case "-accel":
@@ -169,7 +170,7 @@ func (c CommandLine) with(accel string) CommandLine {
 }
 
 // bare is the command line without what needs a platform's hardware: it must come up.
-func (c CommandLine) bare(accel, cpu string) CommandLine {
+func (c commandLine) bare(accel, cpu string) commandLine {
 	return c.with(accel).replaced(func(option, value string) (string, bool) {
 		switch option {
 		case "-object":
@@ -192,20 +193,20 @@ func (c CommandLine) bare(accel, cpu string) CommandLine {
 func TestRealQEMUTakesEveryCommandLine(t *testing.T) {
 	for name, tc := range goldenCases() {
 		t.Run(name, func(t *testing.T) {
-			arch := architecture(tc.doc)
+			arch := tc.doc.Arch()
 			d := driverFor(t, arch)
-			features := withTypes(d.Features(), tc)
-			c := tc.commandLine(t, features)
+			withTC := withTypes(features(t, d), tc)
+			c := tc.commandLine(t, withTC)
 			files := realFiles(t, arch)
 			c = c.replaced(func(_, value string) (string, bool) { return files.Replace(value), true })
 			requireProperties(t, d, c)
 
-			o := launch(t, d.path, c.bare("tcg,thread=multi", "max"))
+			o := launch(t, probed(t, d).path, c.bare("tcg,thread=multi", "max"))
 			require.Equal(t, "prelaunch", o.status, o.said)
 
-			if tc.doc.Confidential == nil || tc.doc.Confidential.Platform == platformSample {
+			if tc.doc.Confidential == nil || tc.doc.Confidential.Platform == abi.Sample {
 				if arch == hypervisor.ArchAMD64 && hasKVM() {
-					o := launch(t, d.path, c.bare("kvm", "qemu64"))
+					o := launch(t, probed(t, d).path, c.bare("kvm", "qemu64"))
 					require.Equal(t, "prelaunch", o.status, o.said)
 				}
 				return
@@ -216,8 +217,8 @@ func TestRealQEMUTakesEveryCommandLine(t *testing.T) {
 			}
 			for given, accel := range map[string]hypervisor.Accelerator{"tcg,thread=multi": hypervisor.AccelTCG, kvm: hypervisor.AccelKVM} {
 				t.Run(string(accel), func(t *testing.T) {
-					want := refusal(t, tc.doc, accel, d.Features())
-					o := launch(t, d.path, c.with(given))
+					want := refusal(t, tc.doc, accel, features(t, d))
+					o := launch(t, probed(t, d).path, c.with(given))
 					require.Empty(t, o.status)
 					lines := strings.Split(strings.TrimSpace(o.said), "\n")
 					require.Equal(t, want, lines[0][strings.Index(lines[0], ": ")+2:], o.said)
@@ -227,17 +228,20 @@ func TestRealQEMUTakesEveryCommandLine(t *testing.T) {
 	}
 }
 
-// TestStartWithoutTheHardware: the driver's own error says what to do.
+// TestStartWithoutTheHardware: the driver's error has QEMU's own words, as an Exit that the platform can explain.
 func TestStartWithoutTheHardware(t *testing.T) {
 	d := testDriver(t)
 	doc := snpDocument()
 	files := realFiles(t, hypervisor.ArchAMD64)
 	doc.Boot.Kernel, doc.Boot.Initrd, doc.Boot.Firmware = files.Replace(goldenKernel), files.Replace(goldenInitrd), files.Replace(goldenFirmware)
 	doc.NICs = nil
-	said := refusal(t, doc, hypervisor.AccelKVM, d.Features())
+	said := refusal(t, doc, hypervisor.AccelKVM, features(t, d))
 	_, err := d.Start(context.Background(), doc, hypervisor.Resources{StateDir: t.TempDir()})
 	require.ErrorContains(t, err, said)
-	require.ErrorContains(t, err, "QEMU exited with status 1: KVM on this host runs no SEV-SNP guests; `cloister check --tee snp`")
+	require.ErrorContains(t, err, "QEMU exited with status 1")
+	var exit hypervisor.Exit
+	require.ErrorAs(t, err, &exit)
+	require.Contains(t, exit.VMMLog, said)
 
 	doc.Accelerator = hypervisor.AccelTCG
 	_, err = d.Start(context.Background(), doc, hypervisor.Resources{StateDir: t.TempDir()})
@@ -281,9 +285,9 @@ func refusal(t *testing.T, doc hypervisor.Document, accel hypervisor.Accelerator
 }
 
 // requireProperties checks that the binary has each device of a command line, with each of its properties.
-func requireProperties(t *testing.T, d *Driver, c CommandLine) {
+func requireProperties(t *testing.T, d *Driver, c commandLine) {
 	t.Helper()
-	client := askQEMU(t, d.path)
+	client := askQEMU(t, probed(t, d).path)
 	c.replaced(func(option, value string) (string, bool) {
 		if option != "-device" || strings.HasPrefix(value, "{") {
 			return value, true
@@ -334,9 +338,9 @@ func askQEMU(t *testing.T, path string) *qmp.Client {
 func TestObjectsMatchSchema(t *testing.T) {
 	d := driverFor(t, hypervisor.ArchAMD64)
 	if os.Getenv("CLOISTER_TEST_QEMU_NEXT") != "" { // set by tools/qemu-next/run, which is there for TDX
-		require.Contains(t, d.Features().Types, typeTDX)
+		require.Contains(t, features(t, d).Types, typeTDX)
 	}
-	s, err := querySchema(context.Background(), askQEMU(t, d.path))
+	s, err := querySchema(context.Background(), askQEMU(t, probed(t, d).path))
 	require.NoError(t, err)
 	seen := 0
 	for name, tc := range goldenCases() {
@@ -349,7 +353,7 @@ func TestObjectsMatchSchema(t *testing.T) {
 		kind := given["qom-type"].(string)
 		props := s.object(kind)
 		if props == nil {
-			require.NotContains(t, d.Features().Types, kind)
+			require.NotContains(t, features(t, d).Types, kind)
 			continue
 		}
 		seen++

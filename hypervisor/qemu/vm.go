@@ -42,7 +42,6 @@ type vm struct {
 
 	mu      sync.Mutex
 	booted  bool
-	paused  bool // asked for by Pause
 	killed  bool // we ended the process, because of cause or by the owner's wish
 	cause   string
 	end     endEvents
@@ -71,7 +70,7 @@ func newVM(doc hypervisor.Document, stateDir string) (*vm, error) {
 		console: console,
 		log:     log,
 		disks:   newDiskTable(doc.Disks),
-		folders: newFolderTable(doc.SharedFolderPorts),
+		folders: newFolderTable(doc.SharedFolders),
 		deleted: make(map[string]chan struct{}),
 		done:    make(chan struct{}),
 	}, nil
@@ -215,31 +214,6 @@ func (v *vm) Boot(ctx context.Context) error {
 		return fmt.Errorf("the VM was booted already: %w", errdefs.ErrFailedPrecondition)
 	}
 	return v.execute(ctx, "cont", nil, nil)
-}
-
-// Pause implements hypervisor.VM.
-func (v *vm) Pause(ctx context.Context) error { return v.setPaused(ctx, true, "stop") }
-
-// Resume implements hypervisor.VM.
-func (v *vm) Resume(ctx context.Context) error { return v.setPaused(ctx, false, "cont") }
-
-func (v *vm) setPaused(ctx context.Context, paused bool, command string) error {
-	v.mu.Lock()
-	booted, before := v.booted, v.paused
-	if booted {
-		v.paused = paused // before the command: its event comes before its reply
-	}
-	v.mu.Unlock()
-	if !booted {
-		return fmt.Errorf("the VM was not booted yet: %w", errdefs.ErrFailedPrecondition)
-	}
-	err := v.execute(ctx, command, nil, nil)
-	if err != nil {
-		v.mu.Lock()
-		v.paused = before
-		v.mu.Unlock()
-	}
-	return err
 }
 
 // Stop implements hypervisor.VM.

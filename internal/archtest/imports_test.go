@@ -23,7 +23,7 @@ const module = "github.com/cloister-project/cloister/"
 var allowed = map[string][]string{
 	"agent-protocol": {},
 	"internal":       {},
-	"configs":        {"tee/abi"},
+	"configs":        {"tee/abi", "agent-protocol/wire"},
 	"hypervisor":     {"tee/abi", "internal"},
 	"tee":            {"hypervisor", "configs", "agent-protocol", "internal"},
 	"virtcontainers": {"hypervisor", "tee", "agent-protocol", "configs", "internal"},

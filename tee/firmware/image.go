@@ -5,6 +5,7 @@ package firmware
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -61,16 +62,42 @@ type Area struct {
 // Base is the guest-physical address of the image's first byte.
 func (i *Image) Base() uint64 { return fourGiB - i.Size }
 
-// Parse reads an image. It keeps no reference to it. errdefs.ErrInvalidArgument: it is none that can be measured.
-func Parse(image []byte) (*Image, error) {
-	i, err := parse(image)
+// FixDamaged is what to do about an image that Parse refuses: it is not another build that is needed.
+const FixDamaged = "the file is damaged, or it is no firmware image: install it again, or correct the path"
+
+// Error says what is wrong with a firmware image, and what to do.
+type Error struct {
+	Err error
+	Fix string
+}
+
+// Error is both in a line.
+func (e *Error) Error() string { return e.Err.Error() + "; " + e.Fix }
+
+// Unwrap returns what is wrong.
+func (e *Error) Unwrap() error { return e.Err }
+
+// Describe takes an error apart into what is wrong and what to do; the latter is empty if it is no *Error.
+func Describe(err error) (detail, fix string) {
+	var e *Error
+	if errors.As(err, &e) {
+		return e.Err.Error(), e.Fix
+	}
+	return err.Error(), ""
+}
+
+// Parse reads an image, and of the metadata those that the features (FeatureSNP, FeatureTDX) need: what an image says to
+// another platform is not looked at. Without features it reads all. It keeps no reference to the image.
+// errdefs.ErrInvalidArgument: it is none that can be measured.
+func Parse(image []byte, features ...string) (*Image, error) {
+	i, err := parse(image, features)
 	if err != nil {
 		return nil, fmt.Errorf("the firmware image is malformed: %w", err)
 	}
 	return i, nil
 }
 
-func parse(image []byte) (*Image, error) {
+func parse(image []byte, features []string) (*Image, error) {
 	switch {
 	case len(image) > MaxSize:
 		return nil, malformed("it has %d bytes, more than %d", len(image), MaxSize)
@@ -83,26 +110,30 @@ func parse(image []byte) (*Image, error) {
 		return nil, err
 	}
 	readers := []struct {
-		guid GUID
-		name string
-		size int
-		read func(data []byte) error
+		guid    GUID
+		feature string
+		name    string
+		size    int
+		read    func(data []byte) error
 	}{
-		{guidHashTable, "SEV hash table", 8, i.readHashTable},
-		{guidResetBlock, "SEV-ES reset block", 4, func(data []byte) error {
+		{guidHashTable, FeatureSNP, "SEV hash table", 8, i.readHashTable},
+		{guidResetBlock, FeatureSNP, "SEV-ES reset block", 4, func(data []byte) error {
 			i.ResetEIP, i.HasReset = binary.LittleEndian.Uint32(data), true
 			return nil
 		}},
-		{guidSNP, "SNP metadata", 4, func(data []byte) (err error) {
+		{guidSNP, FeatureSNP, "SNP metadata", 4, func(data []byte) (err error) {
 			i.SNP, err = readSNP(image, binary.LittleEndian.Uint32(data))
 			return err
 		}},
-		{guidTDX, "TDX metadata", 4, func(data []byte) (err error) {
+		{guidTDX, FeatureTDX, "TDX metadata", 4, func(data []byte) (err error) {
 			i.TDX, err = readTDX(image, binary.LittleEndian.Uint32(data))
 			return err
 		}},
 	}
 	for _, r := range readers {
+		if len(features) > 0 && !slices.Contains(features, r.feature) {
+			continue
+		}
 		data, ok, err := i.entry(r.guid)
 		switch {
 		case err != nil:

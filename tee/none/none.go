@@ -32,6 +32,24 @@ func (*Platform) Probe(context.Context, tee.Host) []tee.Finding {
 	return []tee.Finding{{What: "protection", Result: tee.Note, Detail: tee.None.Describe()}}
 }
 
+// Files returns none.
+func (*Platform) Files() []tee.File { return nil }
+
+// SealedImage returns none.
+func (*Platform) SealedImage() string { return "" }
+
+// BootsKernelFile is false: nothing is measured.
+func (*Platform) BootsKernelFile() bool { return false }
+
+// CPUModel leaves the choice to the VMM.
+func (*Platform) CPUModel() string { return "" }
+
+// HostCanRead is true.
+func (*Platform) HostCanRead(hypervisor.Document) bool { return true }
+
+// Explain knows nothing that is an ordinary VM's own.
+func (*Platform) Explain(hypervisor.Exit) string { return "" }
+
 // Prepare adds nothing. It refuses what only a confidential launch can keep: errdefs.ErrInvalidArgument, all reasons in one.
 func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
 	var faults []error

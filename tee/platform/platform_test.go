@@ -3,6 +3,7 @@
 package platform
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -23,18 +24,15 @@ func config(t *testing.T) *configs.Config {
 	return c
 }
 
-// Configuration and package tee must know the same names.
 func TestEveryNameGivesItsPlatform(t *testing.T) {
-	var names []string
 	for _, name := range tee.Names() {
-		names = append(names, string(name))
 		c := config(t)
+		c.Hypervisor.Arch = name.Architecture()
 		c.TEE.Platform = string(name)
 		p, err := New(c)
 		require.NoError(t, err, name)
 		assert.Equal(t, name, p.Name())
 	}
-	assert.Equal(t, configs.Platforms(), names)
 
 	c := config(t)
 	c.TEE.Platform = ""
@@ -50,7 +48,7 @@ func TestUnknownNames(t *testing.T) {
 		p, err := New(c)
 		require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 		require.Nil(t, p)
-		assert.ErrorContains(t, err, "known are none, sample, snp, tdx, se")
+		assert.ErrorContains(t, err, "give one of none, sample, snp, tdx, se")
 	}
 }
 
@@ -59,38 +57,44 @@ func TestSettingsReachThePlatform(t *testing.T) {
 	for _, tc := range []struct {
 		name   tee.Name
 		change func(*configs.TEE)
+		key    string
 		want   string
 	}{
-		{tee.SNP, func(c *configs.TEE) { c.SNP.Policy = 1 << 16 }, "policy"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.GuestFeatures = 0 }, "guest_features"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.IDKey = "key.pem" }, "id_key"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.AuthorKey = "key.pem" }, "author_key"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.FamilyID = "zz" }, "family_id"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.ImageID = "zz" }, "image_id"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.GuestSVN = -1 }, "guest_svn"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.Firmware = "OVMF.fd" }, "OVMF.fd"},
-		{tee.SNP, func(c *configs.TEE) { c.FirmwareDescriptors = []string{"here"} }, "here"},
-		{tee.SNP, func(c *configs.TEE) { c.SNP.FirmwareDigests = []string{"beef"} }, "beef"},
-		{tee.TDX, func(c *configs.TEE) { c.TDX.Attributes = 0 }, "SEPT_VE_DISABLE"},
-		{tee.TDX, func(c *configs.TEE) { c.TDX.QuoteSocket = "tcp:x" }, "tcp:x"},
-		{tee.TDX, func(c *configs.TEE) { c.TDX.MROwner = "00" }, "MROWNER"},
-		{tee.TDX, func(c *configs.TEE) { c.TDX.MROwnerConfig = "00" }, "MROWNERCONFIG"},
-		{tee.TDX, func(c *configs.TEE) { c.TDX.Firmware = "OVMF.fd" }, "OVMF.fd"},
-		{tee.TDX, func(c *configs.TEE) { c.TDX.FirmwareDigests = []string{"beef"} }, "beef"},
-		{tee.SE, func(c *configs.TEE) { c.SE.Image = "" }, "tee.se.image"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.Policy = 1 << 16 }, "tee.snp.policy", "bit 17"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.GuestFeatures = 0 }, "tee.snp.guest_features", "bit 0"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.IDKey = "key.pem" }, "tee.snp.id_key", "key.pem"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.AuthorKey = "key.pem" }, "tee.snp.author_key", "key.pem"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.FamilyID = "zz" }, "tee.snp.family_id", "zz"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.ImageID = "zz" }, "tee.snp.image_id", "zz"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.GuestSVN = -1 }, "tee.snp.guest_svn", "-1"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.Firmware = "OVMF.fd" }, "tee.snp.firmware", "OVMF.fd"},
+		{tee.SNP, func(c *configs.TEE) { c.FirmwareDescriptors = []string{"here"} }, "tee.firmware_descriptors", "here"},
+		{tee.SNP, func(c *configs.TEE) { c.SNP.FirmwareDigests = []string{"beef"} }, "tee.snp.firmware_digests", "beef"},
+		{tee.TDX, func(c *configs.TEE) { c.TDX.Attributes = 0 }, "tee.tdx.attributes", "SEPT_VE_DISABLE"},
+		{tee.TDX, func(c *configs.TEE) { c.TDX.QuoteSocket = "tcp:x" }, "tee.tdx.quote_socket", "tcp:x"},
+		{tee.TDX, func(c *configs.TEE) { c.TDX.MROwner = "00" }, "tee.tdx.mrowner", "48 bytes"},
+		{tee.TDX, func(c *configs.TEE) { c.TDX.MROwnerConfig = "00" }, "tee.tdx.mrownerconfig", "48 bytes"},
+		{tee.TDX, func(c *configs.TEE) { c.TDX.Firmware = "OVMF.fd" }, "tee.tdx.firmware", "OVMF.fd"},
+		{tee.TDX, func(c *configs.TEE) { c.TDX.FirmwareDigests = []string{"beef"} }, "tee.tdx.firmware_digests", "beef"},
+		{tee.SE, func(c *configs.TEE) { c.SE.Image = "" }, "tee.se.image", "is empty"},
 	} {
 		t.Run(string(tc.name)+" "+tc.want, func(t *testing.T) {
 			c := config(t)
+			c.Hypervisor.Arch = tc.name.Architecture()
 			c.TEE.Platform = string(tc.name)
 			tc.change(&c.TEE)
 			p, err := New(c)
-			require.ErrorContains(t, err, tc.want)
 			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 			require.Nil(t, p)
+			var faults configs.Faults
+			require.ErrorAs(t, err, &faults)
+			i := slices.IndexFunc(faults, func(f configs.Fault) bool { return f.Key == tc.key && strings.Contains(f.Reason, tc.want) })
+			require.NotEqual(t, -1, i, "%v", err)
+			assert.NotEmpty(t, faults[i].Fix)
 		})
 	}
 	c := config(t)
-	c.TEE.Platform = string(tee.SNP)
+	c.TEE.Platform, c.Hypervisor.Arch = string(tee.SNP), configs.ArchAMD64
 	c.TEE.SNP.Policy |= 1 << 19
 	_, err := New(c)
 	require.ErrorContains(t, err, "bit 19")
@@ -101,13 +105,9 @@ func TestSettingsReachThePlatform(t *testing.T) {
 
 func TestOptionsReachThePlatform(t *testing.T) {
 	c := config(t)
-	c.TEE.Platform = string(tee.TDX)
+	c.TEE.Platform, c.Hypervisor.Arch = string(tee.TDX), configs.ArchAMD64
 	_, err := NewWith(c, Options{ACPI: "blobs"})
 	require.ErrorContains(t, err, "blobs")
 	_, err = NewWith(c, Options{ACPI: "/blobs"})
 	require.NoError(t, err)
-}
-
-func TestKnown(t *testing.T) {
-	assert.Len(t, strings.Split(Known(), ", "), len(tee.Names()))
 }

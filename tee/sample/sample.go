@@ -25,16 +25,43 @@ import (
 	"github.com/cloister-project/cloister/tee/initdata"
 )
 
-// Platform without protection. The zero value is ready for use.
-type Platform struct{}
+// Config of the platform.
+type Config struct {
+	// SealedImage is the path of an image in the format of Secure Execution that VMs boot in place of kernel and initrd, for
+	// tests of such images without the hardware; empty: none.
+	SealedImage string
+}
 
-// New gives the platform.
-func New() *Platform { return &Platform{} }
+// Platform without protection.
+type Platform struct{ cfg Config }
+
+// New returns the platform.
+func New(cfg Config) *Platform { return &Platform{cfg} }
 
 var _ tee.Platform = (*Platform)(nil)
 
 // Name is tee.Sample.
 func (*Platform) Name() tee.Name { return tee.Sample }
+
+// Files is the sealed image, if there is one.
+func (p *Platform) Files() []tee.File {
+	return []tee.File{{Key: "tee.se.image", Path: p.cfg.SealedImage, Fix: "build it with `cloister image se build` or correct the key"}}
+}
+
+// SealedImage is the configured one.
+func (p *Platform) SealedImage() string { return p.cfg.SealedImage }
+
+// BootsKernelFile is false: no firmware measures the file.
+func (*Platform) BootsKernelFile() bool { return false }
+
+// CPUModel leaves the choice to the VMM.
+func (*Platform) CPUModel() string { return "" }
+
+// HostCanRead is true.
+func (*Platform) HostCanRead(hypervisor.Document) bool { return true }
+
+// Explain knows nothing: no hardware refuses.
+func (*Platform) Explain(hypervisor.Exit) string { return "" }
 
 // Probe says that nothing is protected. Nothing is missing: every host can run an ordinary VM.
 func (*Platform) Probe(context.Context, tee.Host) []tee.Finding {
@@ -44,28 +71,24 @@ func (*Platform) Probe(context.Context, tee.Host) []tee.Finding {
 // Prepare marks the document as one under a confidential VM's rules, and puts initdata's binding on the command line.
 // errdefs.ErrInvalidArgument: what the rules forbid, all reasons in one.
 func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
-	if faults := documentFaults(doc); faults != nil {
+	prepared := *doc
+	prepared.Confidential = &hypervisor.Confidential{Platform: tee.Sample}
+	if faults := append(documentFaults(doc), prepared.ConfidentialFaults()...); len(faults) > 0 {
 		return fmt.Errorf("sample VM: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
 	}
-	doc.Confidential = &hypervisor.Confidential{Platform: string(tee.Sample)}
 	if in.InitdataDigest != nil && !doc.Boot.Sealed {
 		binding := wire.ParamInitdata + "=" + hex.EncodeToString(initdata.Bind(in.InitdataDigest, abi.BindingSize))
 		// The caller's slice may be shared.
-		doc.Boot.Parameters = append(slices.Clone(doc.Boot.Parameters), binding)
+		prepared.Boot.Parameters = append(slices.Clone(doc.Boot.Parameters), binding)
 	}
+	*doc = prepared
 	return nil
 }
 
 func documentFaults(doc *hypervisor.Document) (faults []error) {
 	add := func(format string, a ...any) { faults = append(faults, fmt.Errorf(format, a...)) }
-	if c := doc.Confidential; c != nil && (c.Platform != string(tee.Sample) || c.SNP != nil || c.TDX != nil || c.SecureExecution) {
+	if c := doc.Confidential; c != nil && (c.Platform != tee.Sample || c.SNP != nil || c.TDX != nil || c.SecureExecution) {
 		add("the VM is one of platform %q already", c.Platform)
-	}
-	if doc.Boot.Kernel == "" {
-		add("no kernel is given: a guest without one would boot what a disk holds")
-	}
-	if doc.SharedFolderPorts != 0 {
-		add("%d ports for shared folders: a confidential VM takes no host folders", doc.SharedFolderPorts)
 	}
 	if doc.Boot.Sealed {
 		if len(doc.Boot.Parameters) > 0 || doc.Boot.Initrd != "" {
@@ -83,8 +106,6 @@ func documentFaults(doc *hypervisor.Document) (faults []error) {
 			}
 		case wire.ParamInitdata:
 			add("the kernel parameter %s is the launch's to set", p)
-		case wire.ParamDebug:
-			add("the kernel parameter %s opens the guest's console to the host; set log.debug_console to false", p)
 		}
 	}
 	if named != 1 {

@@ -21,7 +21,7 @@ func document(parameters ...string) *hypervisor.Document {
 }
 
 func TestProbeClaimsNoProtection(t *testing.T) {
-	findings := New().Probe(context.Background(), tee.Host{})
+	findings := New(Config{}).Probe(context.Background(), tee.Host{})
 	require.NoError(t, tee.Supported(tee.Sample, findings))
 	require.Len(t, findings, 1)
 	assert.Equal(t, tee.Note, findings[0].Result)
@@ -32,25 +32,25 @@ func TestProbeClaimsNoProtection(t *testing.T) {
 func TestPrepareBindsInitdata(t *testing.T) {
 	doc := document("quiet", "cloister.tee=sample")
 	shared := doc.Boot.Parameters[:1:2]
-	require.NoError(t, New().Prepare(context.Background(), doc, tee.Inputs{InitdataDigest: bytes.Repeat([]byte{0xab}, 32)}))
+	require.NoError(t, New(Config{}).Prepare(context.Background(), doc, tee.Inputs{InitdataDigest: bytes.Repeat([]byte{0xab}, 32)}))
 	assert.Equal(t, &hypervisor.Confidential{Platform: "sample"}, doc.Confidential)
 	assert.Equal(t, []string{"quiet", "cloister.tee=sample", "cloister.initdata=" + strings.Repeat("ab", 32) + strings.Repeat("00", 32)}, doc.Boot.Parameters)
 	assert.Equal(t, []string{"quiet"}, shared)
 
-	values, err := New().Measure(context.Background(), *doc)
+	values, err := New(Config{}).Measure(context.Background(), *doc)
 	require.NoError(t, err)
 	assert.Empty(t, values.Values, "nothing is measured, so nothing may look like a measurement")
 }
 
 func TestPrepareWithoutInitdata(t *testing.T) {
 	doc := document("cloister.tee=sample")
-	require.NoError(t, New().Prepare(context.Background(), doc, tee.Inputs{}))
+	require.NoError(t, New(Config{}).Prepare(context.Background(), doc, tee.Inputs{}))
 	assert.Equal(t, []string{"cloister.tee=sample"}, doc.Boot.Parameters)
 }
 
 func TestPrepareAddsNothingToASealedImage(t *testing.T) {
 	doc := &hypervisor.Document{Boot: hypervisor.Boot{Kernel: "/image", Sealed: true}}
-	require.NoError(t, New().Prepare(context.Background(), doc, tee.Inputs{InitdataDigest: []byte{1}}))
+	require.NoError(t, New(Config{}).Prepare(context.Background(), doc, tee.Inputs{InitdataDigest: []byte{1}}))
 	assert.Equal(t, hypervisor.Boot{Kernel: "/image", Sealed: true}, doc.Boot)
 	assert.Equal(t, "sample", doc.Confidential.Platform)
 }
@@ -61,30 +61,29 @@ func TestPrepareRefuses(t *testing.T) {
 		change func(*hypervisor.Document)
 		want   string
 	}{
-		{"shared folders", func(d *hypervisor.Document) { d.SharedFolderPorts = 2 }, "2 ports for shared folders"},
+		{"shared folders", func(d *hypervisor.Document) { d.SharedFolders = 2 }, "no shared folders"},
 		{"another platform", func(d *hypervisor.Document) { d.Confidential = &hypervisor.Confidential{Platform: "tdx"} }, `platform "tdx" already`},
 		{"another platform's part", func(d *hypervisor.Document) {
 			d.Confidential = &hypervisor.Confidential{Platform: "sample", SNP: &hypervisor.SNP{}}
 		}, "already"},
-		{"no kernel", func(d *hypervisor.Document) { d.Boot.Kernel = "" }, "no kernel"},
+		{"no kernel", func(d *hypervisor.Document) { d.Boot.Kernel = "" }, "boot.kernel is not given"},
 		{"guest is not told", func(d *hypervisor.Document) { d.Boot.Parameters = nil }, "given 0 times"},
 		{"guest is told twice", func(d *hypervisor.Document) { d.Boot.Parameters = append(d.Boot.Parameters, "cloister.tee=sample") }, "given 2 times"},
 		{"guest is told another", func(d *hypervisor.Document) { d.Boot.Parameters = []string{"cloister.tee=snp"} }, "cloister.tee=snp names another"},
 		{"foreign binding", func(d *hypervisor.Document) { d.Boot.Parameters = append(d.Boot.Parameters, "cloister.initdata=00") }, "is the launch's to set"},
-		{"debug console", func(d *hypervisor.Document) { d.Boot.Parameters = append(d.Boot.Parameters, "cloister.debug") }, "log.debug_console"},
 		{"parameters beside a sealed image", func(d *hypervisor.Document) { d.Boot.Sealed = true }, "sealed"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			doc := document("cloister.tee=sample")
 			tc.change(doc)
-			err := New().Prepare(context.Background(), doc, tee.Inputs{})
+			err := New(Config{}).Prepare(context.Background(), doc, tee.Inputs{})
 			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 			require.ErrorContains(t, err, tc.want)
 		})
 	}
 	doc := document("cloister.debug")
-	doc.SharedFolderPorts = 1
-	err := New().Prepare(context.Background(), doc, tee.Inputs{})
+	doc.SharedFolders = 1
+	err := New(Config{}).Prepare(context.Background(), doc, tee.Inputs{})
 	for _, want := range []string{"shared folders", "debug_console", "given 0 times"} {
 		assert.ErrorContains(t, err, want, "all reasons at once")
 	}

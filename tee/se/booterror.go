@@ -42,9 +42,9 @@ const (
 	reasonKeyDiffer = 0x05
 )
 
-// ExplainBootError finds on a guest's console why its image did not start, and says it with what to do; empty: nothing
+// explainBootError finds on a guest's console why its image did not start, and says it with what to do; empty: nothing
 // of the kind is there. The console is the host's to write, and the guest's: it explains, it proves nothing.
-func ExplainBootError(console string) string {
+func explainBootError(console string) string {
 	console = console[:min(len(console), maxConsole)]
 	if strings.Contains(console, noFacility) {
 		return "this VM cannot run Secure Execution images: the CPU that it sees has no unpack facility (161); it runs emulated, or the host is not set up (`cloister check --tee se`)"

@@ -6,7 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -21,6 +21,10 @@ import (
 type Config struct {
 	// Image is the absolute path of the Secure Execution image.
 	Image string
+	// CPUModel is hypervisor.cpu_model; empty: the VMM's own. Vsock is the transport that the configuration names; empty: it
+	// leaves the choice.
+	CPUModel string
+	Vsock    hypervisor.VsockKind
 	// AllowDebug accepts an image whose guest the host may take dumps of.
 	AllowDebug bool
 }
@@ -33,26 +37,60 @@ type Platform struct {
 
 var _ tee.Platform = (*Platform)(nil)
 
-// New checks the configuration, not the files in it. errdefs.ErrInvalidArgument.
+// New checks the configuration, not the files in it; all its faults are one error, a tee.Faults.
 func New(cfg Config) (*Platform, error) {
-	switch {
-	case cfg.Image == "":
-		return nil, fmt.Errorf("SE: no image is configured; make one with `cloister image se build` and name it in tee.se.image: %w", errdefs.ErrInvalidArgument)
-	case !filepath.IsAbs(cfg.Image):
-		return nil, fmt.Errorf("SE: the path of the image, %q, is not absolute: %w", cfg.Image, errdefs.ErrInvalidArgument)
+	p := &Platform{cfg: cfg}
+	var faults tee.Faults
+	faults.CheckPaths(p.Files(), nil)
+	if cfg.Image == "" {
+		faults.Add("tee.se.image", "build one with `cloister image se build` and name it",
+			"is empty with tee.platform = %q: kernel, initrd and command line are in it", tee.SE)
 	}
-	return &Platform{cfg: cfg}, nil
+	if model, _, _ := strings.Cut(cfg.CPUModel, ","); model != "" && model != "host" {
+		faults.Add("hypervisor.cpu_model", `give "" or "host"`, "%q: platform %q takes no model but \"host\"", cfg.CPUModel, tee.SE)
+	}
+	if cfg.Vsock == hypervisor.VsockVhostUser {
+		faults.Add("hypervisor.vsock", fmt.Sprintf("set it to \"auto\" or %q", hypervisor.VsockVhost),
+			"%q is a PCI device, which Secure Execution does not have", cfg.Vsock)
+	}
+	if err := faults.Err(); err != nil {
+		return nil, err
+	}
+	return p, nil
 }
 
 // Name of the platform.
 func (p *Platform) Name() tee.Name { return tee.SE }
+
+// Files is the image.
+func (p *Platform) Files() []tee.File {
+	return []tee.File{{Key: "tee.se.image", Path: p.cfg.Image, Fix: "build it with `cloister image se build` or correct the key"}}
+}
+
+// SealedImage is the configured one.
+func (p *Platform) SealedImage() string { return p.cfg.Image }
+
+// BootsKernelFile is true: the image is the file.
+func (*Platform) BootsKernelFile() bool { return true }
+
+// CPUModel leaves the choice to the VMM, which with KVM is the host's: only that has the unpack facility.
+func (*Platform) CPUModel() string { return "" }
+
+// HostCanRead is false: what an image allows the host is sealed in it (pcf's dump bit), and not in a document.
+func (*Platform) HostCanRead(hypervisor.Document) bool { return false }
+
+// Explain knows the words of the boot loader in the image, on the guest's console.
+func (*Platform) Explain(exit hypervisor.Exit) string { return explainBootError(exit.Console) }
 
 // Prepare makes the document one that boots the image: whatever initrd and parameters stood there are in the image, or
 // they are not used. All refusals are one error.
 //
 // in.InitdataDigest is not looked at: the binding is sealed in the image, and the agent enforces it (see the package).
 func (p *Platform) Prepare(_ context.Context, doc *hypervisor.Document, _ tee.Inputs) error {
-	faults := documentFaults(doc)
+	prepared := *doc
+	prepared.Boot = hypervisor.Boot{Kernel: p.cfg.Image, Sealed: true}
+	prepared.Confidential = &hypervisor.Confidential{Platform: tee.SE, SecureExecution: true}
+	faults := documentFaults(doc, prepared)
 	info, err := p.inspect()
 	switch {
 	case err != nil:
@@ -60,28 +98,28 @@ func (p *Platform) Prepare(_ context.Context, doc *hypervisor.Document, _ tee.In
 	case uint64(info.Size) > doc.Memory.Bytes:
 		faults = append(faults, fmt.Errorf("the image has %d bytes, the VM's memory %d", info.Size, doc.Memory.Bytes))
 	}
-	if faults != nil {
+	if len(faults) > 0 {
 		return fmt.Errorf("SE: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
 	}
-	doc.Boot = hypervisor.Boot{Kernel: p.cfg.Image, Sealed: true}
-	doc.Confidential = &hypervisor.Confidential{Platform: string(tee.SE), SecureExecution: true}
+	*doc = prepared
 	return nil
 }
 
-// documentFaults are what a Secure Execution guest cannot be or must not have.
-func documentFaults(doc *hypervisor.Document) (faults []error) {
-	add := func(format string, a ...any) { faults = append(faults, fmt.Errorf(format, a...)) }
-	if doc.Architecture != hypervisor.ArchS390X {
-		add("it is of %s, this VM is %q", hypervisor.ArchS390X, doc.Architecture)
-	}
+// documentFaults are what a Secure Execution guest cannot be or must not have, beside what holds for every VMM.
+func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) []error {
+	faults := prepared.ConfidentialFaults()
 	if doc.Boot.Firmware != "" {
-		add("a firmware (%s) has no place in it: the guest starts with the image", doc.Boot.Firmware)
+		faults.Add("a firmware (%s) has no place in it: the guest starts with the image", doc.Boot.Firmware)
 	}
-	if doc.SharedFolderPorts != 0 {
-		add("%d ports for shared folders: it takes no host folders", doc.SharedFolderPorts)
+	if model, _, _ := strings.Cut(doc.CPU.Model, ","); model != "host" {
+		faults.Add("cpu.model %q: Secure Execution needs host, with its unpack facility", doc.CPU.Model)
 	}
-	if c := doc.Confidential; c != nil && (c.SNP != nil || c.TDX != nil || c.Platform != string(tee.SE) && c.Platform != "") {
-		add("the VM is one of platform %q already", c.Platform)
+	if doc.Vsock.Kind == hypervisor.VsockVhostUser {
+		faults.Add("vsock.kind %q is a PCI device, which Secure Execution does not have; load the module vhost_vsock and use %q",
+			doc.Vsock.Kind, hypervisor.VsockVhost)
+	}
+	if c := doc.Confidential; c != nil && c.Platform != tee.SE {
+		faults.Add("the VM is one of platform %q already", c.Platform)
 	}
 	return faults
 }

@@ -26,7 +26,6 @@ const (
 	uvGuest      = "/sys/firmware/uv/prot_virt_guest"
 	uvKeys       = "/sys/firmware/uv/keys/all"
 	kernelParam  = "prot_virt=1"
-	vmmType      = "s390-pv-guest"
 	machineS390X = "IBM/S390"
 	// maxHostKeys is how many hashes the list of the firmware has room for.
 	maxHostKeys = 15
@@ -40,7 +39,7 @@ func (p *Platform) Probe(_ context.Context, h tee.Host) []tee.Finding {
 		// On another machine nothing below exists, and naming each would only hide the reason.
 		return []tee.Finding{machine, p.image()}
 	}
-	return []tee.Finding{machine, p.facilities(), p.ultravisor(), p.kvm(h.Accelerator), p.image(), p.hostKey(), p.vmm(h.VMMTypes)}
+	return []tee.Finding{machine, p.facilities(), p.ultravisor(), p.kvm(h.Accelerator), p.image(), p.hostKey(), h.ProbeVMM(tee.SE)}
 }
 
 func found(what, format string, a ...any) tee.Finding {
@@ -182,15 +181,4 @@ func parseHostKeys(text string) ([]string, error) {
 		return nil, errors.New("it lists no key")
 	}
 	return out, nil
-}
-
-func (p *Platform) vmm(types []string) tee.Finding {
-	const what = "QEMU"
-	switch {
-	case types == nil:
-		return missing(what, "install qemu-system-s390x, or name it in hypervisor.path", "no QEMU was found")
-	case !slices.Contains(types, vmmType):
-		return missing(what, "use qemu-system-s390x 6.0 or later of an s390x distribution: builds without KVM do not have it", "it does not have the object %s", vmmType)
-	}
-	return found(what, "it has the object %s", vmmType)
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/hostprobe"
 	"github.com/cloister-project/cloister/tee/se/hostkey"
 	"github.com/cloister-project/cloister/tee/se/image"
@@ -130,7 +131,7 @@ func TestPrepareRefuses(t *testing.T) {
 	}{
 		"amd64":           {path, func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchAMD64 }, `this VM is "amd64"`},
 		"firmware":        {path, func(d *hypervisor.Document) { d.Boot.Firmware = "/f" }, "firmware"},
-		"shared folders":  {path, func(d *hypervisor.Document) { d.SharedFolderPorts = 1 }, "shared folders"},
+		"shared folders":  {path, func(d *hypervisor.Document) { d.SharedFolders = 1 }, "shared folders"},
 		"another already": {path, func(d *hypervisor.Document) { d.Confidential = &hypervisor.Confidential{Platform: "snp"} }, `"snp" already`},
 		"little memory":   {path, func(d *hypervisor.Document) { d.Memory.Bytes = 1000 }, "memory"},
 		"dumps":           {dump, nil, "allow_debug"},
@@ -152,7 +153,7 @@ func TestPrepareRefuses(t *testing.T) {
 		})
 	}
 	doc := testDocument()
-	doc.Architecture, doc.SharedFolderPorts = hypervisor.ArchAMD64, 1
+	doc.Architecture, doc.SharedFolders = hypervisor.ArchAMD64, 1
 	err = testPlatform(t, Config{Image: kernel}).Prepare(context.Background(), doc, tee.Inputs{})
 	for _, all := range []string{"amd64", "shared folders", "no Secure Execution image"} {
 		require.ErrorContains(t, err, all)
@@ -183,7 +184,7 @@ func TestProbe(t *testing.T) {
 			"sys/firmware/uv/keys/all":       strings.ToUpper(hashOf(t, 2)) + "\n" + strings.Repeat(unused+"\n", 14),
 		}
 	}
-	all := tee.Host{Accelerator: hypervisor.AccelKVM, VMMTypes: []string{"x", vmmType}}
+	all := tee.Host{Accelerator: hypervisor.AccelKVM, VMM: vmm("")}
 	names := []string{"machine", "CPU facilities", "ultravisor", "KVM", "image", "host key", "QEMU"}
 	tests := map[string]struct {
 		change  func(files map[string]string, h *tee.Host)
@@ -218,8 +219,8 @@ func TestProbe(t *testing.T) {
 			f["sys/firmware/uv/keys/all"] = strings.Repeat(unused+"\n", 16)
 		}, missing: map[string]string{"host key": "16 lines"}},
 		"no image":     {image: path + "x", missing: map[string]string{"image": "no such file", "host key": "no image"}},
-		"no QEMU":      {change: func(_ map[string]string, h *tee.Host) { h.VMMTypes = nil }, missing: map[string]string{"QEMU": "no QEMU"}},
-		"QEMU without": {change: func(_ map[string]string, h *tee.Host) { h.VMMTypes = []string{} }, missing: map[string]string{"QEMU": vmmType}},
+		"no QEMU":      {change: func(_ map[string]string, h *tee.Host) { h.VMM = nil }, missing: map[string]string{"VMM": "none was found"}},
+		"QEMU without": {change: func(_ map[string]string, h *tee.Host) { h.VMM = vmm("no s390-pv-guest") }, missing: map[string]string{"VMM": "no s390-pv-guest"}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -291,7 +292,7 @@ func TestExplainBootError(t *testing.T) {
 		"Protected boot has failed: 0xa02\n":           "refused the image (0xa02)",
 		strings.Repeat("x", maxConsole) + noFacility:   "",
 	} {
-		got := ExplainBootError(console)
+		got := explainBootError(console)
 		if want == "" {
 			require.Empty(t, got, console)
 			continue
@@ -304,7 +305,7 @@ func FuzzExplainBootError(f *testing.F) {
 	f.Add("Protected boot failed: 0xa02, KVM_PV_UNPACK - RC: 0x108, RRC:0x5\n")
 	f.Add("Secure unpack facility is not available")
 	f.Fuzz(func(t *testing.T, console string) {
-		require.Less(t, len(ExplainBootError(console)), 600)
+		require.Less(t, len(explainBootError(console)), 600)
 	})
 }
 
@@ -321,4 +322,9 @@ func FuzzParseHostKeys(f *testing.F) {
 			require.NotEqual(t, strings.Repeat("0", 64), k)
 		}
 	})
+}
+
+// vmm lacks something of the platform; "": nothing.
+func vmm(lacks string) *hypervisor.Capabilities {
+	return &hypervisor.Capabilities{Platforms: map[abi.Platform]string{tee.SE: lacks}}
 }

@@ -43,7 +43,7 @@ func (l Launch) Digests(first, last int) ([]Digest, error) {
 	if first < 1 || last < first || last > MaxCPUs {
 		return nil, fmt.Errorf("digests for %d to %d virtual CPUs; possible are 1 to %d: %w", first, last, MaxCPUs, errdefs.ErrInvalidArgument)
 	}
-	image, err := firmware.Parse(l.Firmware)
+	image, err := firmware.Parse(l.Firmware, firmware.FeatureSNP)
 	if err != nil {
 		return nil, err
 	}

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -36,6 +35,8 @@ type Config struct {
 	Policy     uint64
 	// GuestFeatures is SEV_FEATURES as the host's kernel sets it, at least 1.
 	GuestFeatures uint64
+	// CPUModel is hypervisor.cpu_model: the model is measured. Empty: cpuModel.
+	CPUModel string
 	// IDKey and AuthorKey are paths of PEM files with ECDSA P-384 keys; empty: none. An author key needs an ID key.
 	IDKey, AuthorKey string
 	// FamilyID and ImageID of the ID block, 32 hexadecimal digits; empty: zero. GuestSVN likewise.
@@ -56,41 +57,29 @@ type Platform struct {
 
 var _ tee.Platform = (*Platform)(nil)
 
+// cpuModel is the CPU model of VMs where the configuration names none. The model is measured, so that it must not depend
+// on the host's CPU; every processor with SNP can run this one.
+const cpuModel = "EPYC-v4"
+
+// fixNoIDKey is for settings that are part of the ID block.
+const fixNoIDKey = "set tee.snp.id_key, or leave it out"
+
 // featuresKnown are the bits of SEV_FEATURES that are defined (AMD64 Architecture Programmer's Manual volume 2, appendix B).
 const featuresKnown = 1<<16 - 1
 
 // New checks a configuration: errdefs.ErrInvalidArgument, all faults in one. It opens no file.
 func New(c Config) (*Platform, error) {
 	p := &Platform{config: c, policy: Policy(c.Policy), sev: hostprobe.SEV}
-	var faults []error
-	fault := func(format string, a ...any) {
-		faults = append(faults, fmt.Errorf(format+": %w", append(a, errdefs.ErrInvalidArgument)...))
-	}
-	for _, f := range []struct{ key, path string }{{"tee.snp.firmware", c.Firmware}, {"tee.snp.id_key", c.IDKey}, {"tee.snp.author_key", c.AuthorKey}} {
-		if f.path != "" && !filepath.IsAbs(f.path) {
-			fault("%s %q is no absolute path", f.key, f.path)
-		}
-	}
-	for _, d := range c.Descriptors {
-		if !filepath.IsAbs(d) {
-			fault("tee.firmware_descriptors: %q is no absolute path", d)
-		}
-	}
-	p.config.Digests = nil
-	for _, d := range c.Digests {
-		if raw, err := hex.DecodeString(d); err != nil || len(raw) != 32 {
-			fault("tee.snp.firmware_digests: %q is no SHA-256 digest, 64 hexadecimal digits", d)
-		}
-		p.config.Digests = append(p.config.Digests, strings.ToLower(d))
-	}
-	if err := p.policy.Validate(c.AllowDebug); err != nil {
-		faults = append(faults, err)
-	}
+	var faults tee.Faults
+	faults.CheckPaths(p.Files(), c.Descriptors)
+	p.config.Digests = faults.Digests("tee.snp.firmware_digests", c.Digests)
+	faults = append(faults, p.policy.Faults(c.AllowDebug)...)
 	if c.GuestFeatures&snpActive == 0 || c.GuestFeatures&^featuresKnown != 0 {
-		fault("tee.snp.guest_features %#x is not possible: bit 0 (SEV-SNP) must be set and bits from 16 on must not; hosts set 0x1 as a rule", c.GuestFeatures)
+		faults.Add("tee.snp.guest_features", "hosts set 0x1 as a rule",
+			"%#x is not possible: bit 0 (SEV-SNP) must be set and bits from 16 on must not", c.GuestFeatures)
 	}
 	if c.AuthorKey != "" && c.IDKey == "" {
-		fault("tee.snp.author_key signs the ID key; set tee.snp.id_key too")
+		faults.Add("tee.snp.author_key", "set both, or only tee.snp.id_key", "is set without tee.snp.id_key, the key that it signs")
 	}
 	for _, f := range []struct {
 		key, text string
@@ -100,20 +89,24 @@ func New(c Config) (*Platform, error) {
 		switch {
 		case f.text == "":
 		case err != nil || len(raw) != len(f.to):
-			fault("%s %q is not 32 hexadecimal digits", f.key, f.text)
+			faults.Add(f.key, "give 32", "%q is not 32 hexadecimal digits", f.text)
 		case c.IDKey == "":
-			fault("%s is part of the ID block, which is made with tee.snp.id_key only", f.key)
+			faults.Add(f.key, fixNoIDKey, "is part of the ID block, which is made with tee.snp.id_key only")
 		default:
 			copy(f.to[:], raw)
 		}
 	}
 	switch {
 	case c.GuestSVN < 0 || int64(c.GuestSVN) > math.MaxUint32:
-		fault("tee.snp.guest_svn %d is not in 0..%d", c.GuestSVN, uint32(math.MaxUint32))
+		faults.Add("tee.snp.guest_svn", "give one of these", "%d is not in 0 to %d", c.GuestSVN, uint32(math.MaxUint32))
 	case c.GuestSVN != 0 && c.IDKey == "":
-		fault("tee.snp.guest_svn is part of the ID block, which is made with tee.snp.id_key only")
+		faults.Add("tee.snp.guest_svn", fixNoIDKey, "is part of the ID block, which is made with tee.snp.id_key only")
 	}
-	if err := errors.Join(faults...); err != nil {
+	if m, _, _ := strings.Cut(c.CPUModel, ","); m == "host" || m == "max" {
+		faults.Add("hypervisor.cpu_model", `give a fixed one such as "`+cpuModel+`", or "" for that`,
+			"%q depends on the machine, and SEV-SNP measures the model", c.CPUModel)
+	}
+	if err := faults.Err(); err != nil {
 		return nil, err
 	}
 	if len(p.config.Descriptors) == 0 {
@@ -125,16 +118,44 @@ func New(c Config) (*Platform, error) {
 // Name is tee.SNP.
 func (*Platform) Name() tee.Name { return tee.SNP }
 
+// Files are firmware and keys.
+func (p *Platform) Files() []tee.File {
+	return []tee.File{
+		{Key: "tee.snp.firmware", Path: p.config.Firmware,
+			Fix: "install a firmware image built for SEV-SNP (Debian: ovmf-amdsev), or set the key to \"\" to have it found"},
+		{Key: "tee.snp.id_key", Path: p.config.IDKey, Fix: "make the file readable, or set the key to \"\""},
+		{Key: "tee.snp.author_key", Path: p.config.AuthorKey, Fix: "make the file readable, or set the key to \"\""},
+	}
+}
+
+// SealedImage returns none.
+func (*Platform) SealedImage() string { return "" }
+
+// BootsKernelFile is true: the firmware compares the file with its hash.
+func (*Platform) BootsKernelFile() bool { return true }
+
+// CPUModel is one that every processor with SEV-SNP can run.
+func (*Platform) CPUModel() string { return cpuModel }
+
+// HostCanRead reports whether the policy is one for debugging.
+func (*Platform) HostCanRead(doc hypervisor.Document) bool {
+	c := doc.Confidential
+	return c != nil && c.SNP != nil && Policy(c.SNP.Policy)&PolicyDebug != 0
+}
+
+// Explain knows the words of QEMU (accel/kvm, target/i386/kvm, target/i386/sev.c).
+func (*Platform) Explain(exit hypervisor.Exit) string {
+	return tee.Advise(exit.VMMLog,
+		tee.Advice{Said: "vm-type SEV-SNP not supported by KVM", Do: "KVM on this host runs no SEV-SNP guests; `cloister check --tee snp` tells what is missing"},
+		tee.NoPrivateMemory,
+		tee.Advice{Said: "cbitpos check failed", Do: "the C-bit's position in the VM's description is not this host's; `cloister check --tee snp` tells what the host has"},
+	)
+}
+
 // Prepare adds SEV-SNP to a document: the accepted firmware, policy, host data, the kernel hashes, and the signed ID block
 // if there is a key. It looks at no hardware but the C-bit's place, which is not measured.
 func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee.Inputs) error {
-	path, _, err := p.acceptedFirmware()
-	if err != nil {
-		err = fmt.Errorf("%w; %s", err, fixFirmware)
-	}
-	if err := errors.Join(checkDocument(doc), err); err != nil {
-		return fmt.Errorf("SEV-SNP: %w", err)
-	}
+	path, _, firmwareErr := p.acceptedFirmware()
 	s := &hypervisor.SNP{CBitPosition: 51, ReducedPhysBits: 1, Policy: uint64(p.policy), KernelHashes: true}
 	if sev, ok := p.sev(); ok && sev.SEV {
 		s.CBitPosition, s.ReducedPhysBits = sev.CBitPosition, sev.ReducedPhysBits
@@ -144,7 +165,10 @@ func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee
 	}
 	prepared := *doc
 	prepared.Boot.Firmware = path
-	prepared.Confidential = &hypervisor.Confidential{Platform: string(tee.SNP), SNP: s}
+	prepared.Confidential = &hypervisor.Confidential{Platform: tee.SNP, SNP: s}
+	if err := errors.Join(checkDocument(doc, prepared), firmwareErr); err != nil {
+		return fmt.Errorf("SEV-SNP: %w", err)
+	}
 	if p.config.IDKey != "" {
 		if err := p.sign(ctx, prepared); err != nil {
 			return fmt.Errorf("SEV-SNP: %w", err)
@@ -155,33 +179,21 @@ func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee
 }
 
 // checkDocument refuses what the platform cannot run or measure, all reasons in one.
-func checkDocument(doc *hypervisor.Document) error {
-	var faults []error
-	fault := func(format string, a ...any) {
-		faults = append(faults, fmt.Errorf(format+": %w", append(a, errdefs.ErrInvalidArgument)...))
+func checkDocument(doc *hypervisor.Document, prepared hypervisor.Document) error {
+	if prepared.Boot.Firmware == "" {
+		prepared.Boot.Firmware = "-" // that it is missing has an error of its own
 	}
-	if doc.Architecture != hypervisor.ArchAMD64 {
-		fault("the guest is %s; SEV-SNP guests are amd64 (hypervisor.arch)", doc.Architecture)
-	}
-	if doc.Accelerator != hypervisor.AccelKVM {
-		fault("the accelerator is %s; SEV-SNP needs kvm, and the kernel's measured parameters depend on it (hypervisor.accel)", doc.Accelerator)
-	}
+	faults := prepared.ConfidentialFaults()
 	if _, err := CPUSignature(doc.CPU.Model); err != nil {
 		faults = append(faults, err)
 	}
 	if doc.CPU.Count < 1 || doc.CPU.Count > MaxCPUs {
-		fault("%d virtual CPUs, possible are 1 to %d", doc.CPU.Count, MaxCPUs)
+		faults.Add("%d virtual CPUs, possible are 1 to %d", doc.CPU.Count, MaxCPUs)
 	}
-	if doc.Boot.Sealed || doc.Boot.Kernel == "" {
-		fault("there is no kernel to measure: it is part of a sealed image, or not given")
+	if c := doc.Confidential; c != nil && c.Platform != tee.SNP {
+		faults.Add("the VM is prepared for %s already", c.Platform)
 	}
-	if doc.SharedFolderPorts > 0 {
-		fault("the VM has places for shared folders, whose content the host can change at any time")
-	}
-	if c := doc.Confidential; c != nil && (c.TDX != nil || c.SecureExecution) {
-		fault("the VM is prepared for %s already", c.Platform)
-	}
-	return errors.Join(faults...)
+	return faults.Err()
 }
 
 // sign makes the ID block of a document that is complete but for it.
@@ -220,48 +232,39 @@ func (p *Platform) keys() (id, author *ecdsa.PrivateKey, err error) {
 
 // acceptedFirmware finds the firmware and refuses all but those on the list of digests.
 func (p *Platform) acceptedFirmware() (path, digest string, err error) {
+	fail := func(err error, fix string) (string, string, error) {
+		return "", "", &firmware.Error{Err: err, Fix: fix}
+	}
 	path = p.config.Firmware
 	if path == "" {
 		if path, err = firmware.Find(p.config.Descriptors, firmware.FeatureSNP); err != nil {
-			return "", "", err
+			return fail(err, fixFirmware)
 		}
 	}
 	raw, digest, err := firmware.ReadFile(path, firmware.MaxSize)
 	if err != nil {
-		return "", "", fmt.Errorf("firmware: %w", err)
+		return fail(fmt.Errorf("firmware: %w", err), fixFirmware)
 	}
-	image, err := firmware.Parse(raw)
+	image, err := firmware.Parse(raw, firmware.FeatureSNP)
 	if err != nil {
-		return "", "", fmt.Errorf("firmware %s: %w", path, err)
+		return fail(fmt.Errorf("firmware %s: %w", path, err), firmware.FixDamaged)
 	}
 	// A table of zeros shows whether the metadata have all that a measured launch needs.
 	if err := (Launch{Hashes: &Hashes{}}).sections(&launchContext{}, image); err != nil {
-		return "", "", fmt.Errorf("firmware %s: %w", path, err)
+		return fail(fmt.Errorf("firmware %s: %w", path, err), fixFirmware)
 	}
 	if !slices.Contains(p.config.Digests, digest) {
-		return "", "", &firmwareError{path: path, digest: digest, listed: len(p.config.Digests)}
+		list := fmt.Sprintf("none of the %d accepted ones (tee.snp.firmware_digests)", len(p.config.Digests))
+		if len(p.config.Digests) == 0 {
+			list = "not accepted, since tee.snp.firmware_digests is empty"
+		}
+		return fail(fmt.Errorf("firmware %s has SHA-256 %s, which is %s. An ordinary OVMF has its hash table measured but boots any kernel "+
+			"without comparing: the host could change kernel, initrd and command line under the same measurement, and nothing in the image "+
+			"tells: %w", path, digest, list, errdefs.ErrInvalidArgument), fixFirmware)
 	}
 	return path, digest, nil
 }
 
-// firmwareError is errdefs.ErrInvalidArgument.
-type firmwareError struct {
-	path, digest string
-	listed       int
-}
-
-func (e *firmwareError) Error() string {
-	list := fmt.Sprintf("none of the %d accepted ones (tee.snp.firmware_digests)", e.listed)
-	if e.listed == 0 {
-		list = "not accepted, since tee.snp.firmware_digests is empty"
-	}
-	return fmt.Sprintf("firmware %s has SHA-256 %s, which is %s. An ordinary OVMF has its hash table measured but boots any kernel without comparing: "+
-		"the host could change kernel, initrd and command line under the same measurement, and nothing in the image tells", e.path, e.digest, list)
-}
-
-// Is makes it an errdefs.ErrInvalidArgument.
-func (*firmwareError) Is(target error) bool { return target == errdefs.ErrInvalidArgument }
-
-// fixFirmware is what to do about any of acceptedFirmware's errors.
+// fixFirmware is what to do about a firmware image that is missing, or another build than is needed.
 const fixFirmware = "install a build of edk2's OvmfPkg/AmdSev, which compares what it boots with the hashes (Debian: ovmf-amdsev), set tee.snp.firmware if no " +
 	"descriptor names it, and add its digest to tee.snp.firmware_digests, if it is such a build from a source that you trust with your guests"

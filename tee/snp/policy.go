@@ -3,12 +3,10 @@
 package snp
 
 import (
-	"errors"
 	"fmt"
 	"strings"
 
-	"github.com/containerd/errdefs"
-
+	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/abi"
 )
 
@@ -70,24 +68,22 @@ func (p Policy) String() string {
 	return fmt.Sprintf("%#x (%s)", uint64(p), strings.Join(set, ", "))
 }
 
-// Validate refuses what weakens the guest and what the hardware would refuse: errdefs.ErrInvalidArgument, all reasons in
-// one. A debug policy is accepted with allowDebug.
-func (p Policy) Validate(allowDebug bool) error {
-	var faults []error
-	fault := func(format string, a ...any) {
-		faults = append(faults, fmt.Errorf("tee.snp.policy %#x: "+format+": %w", append(append([]any{uint64(p)}, a...), errdefs.ErrInvalidArgument)...))
+// Faults names what weakens the guest and what the hardware would refuse. A debug policy is accepted with allowDebug.
+func (p Policy) Faults(allowDebug bool) (faults tee.Faults) {
+	fault := func(fix, format string, a ...any) {
+		faults.Add("tee.snp.policy", fix, "%#x: "+format, append([]any{uint64(p)}, a...)...)
 	}
 	if p&PolicyReserved == 0 {
-		fault("bit 17 is not set; the firmware demands it (the usual value is %#x)", uint64(DefaultPolicy))
+		fault(fmt.Sprintf("set it; the usual value is %#x", uint64(DefaultPolicy)), "bit 17 is not set; the firmware demands it")
 	}
 	if unknown := p &^ policyKnown; unknown != 0 {
-		fault("bits %#x are reserved", uint64(unknown))
+		fault("clear them", "bits %#x are reserved", uint64(unknown))
 	}
 	if p&PolicyMigrateMA != 0 {
-		fault("bit 18 allows a migration agent, which gets all of the guest's memory; no agent is supported, clear the bit")
+		fault("clear it", "bit 18 allows a migration agent, which gets all of the guest's memory; no agent is supported")
 	}
 	if p&PolicyDebug != 0 && !allowDebug {
-		fault("bit 19 lets the host read and change the guest; clear it, or set tee.allow_debug for a test that protects nothing")
+		fault("clear it, or set tee.allow_debug = true for a test that protects nothing", "bit 19 (debug) lets the host read and change the guest")
 	}
-	return errors.Join(faults...)
+	return faults
 }

@@ -5,15 +5,12 @@ package snp
 import (
 	"context"
 	"fmt"
-	"slices"
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/firmware"
 	"github.com/cloister-project/cloister/tee/hostprobe"
 )
-
-// QEMUType is the QOM type of an SEV-SNP guest; QEMU has it since 9.1.
-const QEMUType = "sev-snp-guest"
 
 const fixFirmwareSettings = "take a host with an AMD EPYC 7003 or later, and switch on SMEE, SEV-ES, the RMP table and SEV-SNP in the machine's firmware settings"
 
@@ -23,7 +20,7 @@ func (p *Platform) Probe(_ context.Context, h tee.Host) []tee.Finding {
 	for _, name := range []string{"sev", "sev_es", "sev_snp"} {
 		findings = append(findings, p.probeParameter(name))
 	}
-	findings = append(findings, p.probeDevice(), p.probeKVM(h.Accelerator), probeQEMU(h.VMMTypes), p.probeFirmware())
+	findings = append(findings, p.probeDevice(), p.probeKVM(h.Accelerator), h.ProbeVMM(tee.SNP), p.probeFirmware())
 	if p.config.IDKey != "" {
 		findings = append(findings, p.probeKeys())
 	}
@@ -90,22 +87,12 @@ func (p *Platform) probeKVM(accelerator hypervisor.Accelerator) tee.Finding {
 	return finding(what, "KVM offers VM types "+hostprobe.DescribeVMTypes(types), "")
 }
 
-func probeQEMU(types []string) tee.Finding {
-	const what, fix = "QEMU's " + QEMUType, "install QEMU 9.1 or newer (Debian 12: qemu-system-x86 from bookworm-backports) or set hypervisor.path"
-	switch {
-	case types == nil:
-		return finding(what, "no QEMU was found", fix)
-	case !slices.Contains(types, QEMUType):
-		return finding(what, "this QEMU has no such object", fix)
-	}
-	return finding(what, "this QEMU has it", "")
-}
-
 func (p *Platform) probeFirmware() tee.Finding {
 	const what = "firmware"
 	path, digest, err := p.acceptedFirmware()
 	if err != nil {
-		return finding(what, err.Error(), fixFirmware)
+		detail, fix := firmware.Describe(err)
+		return finding(what, detail, fix)
 	}
 	return finding(what, fmt.Sprintf("%s, SHA-256 %s", path, digest), "")
 }

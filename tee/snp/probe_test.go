@@ -14,6 +14,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/hostprobe"
 )
 
@@ -56,7 +57,7 @@ func TestProbeOfAHostThatHasAll(t *testing.T) {
 	s.withKeys(t)
 	p := s.platform(t)
 	p.sev = goodSEV
-	findings := probe(t, p, goodHost(), goodTypes, tee.Host{Accelerator: hypervisor.AccelKVM, VMMTypes: []string{"kvm-accel", QEMUType}})
+	findings := probe(t, p, goodHost(), goodTypes, tee.Host{Accelerator: hypervisor.AccelKVM, VMM: vmm("")})
 	var order []string
 	for _, f := range findings {
 		require.Equal(t, tee.OK, f.Result, "%+v", f)
@@ -88,15 +89,15 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 		{"KVM's VM type SEV-SNP", "KVM on this host offers VM types {default}; SEV-SNP needs type 4", func(c *probeCase) { c.types = 1 }},
 		{"KVM's VM type SEV-SNP", "no /dev/kvm", func(c *probeCase) { c.types = -1 }},
 		{"KVM's VM type SEV-SNP", "the accelerator is tcg", func(c *probeCase) { c.host.Accelerator = hypervisor.AccelTCG }},
-		{"QEMU's sev-snp-guest", "no QEMU was found", func(c *probeCase) { c.host.VMMTypes = nil }},
-		{"QEMU's sev-snp-guest", "no such object", func(c *probeCase) { c.host.VMMTypes = []string{"kvm-accel"} }},
+		{"VMM", "none was found", func(c *probeCase) { c.host.VMM = nil }},
+		{"VMM", "no sev-snp-guest", func(c *probeCase) { c.host.VMM = vmm("no sev-snp-guest") }},
 		{"firmware", "since tee.snp.firmware_digests is empty", func(c *probeCase) { c.config.Digests = nil }},
 		{"firmware", "no such file", func(c *probeCase) { c.config.Firmware = "/nonexistent" }},
 		{"keys of the ID block", "no such file", func(c *probeCase) { c.config.IDKey = "/nonexistent" }},
 		{"free ASIDs", "99 of 99 are in use", with("/sys/fs/cgroup/misc.current", "sev_es 99\n")},
 	} {
 		c := probeCase{setup: newSetup(t), files: maps.Clone(goodHost()), sev: goodSEV, types: goodTypes,
-			host: tee.Host{Accelerator: hypervisor.AccelKVM, VMMTypes: []string{QEMUType}}}
+			host: tee.Host{Accelerator: hypervisor.AccelKVM, VMM: vmm("")}}
 		tt.change(&c)
 		p := c.platform(t)
 		p.sev = c.sev
@@ -129,7 +130,7 @@ func TestProbeWithoutCountsOfASIDs(t *testing.T) {
 	s := newSetup(t)
 	p := s.platform(t)
 	p.sev = goodSEV
-	findings := probe(t, p, files, goodTypes, tee.Host{VMMTypes: []string{QEMUType}})
+	findings := probe(t, p, files, goodTypes, tee.Host{VMM: vmm("")})
 	require.Equal(t, tee.Note, findings[len(findings)-1].Result)
 	require.NoError(t, tee.Supported(tee.SNP, findings))
 }
@@ -143,4 +144,9 @@ func TestProbeOfThisMachine(t *testing.T) {
 		require.NotEmpty(t, f.Detail, f.What)
 		require.Equal(t, f.Result == tee.Missing, f.Fix != "", f.What)
 	}
+}
+
+// vmm lacks something of the platform; "": nothing.
+func vmm(lacks string) *hypervisor.Capabilities {
+	return &hypervisor.Capabilities{Platforms: map[abi.Platform]string{tee.SNP: lacks}}
 }

@@ -10,15 +10,18 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee/firmware"
 )
 
 // ACPI are the blobs that QEMU hands to the firmware through fw_cfg (QEMU docs/specs/fw_cfg.rst, and the linker/loader of
 // its ACPI code), as the firmware reads them: after it set up PCI, since QEMU builds them at that moment.
-type ACPI struct {
-	// Loader is etc/table-loader, RSDP etc/acpi/rsdp, Tables etc/acpi/tables.
-	Loader, RSDP, Tables []byte
-}
+//
+// That the firmware measures these very blobs is tested with a TPM in the TD's place. Blobs that an emulated QEMU makes
+// (hypervisor.TableMaker) are not proven to be those of a TD under KVM: they were never compared with hardware. QEMU's own
+// code for TDs changes nothing else that the tables are made of, as far as it was read; builds with Intel's earlier
+// patches, which were not merged, do: their tables tell a TD of edge-triggered interrupts only.
+type ACPI hypervisor.ACPITables
 
 // Files of a folder with the blobs.
 const (

@@ -9,13 +9,11 @@ import (
 	"fmt"
 	"math"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 
-	"github.com/containerd/errdefs"
-
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/hostprobe"
 )
@@ -52,6 +50,8 @@ type Config struct {
 	// Digests are SHA-256 digests (64 hexadecimal digits) of the firmware images that are accepted. With none, no image
 	// is accepted.
 	Digests []string
+	// CPUModel is hypervisor.cpu_model; empty: the VMM's own.
+	CPUModel string
 	// AllowDebug accepts AttributeDebug, which lets the host read and change the guest.
 	AllowDebug bool
 	// Attributes of the TD; AttributeSEPTVEDisable must be in them.
@@ -63,9 +63,9 @@ type Config struct {
 	// ACPI is a folder with the ACPI blobs of the VM to be measured (see ReadACPI); empty: RTMR0 is not predicted. Only
 	// Measure looks at it. Where it has a folder ACPIFolder(n), that one is taken for a VM with n virtual CPUs.
 	ACPI string
-	// Tables makes the ACPI blobs of a VM that is measured, and says in a few words how; nil: those of ACPI are taken. It is
-	// called for firmware only of which RTMR0 can be predicted with them.
-	Tables func(ctx context.Context, doc hypervisor.Document) (blobs *ACPI, how string, err error)
+	// Tables makes the ACPI blobs of a VM that is measured, and says in a few words how, as hypervisor.TableMaker does; nil:
+	// those of ACPI are taken. It is called for firmware only of which RTMR0 can be predicted with them.
+	Tables func(ctx context.Context, doc hypervisor.Document) (tables hypervisor.ACPITables, how string, err error)
 }
 
 // Platform is TDX. It holds configuration only; all methods may be called from any goroutine.
@@ -76,69 +76,47 @@ type Platform struct {
 	host                   hostprobe.Host
 }
 
-var digestText = regexp.MustCompile(`^[0-9a-fA-F]{64}$`)
-
-// New checks a configuration; all its faults are one error, errdefs.ErrInvalidArgument.
+// New checks a configuration; all its faults are one error, a tee.Faults.
 func New(cfg Config) (*Platform, error) {
 	p := &Platform{cfg: cfg}
 	faults := attributeFaults(cfg.Attributes, cfg.AllowDebug)
-	add := func(err error) {
-		if err != nil {
-			faults = append(faults, err)
-		}
-	}
-	for name, path := range map[string]string{"firmware": cfg.Firmware, "ACPI folder": cfg.ACPI} {
-		if path != "" && !filepath.IsAbs(path) {
-			add(fmt.Errorf("the path of the %s, %q, is not absolute", name, path))
-		}
-	}
-	for _, d := range cfg.Descriptors {
-		if !filepath.IsAbs(d) {
-			add(fmt.Errorf("the folder of firmware descriptors %q is not absolute", d))
-		}
-	}
-	p.cfg.Digests = nil
-	for _, d := range cfg.Digests {
-		if !digestText.MatchString(d) {
-			add(fmt.Errorf("the firmware digest %q is not a SHA-256 digest of 64 hexadecimal digits", d))
-		}
-		p.cfg.Digests = append(p.cfg.Digests, strings.ToLower(d))
-	}
+	faults.CheckPaths(append(p.Files(), tee.File{Key: "--acpi", Path: cfg.ACPI}), cfg.Descriptors)
+	p.cfg.Digests = faults.Digests("tee.tdx.firmware_digests", cfg.Digests)
 	var err error
-	p.quoteSocket, err = parseQuoteSocket(cfg.QuoteSocket)
-	add(err)
-	p.mrOwner, err = parseDigest("MROWNER", cfg.MROwner)
-	add(err)
-	p.mrOwnerConfig, err = parseDigest("MROWNERCONFIG", cfg.MROwnerConfig)
-	add(err)
-	if len(faults) > 0 {
-		return nil, refused(faults)
+	if p.quoteSocket, err = parseQuoteSocket(cfg.QuoteSocket); err != nil {
+		faults.Add("tee.tdx.quote_socket", fixQuoteSocket, "%q %v", cfg.QuoteSocket, err)
+	}
+	p.mrOwner = parseDigest(&faults, "tee.tdx.mrowner", cfg.MROwner)
+	p.mrOwnerConfig = parseDigest(&faults, "tee.tdx.mrownerconfig", cfg.MROwnerConfig)
+	if model, _, _ := strings.Cut(cfg.CPUModel, ","); model != "" && model != "host" {
+		faults.Add("hypervisor.cpu_model", `give "" or "host"`, "%q: platform %q takes no model but \"host\"", cfg.CPUModel, tee.TDX)
+	}
+	if err := faults.Err(); err != nil {
+		return nil, err
 	}
 	return p, nil
 }
 
-// refused makes one errdefs.ErrInvalidArgument of all reasons.
-func refused(faults []error) error {
-	return fmt.Errorf("TDX: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
-}
-
-func attributeFaults(attributes uint64, allowDebug bool) (faults []error) {
+func attributeFaults(attributes uint64, allowDebug bool) (faults tee.Faults) {
+	add := func(fix, format string, a ...any) {
+		faults.Add("tee.tdx.attributes", fix, "%#x: "+format, append([]any{attributes}, a...)...)
+	}
 	for bit := range 64 {
 		switch b := uint64(1) << bit; {
 		case attributes&b == 0, b == AttributeSEPTVEDisable, b == AttributePKS:
 		case b == AttributeDebug:
 			if !allowDebug {
-				faults = append(faults, errors.New("attribute bit 0 (DEBUG) lets the host read and change the guest; it is accepted only where debugging is allowed (allow_debug)"))
+				add("clear it, or set tee.allow_debug = true for a test that protects nothing", "bit 0 (DEBUG) lets the host read and change the guest")
 			}
 		case attributeNames[bit] != "":
-			faults = append(faults, fmt.Errorf("attribute bit %d is refused (%s)", bit, attributeNames[bit]))
+			add("clear it", "bit %d is refused (%s)", bit, attributeNames[bit])
 		default:
-			faults = append(faults, fmt.Errorf("attribute bit %d is not known", bit))
+			add("clear it", "bit %d is not known", bit)
 		}
 	}
 	if attributes&AttributeSEPTVEDisable == 0 {
-		faults = append(faults, fmt.Errorf("attributes %#x lack bit 28 (SEPT_VE_DISABLE): the host could make any access to the guest's memory trap, which Linux guests refuse; use %#x",
-			attributes, attributes|AttributeSEPTVEDisable))
+		add(fmt.Sprintf("use %#x", attributes|AttributeSEPTVEDisable),
+			"bit 28 (SEPT_VE_DISABLE) is missing: the host could make any access to the guest's memory trap, which Linux guests refuse")
 	}
 	return faults
 }
@@ -146,21 +124,21 @@ func attributeFaults(attributes uint64, allowDebug bool) (faults []error) {
 // maxSocketPath is sun_path without its final NUL, unix(7).
 const maxSocketPath = 107
 
+const fixQuoteSocket = `give "unix:/absolute/path", "vsock:CID:PORT", or "" for a guest without quotes`
+
+// parseQuoteSocket reads the address of a Quote Generation Service; nil for the empty text.
 func parseQuoteSocket(text string) (*hypervisor.QuoteSocket, error) {
 	if text == "" {
 		return nil, nil
-	}
-	fault := func(why string) (*hypervisor.QuoteSocket, error) {
-		return nil, fmt.Errorf("the quote socket %q %s; it is unix:/absolute/path, vsock:CID:PORT, or empty for a guest without quotes", text, why)
 	}
 	kind, rest, _ := strings.Cut(text, ":")
 	switch kind {
 	case "unix":
 		if !filepath.IsAbs(rest) || strings.ContainsRune(rest, 0) {
-			return fault("has no absolute path")
+			return nil, errors.New("has no absolute path")
 		}
 		if len(rest) > maxSocketPath {
-			return fault(fmt.Sprintf("has a path of more than %d bytes", maxSocketPath))
+			return nil, fmt.Errorf("has a path of more than %d bytes", maxSocketPath)
 		}
 		return &hypervisor.QuoteSocket{Path: rest}, nil
 	case "vsock":
@@ -169,22 +147,23 @@ func parseQuoteSocket(text string) (*hypervisor.QuoteSocket, error) {
 		p, err2 := strconv.ParseUint(port, 10, 32)
 		switch {
 		case !ok || err1 != nil || err2 != nil:
-			return fault("has no CID and port, two decimal numbers")
+			return nil, errors.New("has no CID and port, two decimal numbers")
 		case c < 2 || c == math.MaxUint32 || p == 0 || p == math.MaxUint32:
-			return fault("has a CID or port that nobody can listen on")
+			return nil, errors.New("has a CID or port that nobody can listen on")
 		}
 		return &hypervisor.QuoteSocket{CID: uint32(c), Port: uint32(p)}, nil
 	}
-	return fault("is of no known kind")
+	return nil, errors.New("is of no known kind")
 }
 
-func parseDigest(name, text string) ([]byte, error) {
+func parseDigest(faults *tee.Faults, key, text string) []byte {
 	if text == "" {
-		return nil, nil
+		return nil
 	}
 	b, err := hex.DecodeString(text)
 	if err != nil || len(b) != DigestSize {
-		return nil, fmt.Errorf("%s %q is not %d bytes in hexadecimal digits", name, text, DigestSize)
+		faults.Add(key, fmt.Sprintf("give %d hexadecimal digits", 2*DigestSize), "%q is not %d bytes", text, DigestSize)
+		return nil
 	}
-	return b, nil
+	return b
 }

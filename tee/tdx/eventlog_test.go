@@ -14,11 +14,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/cloister-project/cloister/hypervisor/qemu/fwcfg"
 	"github.com/cloister-project/cloister/internal/guesttest"
 	"github.com/cloister-project/cloister/tee/firmware"
 	"github.com/cloister-project/cloister/tee/snp"
@@ -100,6 +102,22 @@ func startTPM(t *testing.T, ctx context.Context, swtpm string) *os.File {
 	return ours
 }
 
+// firmwareTimeout is generous: emulation on a busy machine.
+const firmwareTimeout = 120 * time.Second
+
+func testQEMU(t *testing.T) string {
+	t.Helper()
+	name := os.Getenv("CLOISTER_TEST_QEMU")
+	if name == "" {
+		name = "qemu-system-x86_64"
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Skipf("no QEMU: %v", err)
+	}
+	return path
+}
+
 // measuredBoot is a machine with a software TPM that boots the kernel to testdata/eventlog.
 type measuredBoot struct {
 	qemu, swtpm, firmware, kernel, initrd string
@@ -108,10 +126,11 @@ type measuredBoot struct {
 }
 
 func (m measuredBoot) args(tpmFD uintptr, serial string) []string {
-	return machineArgs(m.firmware, append([]string{
+	return append([]string{
+		"-nodefaults", "-no-user-config", "-machine", "q35,smm=off", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-bios", m.firmware,
 		"-chardev", fmt.Sprintf("socket,id=tpm,fd=%d", tpmFD), "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0",
 		"-serial", serial, "-kernel", m.kernel, "-initrd", m.initrd, "-append", m.parameters,
-	}, m.more...)...)
+	}, m.more...)
 }
 
 func (m measuredBoot) run(t *testing.T, ctx context.Context) []tcgEvent {
@@ -213,11 +232,11 @@ func TestFirmwareMeasuresWhatIsPredicted(t *testing.T) {
 			again, err := unix.FcntlInt(startTPM(t, ctx, m.swtpm).Fd(), unix.F_DUPFD, 100) // inherited, at a number of its own
 			require.NoError(t, err)
 			defer unix.Close(again)
-			acpi, err := ACPIFromQEMU(ctx, m.qemu, m.args(uintptr(again), "null")...)
+			acpi, err := fwcfg.ACPITables(ctx, m.qemu, m.args(uintptr(again), "null")...)
 			require.NoError(t, err)
 			measured := digests(func(e tcgEvent) bool { return e.kind == evPlatformConfigFlags })
 			require.Len(t, measured, 4)
-			require.Equal(t, of(acpi.events()), []Digest{measured[0], measured[1], measured[3]}, "ACPI blobs")
+			require.Equal(t, of((*ACPI)(acpi).events()), []Digest{measured[0], measured[1], measured[3]}, "ACPI blobs")
 		})
 	}
 }

@@ -30,7 +30,6 @@ const (
 	noteAttributes = "little-endian as in a quote; QEMU adds PKS (bit 30) where the CPU and KVM offer it, so that a verifier should accept both"
 	noteConfigID   = "the initdata's digest, cut or padded with zeros to 48 bytes"
 	noteNoConfigID = "there is no initdata"
-	notPredicted   = "not predicted: "
 )
 
 // Measure predicts the registers of a prepared document. A register that cannot be computed is listed without a value, its
@@ -85,7 +84,7 @@ func (p *Platform) Measure(ctx context.Context, doc hypervisor.Document) (*tee.R
 		case err == nil:
 			add(name, Extend(list...).String(), note+more)
 		case errdefs.IsNotImplemented(err), errdefs.IsNotFound(err):
-			add(name, "", notPredicted+err.Error())
+			out.Unpredicted = append(out.Unpredicted, tee.Unpredicted{Name: name, Reason: err.Error()})
 		default:
 			return fmt.Errorf("%s: %w", name, err)
 		}
@@ -141,7 +140,9 @@ func (p *Platform) acpi(ctx context.Context, doc hypervisor.Document) (a *ACPI, 
 	dir := p.cfg.ACPI
 	switch {
 	case p.cfg.Tables != nil:
-		if a, how, err = p.cfg.Tables(ctx, doc); err == nil {
+		var made hypervisor.ACPITables
+		if made, how, err = p.cfg.Tables(ctx, doc); err == nil {
+			a = (*ACPI)(&made)
 			err = a.check()
 		}
 		if err != nil {

@@ -24,21 +24,37 @@ var _ tee.Platform = (*Platform)(nil)
 // Name of the platform.
 func (p *Platform) Name() tee.Name { return tee.TDX }
 
+// Files is the firmware.
+func (p *Platform) Files() []tee.File {
+	return []tee.File{{Key: "tee.tdx.firmware", Path: p.cfg.Firmware,
+		Fix: "install a firmware image built for TDX, or set the key to \"\" to have it found"}}
+}
+
+// SealedImage returns none.
+func (*Platform) SealedImage() string { return "" }
+
+// BootsKernelFile is true: the firmware measures the file.
+func (*Platform) BootsKernelFile() bool { return true }
+
+// CPUModel leaves the choice to the VMM, which with KVM is the host's: QEMU starts TDs with no other.
+func (*Platform) CPUModel() string { return "" }
+
+// HostCanRead reports whether the TD is one for debugging.
+func (*Platform) HostCanRead(doc hypervisor.Document) bool {
+	c := doc.Confidential
+	return c != nil && c.TDX != nil && c.TDX.Attributes&AttributeDebug != 0
+}
+
+// Explain knows the words of QEMU (accel/kvm, target/i386/kvm).
+func (*Platform) Explain(exit hypervisor.Exit) string {
+	return tee.Advise(exit.VMMLog,
+		tee.Advice{Said: "vm-type TDX not supported by KVM", Do: "KVM on this host runs no TDX guests; `cloister check --tee tdx` tells what is missing"},
+		tee.NoPrivateMemory,
+	)
+}
+
 // Prepare adds TDX to a document: firmware, attributes and the fields that bind the launch. All refusals are one error.
 func (p *Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
-	faults := documentFaults(doc)
-	fw, err := p.firmware()
-	switch {
-	case err != nil:
-		faults = append(faults, err)
-	case doc.Architecture == hypervisor.ArchAMD64:
-		if _, err := handOff(fw.parsed.TDX, doc.Memory.Bytes); err != nil {
-			faults = append(faults, err)
-		}
-	}
-	if len(faults) > 0 {
-		return refused(faults)
-	}
 	c := hypervisor.TDX{
 		Attributes:    p.cfg.Attributes,
 		MROwner:       slices.Clone(p.mrOwner),
@@ -51,34 +67,39 @@ func (p *Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.I
 		q := *p.quoteSocket
 		c.QuoteSocket = &q
 	}
-	doc.Boot.Firmware = fw.path
-	doc.Confidential = &hypervisor.Confidential{Platform: string(tee.TDX), TDX: &c}
+	prepared := *doc
+	prepared.Boot.Firmware = "-" // that it is missing has an error of its own
+	prepared.Confidential = &hypervisor.Confidential{Platform: tee.TDX, TDX: &c}
+	faults := documentFaults(doc, prepared)
+	fw, err := p.firmware()
+	switch {
+	case err != nil:
+		faults = append(faults, err)
+	case doc.Arch() == hypervisor.ArchAMD64:
+		prepared.Boot.Firmware = fw.path
+		if _, err := handOff(fw.parsed.TDX, doc.Memory.Bytes); err != nil {
+			faults = append(faults, err)
+		}
+	}
+	if len(faults) > 0 {
+		return fmt.Errorf("TDX: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
+	}
+	*doc = prepared
 	return nil
 }
 
-// documentFaults are what a TD cannot be or must not be.
-func documentFaults(doc *hypervisor.Document) (faults []error) {
-	add := func(format string, args ...any) { faults = append(faults, fmt.Errorf(format, args...)) }
-	if doc.Architecture != hypervisor.ArchAMD64 {
-		add("TDX is of %s, this VM is %s", hypervisor.ArchAMD64, doc.Architecture)
-	}
+// documentFaults are what a TD cannot be or must not be, beside what holds for every VMM.
+func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) []error {
+	faults := prepared.ConfidentialFaults()
 	if model, _, _ := strings.Cut(doc.CPU.Model, ","); model != "host" {
-		add("CPU model %q: QEMU starts TDs with the model \"host\" only (hypervisor.cpu_model); the TDX module, not the model, decides what the guest sees", doc.CPU.Model)
+		faults.Add("CPU model %q: QEMU starts TDs with the model \"host\" only (hypervisor.cpu_model); the TDX module, not the model, decides "+
+			"what the guest sees", doc.CPU.Model)
 	}
 	if doc.CPU.Count < 1 {
-		add("%d virtual CPUs", doc.CPU.Count)
+		faults.Add("%d virtual CPUs", doc.CPU.Count)
 	}
-	if doc.Boot.Sealed {
-		add("the boot image is sealed for another platform")
-	}
-	if doc.Boot.Kernel == "" {
-		add("no kernel is given: a guest without one would boot what a disk holds")
-	}
-	if doc.SharedFolderPorts != 0 {
-		add("%d ports for shared folders: a TD takes no host folders", doc.SharedFolderPorts)
-	}
-	if c := doc.Confidential; c != nil && (c.SNP != nil || c.SecureExecution || c.Platform != string(tee.TDX) && c.Platform != "") {
-		add("the VM is one of platform %q already", c.Platform)
+	if c := doc.Confidential; c != nil && c.Platform != tee.TDX {
+		faults.Add("the VM is one of platform %q already", c.Platform)
 	}
 	return faults
 }
@@ -90,7 +111,8 @@ type image struct {
 	parsed       *firmware.Image
 }
 
-// firmware finds, reads and judges the configured image. One that is fit but not accepted is given with the error.
+// firmware finds, reads and judges the configured image. One that is fit but not accepted is returned with the error, a
+// *firmware.Error.
 func (p *Platform) firmware() (*image, error) {
 	path := p.cfg.Firmware
 	if path == "" {
@@ -100,7 +122,7 @@ func (p *Platform) firmware() (*image, error) {
 		}
 		var err error
 		if path, err = firmware.Find(dirs, firmware.FeatureTDX); err != nil {
-			return nil, fmt.Errorf("no firmware is configured and none was found: %w", err)
+			return nil, &firmware.Error{Err: fmt.Errorf("no firmware is configured and none was found: %w", err), Fix: fixFirmware}
 		}
 	}
 	fw, err := readImage(path)
@@ -114,32 +136,26 @@ func (p *Platform) firmware() (*image, error) {
 	if len(p.cfg.Digests) == 0 {
 		what = "cannot be accepted, the list of accepted firmware is empty"
 	}
-	return fw, firmwareError(fmt.Sprintf("the firmware %s has the SHA-256 digest %s and %s: if you trust that image with your guests, add its digest to "+
-		"tee.tdx.firmware_digests; else %s", path, fw.digest, what, fixFirmware))
+	return fw, &firmware.Error{
+		Err: fmt.Errorf("the firmware %s has the SHA-256 digest %s and %s: %w", path, fw.digest, what, errdefs.ErrInvalidArgument),
+		Fix: "if you trust that image with your guests, add its digest to tee.tdx.firmware_digests; else " + fixFirmware,
+	}
 }
 
-// firmwareError is errdefs.ErrInvalidArgument.
-type firmwareError string
-
-func (e firmwareError) Error() string { return string(e) }
-
-// Is makes it an errdefs.ErrInvalidArgument.
-func (firmwareError) Is(target error) bool { return target == errdefs.ErrInvalidArgument }
-
-// readImage reads an image that a TD can start with, accepted or not.
+// readImage reads an image that a TD can start with, accepted or not. The error is a *firmware.Error.
 func readImage(path string) (*image, error) {
 	raw, digest, err := firmware.ReadFile(path, firmware.MaxSize)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("the firmware %s is not there (%w)", path, errdefs.ErrNotFound)
+		return nil, &firmware.Error{Err: fmt.Errorf("the firmware %s is not there: %w", path, errdefs.ErrNotFound), Fix: fixFirmware}
 	} else if err != nil {
-		return nil, fmt.Errorf("the firmware cannot be read: %w", err)
+		return nil, &firmware.Error{Err: fmt.Errorf("the firmware cannot be read: %w", err), Fix: "make the file readable, or correct tee.tdx.firmware"}
 	}
-	parsed, err := firmware.Parse(raw)
+	parsed, err := firmware.Parse(raw, firmware.FeatureTDX)
 	if err != nil {
-		return nil, fmt.Errorf("the firmware %s: %w", path, err)
+		return nil, &firmware.Error{Err: fmt.Errorf("the firmware %s: %w", path, err), Fix: firmware.FixDamaged}
 	}
 	if err := tdxSections(parsed); err != nil {
-		return nil, fmt.Errorf("the firmware %s: %w", path, err)
+		return nil, &firmware.Error{Err: fmt.Errorf("the firmware %s: %w", path, err), Fix: fixFirmware}
 	}
 	return &image{path: path, digest: digest, raw: raw, parsed: parsed}, nil
 }

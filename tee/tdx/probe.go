@@ -32,7 +32,7 @@ func (p *Platform) Probe(_ context.Context, h tee.Host) []tee.Finding {
 		p.probeModule(),
 		p.probeKVM(h),
 		p.probeQuotes(),
-		probeVMM(h),
+		[]tee.Finding{h.ProbeVMM(tee.TDX)},
 		p.probeFirmware(),
 		p.probeKeys(),
 	)
@@ -128,26 +128,12 @@ func (p *Platform) probeQuotes() []tee.Finding {
 	}
 }
 
-func probeVMM(h tee.Host) []tee.Finding {
-	const what = "QEMU with " + vmmType
-	switch {
-	case h.VMMTypes == nil:
-		return []tee.Finding{missing(what, "install QEMU 10.1 or later, or correct hypervisor.path", "no QEMU was found")}
-	case !slices.Contains(h.VMMTypes, vmmType):
-		return []tee.Finding{missing(what, "install QEMU 10.1 or later", "this QEMU has no object type %s", vmmType)}
-	}
-	return []tee.Finding{ok(what, "it has the object type")}
-}
-
 func (p *Platform) probeFirmware() []tee.Finding {
 	const what = "firmware with TDX metadata"
 	fw, err := p.firmware()
 	if err != nil {
-		fix := fixFirmware
-		if fw != nil {
-			fix = "add the digest to tee.tdx.firmware_digests if you trust that image"
-		}
-		return []tee.Finding{missing(what, fix, "%v", err)}
+		detail, fix := firmware.Describe(err)
+		return []tee.Finding{missing(what, fix, "%s", detail)}
 	}
 	var kinds []string
 	for _, s := range fw.parsed.TDX {

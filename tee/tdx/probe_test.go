@@ -16,6 +16,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/firmware"
 	"github.com/cloister-project/cloister/tee/hostprobe"
 )
@@ -41,7 +42,7 @@ func wholeHost(t *testing.T) *fakeHost {
 			hostprobe.CapVMTypes: 1<<hostprobe.VMTypeDefault | 1<<hostprobe.VMTypeTDX, hostprobe.CapMemoryAttributes: hostprobe.MemoryAttributePrivate,
 			hostprobe.CapGuestMemfd: 1, hostprobe.CapX86APICBusCyclesNS: 1,
 		},
-		host:   tee.Host{Accelerator: hypervisor.AccelKVM, VMMTypes: []string{"tcg-accel", "tdx-guest"}},
+		host:   tee.Host{Accelerator: hypervisor.AccelKVM, VMM: vmm("")},
 		config: testConfig(t, driversOld),
 	}
 }
@@ -107,8 +108,8 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 		"no quotes":      {func(h *fakeHost) { h.config.QuoteSocket = "" }, "Quote Generation Service", "cannot be attested", tee.Note},
 		"QGS down":       {func(h *fakeHost) { h.config.QuoteSocket = "unix:/none/qgs" }, "Quote Generation Service", "/none/qgs is not there: guests start but cannot be attested", tee.Note},
 		"QGS by vsock":   {func(h *fakeHost) { h.config.QuoteSocket = "vsock:2:4050" }, "Quote Generation Service", "CID 2 port 4050", tee.Note},
-		"no QEMU":        {func(h *fakeHost) { h.host.VMMTypes = nil }, "QEMU with tdx-guest", "no QEMU was found", tee.Missing},
-		"old QEMU":       {func(h *fakeHost) { h.host.VMMTypes = []string{"sev-snp-guest"} }, "QEMU with tdx-guest", "no object type", tee.Missing},
+		"no QEMU":        {func(h *fakeHost) { h.host.VMM = nil }, "VMM", "none was found", tee.Missing},
+		"old QEMU":       {func(h *fakeHost) { h.host.VMM = vmm("no tdx-guest") }, "VMM", "no tdx-guest", tee.Missing},
 		"no firmware":    {func(h *fakeHost) { h.config.Firmware = "/none" }, "firmware with TDX metadata", "/none is not there", tee.Missing},
 		"not accepted":   {func(h *fakeHost) { h.config.Digests = nil }, "firmware with TDX metadata", "SHA-256 digest", tee.Missing},
 		"keys in use":    {func(h *fakeHost) { h.files["sys/fs/cgroup/misc.current"] = "tdx 31" }, "free TDX key ids", "all 31", tee.Missing},
@@ -155,4 +156,9 @@ func TestProbeTellsOfEnrolledKeys(t *testing.T) {
 		found = found || f.What == "Secure Boot" && f.Result == tee.Note
 	}
 	require.True(t, found)
+}
+
+// vmm lacks something of the platform; "": nothing.
+func vmm(lacks string) *hypervisor.Capabilities {
+	return &hypervisor.Capabilities{Platforms: map[abi.Platform]string{tee.TDX: lacks}}
 }

@@ -53,7 +53,7 @@ func startProbe(ctx context.Context, driver *qemu.Driver, q bareQEMU, accel hype
 		Vsock:  hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
 		Disks:  []hypervisor.Disk{{ID: "disk", Path: disk, Serial: "disk", ReadOnly: true}},
 		// As a pod has them.
-		SharedFolderPorts: 2, Sandboxed: true,
+		SharedFolders: 2, Sandboxed: true,
 	}, hypervisor.Resources{StateDir: state})
 	if err != nil {
 		return nil, err

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package virtcontainers
+package vmplan
 
 import (
-	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -14,7 +15,6 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/initdata"
-	"github.com/cloister-project/cloister/virtcontainers/network"
 )
 
 func TestDocumentOfEachPlatform(t *testing.T) {
@@ -53,18 +53,18 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 			if tc.sealed {
 				cfg.TEE.SE.Image = "/sealed"
 			}
-			l := &launch{arch: tc.arch, platform: fakePlatform{name: tc.name}}
-			require.Equal(t, tc.unpacked, l.unpacked())
-			facts := hostFacts{arch: tc.arch, accel: hypervisor.AccelTCG, cpu: cpuModel(cfg, l, hypervisor.AccelTCG), vsock: hypervisor.VsockVhostUser, cid: 3, kernel: "/kernel"}
-			pod := PodConfig{ID: "p", Namespace: "n", Config: cfg}
-			mac := net.HardwareAddr{2, 0, 0, 0, 0, 1}
-			doc := buildDocument(pod, l, []network.Interface{{MAC: mac, MTU: 1400}}, facts)
-			require.Equal(t, doc, buildDocument(pod, l, []network.Interface{{MAC: mac, MTU: 1400}}, facts), "a pure function")
+			p := testPlan(t, Pod{ID: "p", Namespace: "n", Config: cfg})
+			require.Equal(t, tc.unpacked, p.unpacksKernel())
+			host := Host{Accelerator: hypervisor.AccelTCG, Vsock: hypervisor.VsockVhostUser, CID: 3, Kernel: "/kernel", VhostNet: tc.sealed}
+			nics := []hypervisor.NIC{{ID: "net0", MAC: "02:00:00:00:00:01", MTU: 1400}}
+			doc := p.Document(nics, host)
+			require.Equal(t, doc, p.Document(nics, host), "a pure function")
+			require.False(t, nics[0].VhostNet, "the caller's are its own")
 			require.Equal(t, tc.arch, doc.Architecture)
 			require.Equal(t, tc.boot, doc.Boot.Kernel)
 			require.Equal(t, tc.cpu, doc.CPU.Model)
-			require.Equal(t, tc.ports, doc.SharedFolderPorts)
-			require.Equal(t, []hypervisor.NIC{{ID: "net0", MAC: "02:00:00:00:00:01", MTU: 1400}}, doc.NICs)
+			require.Equal(t, tc.ports, doc.SharedFolders)
+			require.Equal(t, []hypervisor.NIC{{ID: "net0", MAC: "02:00:00:00:00:01", MTU: 1400, VhostNet: tc.sealed}}, doc.NICs)
 			require.Empty(t, doc.Disks)
 			require.Nil(t, doc.Confidential, "the platform's to add")
 			if require.Equal(t, tc.boot == "/sealed", doc.Boot.Sealed); doc.Boot.Sealed {
@@ -82,9 +82,8 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 			}
 
 			// A measured command line has nothing of the pod.
-			other := pod
-			other.ID, other.Hostname, other.Annotations = "q", "h", map[string]string{"a": "b"}
-			require.Equal(t, doc.Boot, buildDocument(other, l, nil, facts).Boot)
+			other := testPlan(t, Pod{ID: "q", Namespace: "m", Config: cfg})
+			require.Equal(t, doc.Boot, other.Document(nil, host).Boot)
 		})
 	}
 }
@@ -92,29 +91,46 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 func TestDocumentWithInitdata(t *testing.T) {
 	d, err := initdata.Parse([]byte("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n"))
 	require.NoError(t, err)
-	l := &launch{arch: hypervisor.ArchAMD64, platform: fakePlatform{name: tee.SNP}, initdata: &podInitdata{doc: d}}
-	pod := PodConfig{ID: "p", Namespace: "n", Config: &configs.Config{State: configs.State{Dir: "/run/cloister"}}}
-	doc := buildDocument(pod, l, nil, hostFacts{arch: hypervisor.ArchAMD64, accel: hypervisor.AccelKVM})
-	require.Equal(t, []hypervisor.Disk{{
-		ID: "initdata", Path: stateDir("/run/cloister", "n", "p") + "/initdata.img", Serial: "initdata", ReadOnly: true,
-	}}, doc.Disks)
+	p := testPlan(t, Pod{ID: "p", Namespace: "n", Config: &configs.Config{
+		Hypervisor: configs.Hypervisor{Arch: configs.ArchAMD64}, TEE: configs.TEE{Platform: "snp"}, State: configs.State{Dir: "/run/cloister"},
+	}})
+	p.initdata = d
+	doc := p.Document(nil, Host{Accelerator: hypervisor.AccelKVM})
+	require.Equal(t, []hypervisor.Disk{{ID: "initdata", Path: p.StateDir() + "/initdata.img", Serial: "initdata", ReadOnly: true}}, doc.Disks)
 	require.False(t, slices.ContainsFunc(doc.Boot.Parameters, func(p string) bool { return strings.HasPrefix(p, "cloister.initdata") }),
 		"the measured command line is the same for all pods")
-	require.Equal(t, d.Digest(), l.inputs().InitdataDigest)
+	require.Equal(t, d.Digest(), p.inputs().InitdataDigest)
 }
 
 func TestVsockOfAPlatform(t *testing.T) {
+	plan := func(name tee.Name, setting string) *Plan {
+		return &Plan{cfg: &configs.Config{Hypervisor: configs.Hypervisor{Vsock: setting}}, platform: fakePlatform{name: name}}
+	}
 	for _, name := range []tee.Name{tee.SNP, tee.TDX, tee.SE} {
 		for setting, want := range map[string]hypervisor.VsockKind{
 			configs.VsockAuto: hypervisor.VsockVhost, configs.VsockVhost: hypervisor.VsockVhost, configs.VsockVhostUser: hypervisor.VsockVhostUser,
 		} {
-			cfg := &configs.Config{Hypervisor: configs.Hypervisor{Vsock: setting}}
-			require.Equal(t, want, vsockKind(cfg, name), "%s on %s", setting, name)
+			require.Equal(t, want, plan(name, setting).vsockKind(), "%s on %s", setting, name)
 		}
 	}
 	auto := hypervisor.VsockVhostUser
-	if exists("/dev/vhost-vsock") {
+	if exists(vhostVsockDevice) {
 		auto = hypervisor.VsockVhost
 	}
-	require.Equal(t, auto, vsockKind(&configs.Config{Hypervisor: configs.Hypervisor{Vsock: configs.VsockAuto}}, tee.Sample))
+	require.Equal(t, auto, plan(tee.Sample, configs.VsockAuto).vsockKind())
+}
+
+// vhost-net is taken with KVM where it is, and never insisted upon.
+func TestVhostNet(t *testing.T) {
+	there := filepath.Join(t.TempDir(), "vhost-net")
+	require.NoError(t, os.WriteFile(there, nil, 0o600))
+	for _, tc := range []struct {
+		accel  hypervisor.Accelerator
+		device string
+		want   bool
+	}{
+		{hypervisor.AccelKVM, there, true}, {hypervisor.AccelKVM, there + "-not", false}, {hypervisor.AccelTCG, there, false},
+	} {
+		require.Equal(t, tc.want, usesVhostNet(tc.accel, tc.device), "%+v", tc)
+	}
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package virtcontainers
+package vmplan
 
 import (
 	"errors"
@@ -18,24 +18,11 @@ import (
 	"github.com/cloister-project/cloister/tee/initdata"
 )
 
-// initdataDisk is the name of initdata's disk image in the sandbox's state folder.
+// initdataDisk is the name of initdata's disk image in the sandbox's state directory.
 const initdataDisk = "initdata.img"
 
-// podInitdata is a pod's initdata.
-type podInitdata struct {
-	doc *initdata.Document
-}
-
-// digest as the guest says it in its Hello.
-func (d *podInitdata) digest() string {
-	if d == nil {
-		return ""
-	}
-	return d.doc.String()
-}
-
 // loadInitdata takes the pod's own document, or else the node's, and checks it; nil without one.
-func loadInitdata(cfg *configs.Config) (*podInitdata, error) {
+func loadInitdata(cfg *configs.Config) (*initdata.Document, error) {
 	var (
 		raw  []byte
 		from string
@@ -58,7 +45,7 @@ func loadInitdata(cfg *configs.Config) (*podInitdata, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", from, err)
 	}
-	return &podInitdata{doc: doc}, nil
+	return doc, nil
 }
 
 // readSmall reads a regular file of at most so many bytes.
@@ -85,18 +72,30 @@ func readSmall(path string, limit int64) ([]byte, error) {
 	return b, nil
 }
 
-// disk is the read-only disk that brings the document to the guest.
-func (d *podInitdata) disk(stateDir string) hypervisor.Disk {
-	return hypervisor.Disk{ID: "initdata", Path: filepath.Join(stateDir, initdataDisk), Serial: wire.InitdataSerial, ReadOnly: true}
+// InitdataDigest as the guest says it in its Hello; empty: there is no initdata.
+func (p *Plan) InitdataDigest() string {
+	if p.initdata == nil {
+		return ""
+	}
+	return p.initdata.String()
 }
 
-// writeDisk makes the disk's image. Nobody writes it again, the VMM neither.
-func (d *podInitdata) writeDisk(stateDir string) error {
-	f, err := os.OpenFile(filepath.Join(stateDir, initdataDisk), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
+// initdataDisk is the read-only disk that brings the document to the guest.
+func (p *Plan) initdataDisk() hypervisor.Disk {
+	return hypervisor.Disk{ID: "initdata", Path: filepath.Join(p.StateDir(), initdataDisk), Serial: wire.InitdataSerial, ReadOnly: true}
+}
+
+// WriteInitdata makes the image of initdata's disk in the sandbox's state directory, if there is initdata. Nobody writes it
+// again, the VMM neither.
+func (p *Plan) WriteInitdata() error {
+	if p.initdata == nil {
+		return nil
+	}
+	f, err := os.OpenFile(p.initdataDisk().Path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
 	if err != nil {
 		return fmt.Errorf("disk with the pod's initdata: %w", err)
 	}
-	if err := errors.Join(initdata.WriteDisk(f, d.doc.Raw), f.Close()); err != nil {
+	if err := errors.Join(initdata.WriteDisk(f, p.initdata.Raw), f.Close()); err != nil {
 		return fmt.Errorf("disk with the pod's initdata: %w", err)
 	}
 	return nil

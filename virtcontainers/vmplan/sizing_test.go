@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package virtcontainers
+package vmplan
 
 import (
 	"testing"
@@ -32,8 +32,8 @@ func TestSizeVM(t *testing.T) {
 		{"bounded", &specs.LinuxResources{Memory: memory(1 << 40), CPU: cpu(6400000, 100000)}, 8, 4096 << 20},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			got := sizeVM(cfg, tc.r)
-			require.Equal(t, vmSize{tc.vcpus, tc.memory}, got)
+			got := SizeVM(cfg, tc.r)
+			require.Equal(t, Size{tc.vcpus, tc.memory}, got)
 		})
 	}
 }

@@ -29,9 +29,21 @@ type Resources struct {
 	OnStart func(pid int) error
 }
 
-// VM is a started virtual machine. A driver's Start gives it with its devices ready and its virtual CPUs stopped, so
-// that listeners can be bound and disks added before the guest's first instruction; Boot lets it run. All methods may be called from any goroutine. After the VM has ended they answer
-// with errdefs.ErrFailedPrecondition wrapped with the reason of the end.
+// Close closes all files, for a caller that does not come to a driver's Start.
+func (r Resources) Close() {
+	for _, files := range []map[string]*os.File{r.Taps, r.VhostNet, {"": r.VhostVsock}} {
+		for _, f := range files {
+			if f != nil {
+				_ = f.Close()
+			}
+		}
+	}
+}
+
+// VM is a started virtual machine. A driver's Start returns it with its devices ready and its virtual CPUs stopped, so
+// that listeners can be bound and disks added before the guest's first instruction; Boot lets it run. All methods may be
+// called from any goroutine. After the VM has ended they answer with errdefs.ErrFailedPrecondition wrapped with the reason
+// of the end.
 type VM interface {
 	// PID of the VMM process on the host.
 	PID() int
@@ -43,12 +55,9 @@ type VM interface {
 	AddDisk(ctx context.Context, d Disk) error
 	// RemoveDisk unplugs a disk by Disk.ID and waits until its file is closed.
 	RemoveDisk(ctx context.Context, id string) error
-	// AddSharedFolder hot-plugs a virtio-fs device in a free place of Document.SharedFolderPorts;
-	// errdefs.ErrResourceExhausted when none is left.
+	// AddSharedFolder hot-plugs a virtio-fs device; errdefs.ErrResourceExhausted when the VM has Document.SharedFolders
+	// already.
 	AddSharedFolder(ctx context.Context, f SharedFolder) error
-	// Pause stops all virtual CPUs, Resume starts them again.
-	Pause(ctx context.Context) error
-	Resume(ctx context.Context) error
 	// Stop ends the VM: it waits for the guest to power off by itself until ctx ends, then kills the VMM. It returns
 	// when the VMM process is gone and reaped. Idempotent.
 	Stop(ctx context.Context) error

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmplan
+
+import (
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloister-project/cloister/configs"
+)
+
+// memoryStep is what guest memory is rounded up to: a huge page.
+const memoryStep = 2 << 20
+
+// Size of a VM.
+type Size struct {
+	VCPUs       int
+	MemoryBytes uint64
+}
+
+// SizeVM sizes a VM by the pod's limits: a memory limit plus the overhead for the guest itself, and as many CPUs as the
+// CPU limit needs. A limit that is not stated gives the default.
+func SizeVM(cfg configs.Sizing, r *specs.LinuxResources) Size {
+	size := Size{VCPUs: cfg.DefaultVCPUs, MemoryBytes: uint64(cfg.DefaultMemoryMiB) << 20}
+	if r != nil && r.Memory != nil && r.Memory.Limit != nil && *r.Memory.Limit > 0 {
+		size.MemoryBytes = uint64(*r.Memory.Limit) + uint64(cfg.OverheadMemoryMiB)<<20
+	}
+	if r != nil && r.CPU != nil && r.CPU.Quota != nil && *r.CPU.Quota > 0 && r.CPU.Period != nil && *r.CPU.Period > 0 {
+		period := *r.CPU.Period
+		size.VCPUs = int((uint64(*r.CPU.Quota) + period - 1) / period)
+	}
+	if cfg.MaxVCPUs > 0 {
+		size.VCPUs = min(size.VCPUs, cfg.MaxVCPUs)
+	}
+	size.VCPUs = max(size.VCPUs, 1)
+	if limit := uint64(cfg.MaxMemoryMiB) << 20; limit > 0 {
+		size.MemoryBytes = min(size.MemoryBytes, limit)
+	}
+	size.MemoryBytes = (size.MemoryBytes + memoryStep - 1) / memoryStep * memoryStep
+	return size
+}
