@@ -10,7 +10,7 @@ SHELL       := /bin/bash
 CLOISTER_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cloister
 export CLOISTER_CACHE
 
-# What is built is for amd64, or for s390x: crosswise, with what `make setup` got.
+# The architecture to build for: amd64, or s390x by cross-compiling with what `make setup` installed.
 ARCH    ?= amd64
 SUFFIX  := $(if $(filter-out amd64,$(ARCH)),-$(ARCH))
 BIN     := bin
@@ -28,8 +28,8 @@ STAMP   := -X $(MODULE)/internal/version.Version=$(VERSION)
 GOFLAGS_COMMON := -trimpath -buildvcs=false
 
 # The agent needs C: libcontainer enters namespaces before Go's runtime starts, and seccomp profiles are compiled by
-# libseccomp. Linked statically, since the guest has nothing but it. On s390x by the cross compiler, against the libseccomp
-# that setup unpacked.
+# libseccomp. Linked statically, since the guest has no libraries. For s390x it is built by the cross compiler, against the
+# libseccomp that setup unpacked.
 AGENT_ENV_amd64 := CGO_ENABLED=1
 AGENT_ENV_s390x = CGO_ENABLED=1 CC=s390x-linux-gnu-gcc CGO_CFLAGS="-O2 -I$$CLOISTER_S390X_SYSROOT/usr/include" \
   CGO_LDFLAGS="-L$$CLOISTER_S390X_SYSROOT/usr/lib/s390x-linux-gnu" \
@@ -39,8 +39,8 @@ AGENT_FLAGS := -tags 'seccomp netgo osusergo' -ldflags '-s -w $(STAMP) -linkmode
 # setup-env reads what tools/setup found and unpacked.
 setup-env = . '$(CLOISTER_CACHE)/env' || { echo 'this machine is not set up: run `make setup`' >&2; exit 1; }
 
-# build-go OUTPUT ENVIRONMENT FLAGS builds beside the output and replaces it only if it became another, so that what is
-# made from it (the guest image) is not made anew for nothing.
+# build-go OUTPUT ENVIRONMENT FLAGS builds next to the output and replaces it only if it changed, so that what is
+# made from it (the guest image) is not rebuilt for nothing.
 define build-go
 mkdir -p $(OUT)/.new; \
 GOARCH=$(ARCH) $(2) $(GO) build $(GOFLAGS_COMMON) $(3) -o $(OUT)/.new/$(1) ./cmd/$(1); \
@@ -54,17 +54,17 @@ help: ## Show this help
 	@awk 'BEGIN { FS = ":.*## "; print "Cloister: every pod in its own micro-VM.\n\nusage: make TARGET" } \
 	  /^##@ / { print "\n" substr($$0, 5) ":" } \
 	  /^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: KEEP=1 (run: leave the pod up), RUN=regexp (test, test-e2e: only these tests),\n'
+	@printf '\nVariables: KEEP=1 (run: keep the pod running), RUN=regexp (test, test-e2e: only these tests),\n'
 	@printf '           ARCH=s390x (build, guest, install: for IBM Z), COMPRESSION=zstd (guest: a smaller initrd),\n'
 	@printf '           PREFIX, DESTDIR, SYSCONFDIR (install), CLOISTER_CACHE (now $(CLOISTER_CACHE))\n'
 
 .PHONY: run
-run: ## The main job: containerd starts a pod in a micro-VM and runs its containers (as root; KEEP=1 leaves it up)
+run: ## The main job: containerd starts a pod in a micro-VM and runs its containers (as root; KEEP=1 keeps it running)
 	@mkdir -p $(BIN) && CGO_ENABLED=0 $(GO) build $(GOFLAGS_COMMON) -o $(BIN)/mainjob ./tools/mainjob
 	@exec $(BIN)/mainjob $(if $(filter-out 0,$(KEEP)),-keep)
 
 .PHONY: stop
-stop: ## Stop what `make run KEEP=1`, or a test that was killed, left up
+stop: ## Stop what `make run KEEP=1`, or a test that was killed, left running
 	@mkdir -p $(BIN) && CGO_ENABLED=0 $(GO) build $(GOFLAGS_COMMON) -o $(BIN)/mainjob ./tools/mainjob
 	@exec $(BIN)/mainjob -stop
 
@@ -79,18 +79,18 @@ install: build guest ## Install into PREFIX (/usr/local) and SYSCONFDIR (/etc); 
 	sed 's|"/usr/share/cloister/|"$(PREFIX)/share/cloister/|' configs/cloister.toml > $(OUT)/.new/cloister.toml
 	@conf='$(DESTDIR)$(SYSCONFDIR)/cloister/cloister.toml'; \
 	if [ -e "$$conf" ] && ! cmp -s $(OUT)/.new/cloister.toml "$$conf"; then \
-	  echo "keeping $$conf, the new one is beside it as cloister.toml.new"; conf=$$conf.new; \
+	  echo "keeping $$conf, the new one is next to it as cloister.toml.new"; conf=$$conf.new; \
 	fi; \
 	install -m 0644 $(OUT)/.new/cloister.toml "$$conf"
 
 ##@ Build
 
 .PHONY: setup
-setup: ## Install and download what building and running need (Debian 12 or 13, as root; repeatable)
+setup: ## Install and download what building and running need (Debian 12 or 13, as root; safe to repeat)
 	@tools/setup
 
 .PHONY: proto
-proto: ## Generate Go from agent.proto anew (needs protoc)
+proto: ## Generate Go from agent.proto (needs protoc)
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
 	GOBIN=$$dir $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc && \
 	PATH=$$dir:$$PATH $(GO) generate ./agent-protocol/... ./shim/criv1
@@ -109,7 +109,7 @@ build: ## Build shim, agent and operator's tool into bin/
 agent:
 	@$(if $(SUFFIX),$(setup-env);) $(call build-go,cloister-agent,$(AGENT_ENV_$(ARCH)),$(AGENT_FLAGS))
 
-# How the initrd is packed: none starts fastest; zstd is a third of it, where size counts more (tools/guest/build.go).
+# How the initrd is packed: none starts fastest; zstd is a third of the size, where that counts more (tools/guest/build.go).
 COMPRESSION ?= none
 
 GUEST_KERNEL_amd64  = $$CLOISTER_KERNEL
@@ -130,7 +130,7 @@ guest: agent ## Build the guest image, kernel and initrd, into bin/guest/
 	fi
 
 .PHONY: build-s390x
-build-s390x: ## Build the same for IBM Z into bin/s390x/
+build-s390x: ## Build shim, agent and operator's tool for IBM Z into bin/s390x/
 	@$(MAKE) -s build ARCH=s390x
 
 .PHONY: guest-s390x
@@ -151,7 +151,8 @@ lint: ## gofmt, go vet, staticcheck, shell syntax
 	if [ -n "$$long" ]; then echo "longer than 500 lines, split them:" $$long >&2; exit 1; fi
 
 .PHONY: test
-test: setup conformance build guest build-s390x guest-s390x test-unit test-vm test-e2e ## All tests (as root); at the end, which lanes were left out and why
+test: setup conformance build guest build-s390x guest-s390x
+test: test-unit test-vm test-e2e ## All tests (as root); lists at its end what this machine left out, and why
 	@tools/left-out $(BIN)
 
 # Files that tests read: firmware with known measurements, kernels, boot stubs.
@@ -174,7 +175,7 @@ endef
 
 # The agent's packages need C (see agent above); the race detector does too.
 .PHONY: test-unit
-test-unit: setup ## The quick tests, with the race detector; what needs root or a VM is skipped
+test-unit: setup ## The quick tests, with the race detector; skips what needs root or a VM
 	@$(test-files); \
 	CGO_ENABLED=1 $(GO) test -race -tags 'seccomp netgo osusergo' -timeout 15m $(if $(RUN),-run '$(RUN)') \
 	  $$($(GO) list ./... | grep -v '^$(MODULE)/test/')
@@ -188,7 +189,7 @@ test-vm: setup guest guest-s390x ## Tests of single packages in real VMs (as roo
 
 # Not part of `make test`: it fetches a newer Debian's QEMU and the libraries that it needs.
 .PHONY: test-qemu-next
-test-qemu-next: setup ## Command lines of all platforms against the newest QEMU, which knows TDX, unpacked into the cache
+test-qemu-next: setup ## Command lines of all platforms against a newer QEMU, which knows TDX, unpacked into the cache
 	@tools/qemu-next/run
 
 # One package and one test at a time: each VM under emulation takes a core. No cached results: what is tested are
@@ -210,6 +211,6 @@ clean: ## Remove bin/; downloads and conformance binaries stay in the cache
 	rm -rf $(BIN)
 
 .PHONY: clean-cache
-clean-cache: ## Remove the cache: the next setup downloads and builds everything anew
+clean-cache: ## Remove the cache: the next setup downloads and builds everything again
 	@[ -z "$$(ls '$(CLOISTER_CACHE)/nodes' 2>/dev/null)" ] || { echo 'nodes are still up: run `make stop` first' >&2; exit 1; }
 	rm -rf '$(CLOISTER_CACHE)'
