@@ -52,7 +52,7 @@ func TestPrepareAddsNothingToASealedImage(t *testing.T) {
 	doc := &hypervisor.Document{Boot: hypervisor.Boot{Kernel: "/image", Sealed: true}}
 	require.NoError(t, New(Config{}).Prepare(context.Background(), doc, tee.Inputs{InitdataDigest: []byte{1}}))
 	assert.Equal(t, hypervisor.Boot{Kernel: "/image", Sealed: true}, doc.Boot)
-	assert.Equal(t, "sample", doc.Confidential.Platform)
+	assert.Equal(t, tee.Sample, doc.Confidential.Platform)
 }
 
 func TestPrepareRefuses(t *testing.T) {
@@ -81,10 +81,10 @@ func TestPrepareRefuses(t *testing.T) {
 			require.ErrorContains(t, err, tc.want)
 		})
 	}
-	doc := document("cloister.debug")
+	doc := document("quiet")
 	doc.SharedFolders = 1
 	err := New(Config{}).Prepare(context.Background(), doc, tee.Inputs{})
-	for _, want := range []string{"shared folders", "debug_console", "given 0 times"} {
+	for _, want := range []string{"shared folders", "given 0 times"} {
 		assert.ErrorContains(t, err, want, "all reasons at once")
 	}
 }

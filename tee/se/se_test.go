@@ -64,7 +64,7 @@ func testPlatform(t testing.TB, cfg Config) *Platform {
 
 func testDocument() *hypervisor.Document {
 	return &hypervisor.Document{
-		Architecture: hypervisor.ArchS390X, CPU: hypervisor.CPU{Model: "host", Count: 2}, Memory: hypervisor.Memory{Bytes: 512 << 20},
+		Architecture: hypervisor.ArchS390X, Accelerator: hypervisor.AccelKVM, CPU: hypervisor.CPU{Model: "host", Count: 2}, Memory: hypervisor.Memory{Bytes: 512 << 20},
 		Boot: hypervisor.Boot{Kernel: "/k", Initrd: "/i", Parameters: []string{"a"}},
 	}
 }
@@ -129,8 +129,11 @@ func TestPrepareRefuses(t *testing.T) {
 		change func(*hypervisor.Document)
 		says   string
 	}{
-		"amd64":           {path, func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchAMD64 }, `this VM is "amd64"`},
+		"amd64":           {path, func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchAMD64 }, "the VM is for amd64"},
 		"firmware":        {path, func(d *hypervisor.Document) { d.Boot.Firmware = "/f" }, "firmware"},
+		"emulated":        {path, func(d *hypervisor.Document) { d.Accelerator = hypervisor.AccelTCG }, "only KVM"},
+		"CPU model":       {path, func(d *hypervisor.Document) { d.CPU.Model = "z16" }, "unpack facility"},
+		"vsock on PCI":    {path, func(d *hypervisor.Document) { d.Vsock.Kind = hypervisor.VsockVhostUser }, "load the module vhost_vsock"},
 		"shared folders":  {path, func(d *hypervisor.Document) { d.SharedFolders = 1 }, "shared folders"},
 		"another already": {path, func(d *hypervisor.Document) { d.Confidential = &hypervisor.Confidential{Platform: "snp"} }, `"snp" already`},
 		"little memory":   {path, func(d *hypervisor.Document) { d.Memory.Bytes = 1000 }, "memory"},
@@ -185,7 +188,7 @@ func TestProbe(t *testing.T) {
 		}
 	}
 	all := tee.Host{Accelerator: hypervisor.AccelKVM, VMM: vmm("")}
-	names := []string{"machine", "CPU facilities", "ultravisor", "KVM", "image", "host key", "QEMU"}
+	names := []string{"machine", "CPU facilities", "ultravisor", "KVM", "image", "host key", "VMM"}
 	tests := map[string]struct {
 		change  func(files map[string]string, h *tee.Host)
 		ext     func(int) (int, error)

@@ -242,16 +242,16 @@ func TestPrepareRefusesDocuments(t *testing.T) {
 		want   string
 		change func(*hypervisor.Document)
 	}{
-		{"the guest is s390x", func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchS390X }},
-		{"the accelerator is tcg", func(d *hypervisor.Document) { d.Accelerator = hypervisor.AccelTCG }},
+		{"of the architecture amd64, and the VM is for s390x", func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchS390X }},
+		{`accelerator "tcg": only KVM`, func(d *hypervisor.Document) { d.Accelerator = hypervisor.AccelTCG }},
 		{`CPU model "host" depends on the machine`, func(d *hypervisor.Document) { d.CPU.Model = "host" }},
 		{`CPU model "max" depends on the machine`, func(d *hypervisor.Document) { d.CPU.Model = "max" }},
 		{`CPU model "" depends on the machine`, func(d *hypervisor.Document) { d.CPU.Model = "" }},
 		{"known are EPYC, EPYC-Genoa, EPYC-Genoa-v1", func(d *hypervisor.Document) { d.CPU.Model = "qemu64" }},
 		{"0 virtual CPUs", func(d *hypervisor.Document) { d.CPU.Count = 0 }},
 		{"1025 virtual CPUs", func(d *hypervisor.Document) { d.CPU.Count = 1025 }},
-		{"sealed image", func(d *hypervisor.Document) { d.Boot.Sealed = true }},
-		{"or not given", func(d *hypervisor.Document) { d.Boot.Kernel = "" }},
+		{"sealed for another platform", func(d *hypervisor.Document) { d.Boot.Sealed = true }},
+		{"boot.kernel is not given", func(d *hypervisor.Document) { d.Boot.Kernel = "" }},
 		{"shared folders", func(d *hypervisor.Document) { d.SharedFolders = 1 }},
 		{"prepared for tdx already", func(d *hypervisor.Document) {
 			d.Confidential = &hypervisor.Confidential{Platform: "tdx", TDX: &hypervisor.TDX{}}
@@ -389,23 +389,23 @@ func TestNewRefuses(t *testing.T) {
 		want   string
 		change func(*Config)
 	}{
-		{`tee.snp.firmware "OVMF.fd" is no absolute path`, func(c *Config) { c.Firmware = "OVMF.fd" }},
+		{`tee.snp.firmware: "OVMF.fd" is not an absolute path`, func(c *Config) { c.Firmware = "OVMF.fd" }},
 		{`tee.firmware_descriptors: "x"`, func(c *Config) { c.Descriptors = []string{"/ok", "x"} }},
-		{`tee.snp.id_key "k"`, func(c *Config) { c.IDKey = "k" }},
-		{"is no SHA-256 digest", func(c *Config) { c.Digests = []string{strings.Repeat("0", 62)} }},
-		{"is no SHA-256 digest", func(c *Config) { c.Digests = []string{strings.Repeat("x", 64)} }},
+		{`tee.snp.id_key: "k"`, func(c *Config) { c.IDKey = "k" }},
+		{"is not a SHA-256 digest", func(c *Config) { c.Digests = []string{strings.Repeat("0", 62)} }},
+		{"is not a SHA-256 digest", func(c *Config) { c.Digests = []string{strings.Repeat("x", 64)} }},
 		{"bit 17 is not set", func(c *Config) { c.Policy = 0x10000 }},
-		{"bit 19 lets the host read", func(c *Config) { c.Policy |= uint64(PolicyDebug) }},
+		{"bit 19 (debug) lets the host read", func(c *Config) { c.Policy |= uint64(PolicyDebug) }},
 		{"bit 18 allows a migration agent", func(c *Config) { c.Policy |= uint64(PolicyMigrateMA); c.AllowDebug = true }},
 		{"bits 0x8000000000000000 are reserved", func(c *Config) { c.Policy |= 1 << 63 }},
-		{"guest_features 0x20", func(c *Config) { c.GuestFeatures = 0x20 }},
-		{"guest_features 0x10001", func(c *Config) { c.GuestFeatures = 0x10001 }},
-		{"set tee.snp.id_key too", func(c *Config) { c.AuthorKey = "/k" }},
-		{"tee.snp.family_id is part of the ID block", func(c *Config) { c.FamilyID = strings.Repeat("00", 16) }},
-		{`tee.snp.image_id "00" is not 32`, func(c *Config) { c.IDKey, c.ImageID = "/k", "00" }},
-		{"tee.snp.guest_svn -1", func(c *Config) { c.GuestSVN = -1 }},
-		{"tee.snp.guest_svn 4294967296", func(c *Config) { c.GuestSVN = 1 << 32 }},
-		{"tee.snp.guest_svn is part of the ID block", func(c *Config) { c.GuestSVN = 1 }},
+		{"guest_features: 0x20", func(c *Config) { c.GuestFeatures = 0x20 }},
+		{"guest_features: 0x10001", func(c *Config) { c.GuestFeatures = 0x10001 }},
+		{"without tee.snp.id_key, the key that it signs", func(c *Config) { c.AuthorKey = "/k" }},
+		{"tee.snp.family_id: is part of the ID block", func(c *Config) { c.FamilyID = strings.Repeat("00", 16) }},
+		{`tee.snp.image_id: "00" is not 32`, func(c *Config) { c.IDKey, c.ImageID = "/k", "00" }},
+		{"tee.snp.guest_svn: -1", func(c *Config) { c.GuestSVN = -1 }},
+		{"tee.snp.guest_svn: 4294967296", func(c *Config) { c.GuestSVN = 1 << 32 }},
+		{"tee.snp.guest_svn: is part of the ID block", func(c *Config) { c.GuestSVN = 1 }},
 	} {
 		c := valid
 		tt.change(&c)
@@ -420,7 +420,7 @@ func TestNewRefuses(t *testing.T) {
 	require.NoError(t, err, "a debug policy that is asked for twice")
 
 	_, err = New(Config{Firmware: "x", Digests: []string{"y"}})
-	for _, want := range []string{"tee.snp.firmware ", "tee.snp.firmware_digests", "tee.snp.policy", "guest_features"} {
+	for _, want := range []string{"tee.snp.firmware: ", "tee.snp.firmware_digests", "tee.snp.policy", "guest_features"} {
 		require.ErrorContains(t, err, want, "all faults in one")
 	}
 }

@@ -65,7 +65,7 @@ func TestProbeOfAHostThatHasAll(t *testing.T) {
 		order = append(order, f.What)
 	}
 	require.Equal(t, []string{"CPU with SEV-SNP", "kvm_amd's parameter sev", "kvm_amd's parameter sev_es", "kvm_amd's parameter sev_snp", "/dev/sev",
-		"KVM's VM type SEV-SNP", "QEMU's sev-snp-guest", "firmware", "keys of the ID block", "free ASIDs"}, order)
+		"KVM's VM type SEV-SNP", "VMM", "firmware", "keys of the ID block", "free ASIDs"}, order)
 	require.Equal(t, "96 of 99", findings[9].Detail)
 	require.NoError(t, tee.Supported(tee.SNP, findings))
 }

@@ -117,26 +117,26 @@ func TestNewChecksTheConfiguration(t *testing.T) {
 	mustNew(t, good)
 
 	for want, change := range map[string]func(c *Config){
-		"bit 0 (DEBUG)":            func(c *Config) { c.Attributes |= AttributeDebug },
-		"lack bit 28":              func(c *Config) { c.Attributes = 0 },
-		"bit 29 is refused (MIGR":  func(c *Config) { c.Attributes |= 1 << 29 },
-		"bit 5 is refused (PERF":   func(c *Config) { c.Attributes |= 1 << 5 },
-		"bit 63 is refused":        func(c *Config) { c.Attributes |= 1 << 63 },
-		"bit 7 is not known":       func(c *Config) { c.Attributes |= 1 << 7 },
-		"bit 40 is not known":      func(c *Config) { c.Attributes |= 1 << 40 },
-		"firmware, \"fw\"":         func(c *Config) { c.Firmware = "fw" },
-		"descriptors \"d\"":        func(c *Config) { c.Descriptors = []string{"/d", "d"} },
-		"ACPI folder, \"acpi\"":    func(c *Config) { c.ACPI = "acpi" },
-		"digest \"abc\"":           func(c *Config) { c.Digests = []string{"abc"} },
-		"MROWNER \"00\"":           func(c *Config) { c.MROwner = "00" },
-		"MROWNERCONFIG \"zz":       func(c *Config) { c.MROwnerConfig = strings.Repeat("zz", 48) },
-		"no known kind":            func(c *Config) { c.QuoteSocket = "tcp:1:2" },
-		"no absolute path":         func(c *Config) { c.QuoteSocket = "unix:qgs" },
-		"more than 107 bytes":      func(c *Config) { c.QuoteSocket = "unix:/" + strings.Repeat("a", 107) },
-		"two decimal numbers":      func(c *Config) { c.QuoteSocket = "vsock:2" },
-		"two decimal numbers; ":    func(c *Config) { c.QuoteSocket = "vsock:2:-1" },
-		"nobody can listen on":     func(c *Config) { c.QuoteSocket = "vsock:1:1" },
-		"nobody can listen on; it": func(c *Config) { c.QuoteSocket = "vsock:4294967295:1" },
+		"bit 0 (DEBUG)":                                    func(c *Config) { c.Attributes |= AttributeDebug },
+		"bit 28 (SEPT_VE_DISABLE) is missing":              func(c *Config) { c.Attributes = 0 },
+		"bit 29 is refused (MIGR":                          func(c *Config) { c.Attributes |= 1 << 29 },
+		"bit 5 is refused (PERF":                           func(c *Config) { c.Attributes |= 1 << 5 },
+		"bit 63 is refused":                                func(c *Config) { c.Attributes |= 1 << 63 },
+		"bit 7 is not known":                               func(c *Config) { c.Attributes |= 1 << 7 },
+		"bit 40 is not known":                              func(c *Config) { c.Attributes |= 1 << 40 },
+		"tee.tdx.firmware: \"fw\" is not an absolute path": func(c *Config) { c.Firmware = "fw" },
+		"tee.firmware_descriptors: \"d\"":                  func(c *Config) { c.Descriptors = []string{"/d", "d"} },
+		"--acpi: \"acpi\"":                                 func(c *Config) { c.ACPI = "acpi" },
+		"tee.tdx.firmware_digests: \"abc\"":                func(c *Config) { c.Digests = []string{"abc"} },
+		"tee.tdx.mrowner: \"00\"":                          func(c *Config) { c.MROwner = "00" },
+		"tee.tdx.mrownerconfig: \"zz":                      func(c *Config) { c.MROwnerConfig = strings.Repeat("zz", 48) },
+		"no known kind":                                    func(c *Config) { c.QuoteSocket = "tcp:1:2" },
+		"no absolute path":                                 func(c *Config) { c.QuoteSocket = "unix:qgs" },
+		"more than 107 bytes":                              func(c *Config) { c.QuoteSocket = "unix:/" + strings.Repeat("a", 107) },
+		"two decimal numbers":                              func(c *Config) { c.QuoteSocket = "vsock:2" },
+		"two decimal numbers; ":                            func(c *Config) { c.QuoteSocket = "vsock:2:-1" },
+		"nobody can listen on":                             func(c *Config) { c.QuoteSocket = "vsock:1:1" },
+		"nobody can listen on; give":                       func(c *Config) { c.QuoteSocket = "vsock:4294967295:1" },
 	} {
 		c := Config{Firmware: "/fw", Attributes: DefaultAttributes}
 		change(&c)
@@ -145,7 +145,7 @@ func TestNewChecksTheConfiguration(t *testing.T) {
 		require.ErrorContains(t, err, want)
 	}
 	_, err := New(Config{QuoteSocket: "x", MROwner: "y"})
-	for _, all := range []string{"bit 28", "quote socket", "MROWNER"} {
+	for _, all := range []string{"bit 28", "tee.tdx.quote_socket", "tee.tdx.mrowner"} {
 		require.ErrorContains(t, err, all, "all faults are told at once")
 	}
 }
@@ -184,14 +184,14 @@ func TestPrepare(t *testing.T) {
 func TestPrepareRefusesDocuments(t *testing.T) {
 	p := mustNew(t, testConfig(t, driversOld))
 	for want, change := range map[string]func(d *hypervisor.Document){
-		"this VM is s390x":           func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchS390X },
-		"CPU model \"EPYC-v4\"":      func(d *hypervisor.Document) { d.CPU.Model = "EPYC-v4" },
-		"CPU model \"max\"":          func(d *hypervisor.Document) { d.CPU.Model = "max" },
-		"0 virtual CPUs":             func(d *hypervisor.Document) { d.CPU.Count = 0 },
-		"sealed for another":         func(d *hypervisor.Document) { d.Boot.Sealed = true },
-		"no kernel is given":         func(d *hypervisor.Document) { d.Boot.Kernel = "" },
-		"3 ports for shared folders": func(d *hypervisor.Document) { d.SharedFolders = 3 },
-		"8388608 bytes of memory":    func(d *hypervisor.Document) { d.Memory.Bytes = 8 << 20 },
+		"the VM is for s390x":      func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchS390X },
+		"CPU model \"EPYC-v4\"":    func(d *hypervisor.Document) { d.CPU.Model = "EPYC-v4" },
+		"CPU model \"max\"":        func(d *hypervisor.Document) { d.CPU.Model = "max" },
+		"0 virtual CPUs":           func(d *hypervisor.Document) { d.CPU.Count = 0 },
+		"sealed for another":       func(d *hypervisor.Document) { d.Boot.Sealed = true },
+		"boot.kernel is not given": func(d *hypervisor.Document) { d.Boot.Kernel = "" },
+		"shared_folders 3":         func(d *hypervisor.Document) { d.SharedFolders = 3 },
+		"8388608 bytes of memory":  func(d *hypervisor.Document) { d.Memory.Bytes = 8 << 20 },
 		"one of platform \"snp\"": func(d *hypervisor.Document) {
 			d.Confidential = &hypervisor.Confidential{Platform: "snp", SNP: &hypervisor.SNP{}}
 		},

@@ -78,7 +78,7 @@ func TestProbeOfAWholeHost(t *testing.T) {
 	}
 	require.Equal(t, []string{
 		"Intel CPU", "kvm_intel parameter tdx", "KVM's VM types", "KVM_CAP_MEMORY_ATTRIBUTES", "KVM_CAP_GUEST_MEMFD", "KVM_CAP_X86_APIC_BUS_CYCLES_NS",
-		"Quote Generation Service", "QEMU with tdx-guest", "firmware with TDX metadata", "free TDX key ids",
+		"Quote Generation Service", "VMM", "firmware with TDX metadata", "free TDX key ids",
 	}, order)
 	require.NoError(t, tee.Supported(tee.TDX, findings))
 }
