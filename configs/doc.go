@@ -9,7 +9,7 @@
 //
 //  1. the embedded cloister.toml, which has every key;
 //  2. the file: containerd's ConfigPath, or /etc/cloister/cloister.toml where it exists;
-//  3. config.d/*.toml in the folder of that file, in lexical order;
+//  3. config.d/*.toml in the directory of that file, in lexical order;
 //  4. containerd's ConfigBody (the runtime handler's own [options] table), only where no ConfigPath is given;
 //  5. annotations of the pod, and of these only the keys that annotations.allowed lists.
 //
@@ -29,5 +29,7 @@
 //
 // # Faults
 //
-// All faults of all layers are reported together, as the error value [Faults].
+// All faults of all layers are reported together, as the error value [Faults]. This package knows what a value of each key
+// looks like; what the values of [tee] mean is judged where it is known (package tee/platform and those below it), by faults
+// that name the same file, line and key (Config.Fault).
 package configs

@@ -4,10 +4,10 @@
 //
 // # From document to process
 //
-// New finds the binary and probes what it can do (Features, cached on disk by the binary's identity; never by its
-// version). CommandLine is a pure function of Document and Features, with golden tests. Start checks the document,
-// opens what it names and starts QEMU with the virtual CPUs stopped; VM.Boot lets them run. In between, the caller
-// binds its vsock listeners and adds disks, so nothing of the guest's first words is missed.
+// The Driver finds the binary and probes what it can do when that is first needed (Features, cached on disk by the binary's
+// identity; never by its version). The command line is a pure function of Document and Features, with golden tests. Start
+// checks the document, opens what it names and starts QEMU with the virtual CPUs stopped; VM.Boot lets them run. In
+// between, the caller binds its vsock listeners and adds disks, so nothing of the guest's first words is missed.
 //
 // # Machines
 //
@@ -22,8 +22,7 @@
 //
 // Document.Confidential adds the platform's object (sev-snp-guest, tdx-guest, s390-pv-guest), always as JSON and with
 // every value that the document has: a property that the binary's QMP schema does not list is a *Missing that names it.
-// Validate refuses what QEMU or the hardware would refuse late, and what would leave the guest without the protection
-// that its description promises. Every virtio device follows the guest's DMA rules (iommu_platform) and has the modern
+// Every virtio device follows the guest's DMA rules (iommu_platform) and has the modern
 // interface only; the one exception, the embedded vsock device on s390x, is out of reach of any platform with hardware.
 // The platform sample is the same without an object: nothing protects it.
 //
@@ -31,9 +30,9 @@
 //
 // # States of a VM
 //
-//	Start ─► prepared ─Boot─► running ◄─Pause/Resume─► paused
-//	             │               │                       │
-//	             └───────────────┴── QEMU gone ──────────┴─► ended (Done closed, Exit valid)
+//	Start ─► prepared ─Boot─► running
+//	             │               │
+//	             └── QEMU gone ──┴─► ended (Done closed, Exit valid)
 //
 // QEMU goes because the guest powered off, panicked or reset (there is no reboot), by Stop or Kill, or on its own. The
 // reason is taken from QMP's SHUTDOWN and GUEST_PANICKED events, then from the process's exit status. No pvpanic device
