@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
@@ -142,7 +143,7 @@ func (v *vm) watch() {
 	case <-v.proc.done:
 	case <-v.qmp.Done():
 		if err := v.qmp.Err(); !errors.Is(err, io.EOF) {
-			v.fail(fmt.Sprintf("the control connection broke: %v", err))
+			v.fail(controlBroke(err))
 		} else {
 			v.awaitExit("QEMU closed its control connection and did not end")
 		}
@@ -152,6 +153,10 @@ func (v *vm) watch() {
 	<-v.proc.done
 	select {
 	case <-v.qmp.Done():
+		// A QEMU that broke the protocol may have ended before that was seen.
+		if err := v.qmp.Err(); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+			v.fail(controlBroke(err))
+		}
 	case <-time.After(drainGrace):
 		v.qmp.Close()
 		<-v.qmp.Done()
@@ -163,6 +168,8 @@ func (v *vm) watch() {
 	v.exit = v.classify()
 	close(v.done)
 }
+
+func controlBroke(err error) string { return fmt.Sprintf("the control connection broke: %v", err) }
 
 // awaitExit gives QEMU time to end by itself, and ends it for the given cause if it does not.
 func (v *vm) awaitExit(cause string) {
