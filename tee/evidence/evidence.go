@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package evidence shows what is written in the evidence of a launch, an SEV-SNP attestation report or a TDX quote, by the
+// names that reference values have, and compares the two.
+//
+// Evidence comes from whoever shows it. Nothing is verified here: not the signature, its certificates or the machine's TCB,
+// nor that the evidence is fresh. What is read is bounded and checked in its form by the parsers (tee/snp/snpreport,
+// tee/tdx), which have fuzz tests.
+package evidence
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/snp"
+	"github.com/cloister-project/cloister/tee/snp/snpreport"
+	"github.com/cloister-project/cloister/tee/tdx"
+)
+
+// MaxSize bounds evidence in bytes: what Linux hands out at most (configfs-tsm's outblob).
+const MaxSize = 32 << 10
+
+// Evidence is what a report or a quote says.
+type Evidence struct {
+	Platform tee.Name `json:"platform"`
+	// Verified is always false: whoever showed the evidence may have written it.
+	Verified bool `json:"verified"`
+	// Values in the order in which a person looks for them; those that can be predicted have the names of reference values.
+	Values []tee.Value `json:"values"`
+
+	differences func(want *tee.ReferenceValues) error
+}
+
+// Read reads an attestation report of SEV-SNP or a quote of TDX, told apart by their form. errdefs.ErrInvalidArgument: it is
+// neither; the error says why not for both.
+func Read(raw []byte) (*Evidence, error) {
+	report, err := snpreport.Parse(raw)
+	if err == nil {
+		return ofReport(report), nil
+	}
+	quote, tdxErr := tdx.ParseQuote(raw)
+	if tdxErr == nil {
+		return ofQuote(quote), nil
+	}
+	return nil, fmt.Errorf("neither an SEV-SNP attestation report nor a TDX quote: %w", errors.Join(err, tdxErr))
+}
+
+// Compare reports where the evidence differs from reference values, all differences in one errdefs.ErrFailedPrecondition;
+// nil if it does not. That it does not differ proves nothing about who made it.
+func (e *Evidence) Compare(want *tee.ReferenceValues) error {
+	if want == nil || want.Platform != e.Platform || len(want.Values) == 0 {
+		return fmt.Errorf("these reference values are not of platform %q: %w", e.Platform, errdefs.ErrInvalidArgument)
+	}
+	return e.differences(want)
+}
+
+// number is a number's bytes as the evidence has them.
+func number(n uint64) string { return hex.EncodeToString(binary.LittleEndian.AppendUint64(nil, n)) }
+
+func ofReport(r *snpreport.Report) *Evidence {
+	e := &Evidence{Platform: tee.SNP}
+	add := func(name, value, note string) { e.Values = append(e.Values, tee.Value{Name: name, Hex: value, Note: note}) }
+	add("snp.launch_digest", hex.EncodeToString(r.Measurement[:]), "MEASUREMENT")
+	add("snp.host_data", hex.EncodeToString(r.HostData[:]), "the initdata's digest")
+	add("snp.policy", number(r.Policy), snp.Policy(r.Policy).String())
+	add("snp.id_key_digest", hex.EncodeToString(r.IDKeyDigest[:]), "")
+	add("snp.author_key_digest", hex.EncodeToString(r.AuthorKeyDigest[:]), "")
+	add("snp.report_data", hex.EncodeToString(r.ReportData[:]), "what the guest put in")
+	add("snp.reported_tcb", number(r.ReportedTCB), "")
+	add("snp.chip_id", hex.EncodeToString(r.ChipID[:]), "")
+	e.differences = func(want *tee.ReferenceValues) error {
+		got := make(map[string]string)
+		for _, v := range e.Values {
+			got[v.Name] = v.Hex
+		}
+		var faults []error
+		for _, v := range want.Values {
+			if value, there := got[v.Name]; !there || value != v.Hex {
+				faults = append(faults, fmt.Errorf("%s is %s, predicted was %s", v.Name, value, v.Hex))
+			}
+		}
+		if faults == nil {
+			return nil
+		}
+		return fmt.Errorf("the report is not of this launch: %w (%w)", errors.Join(faults...), errdefs.ErrFailedPrecondition)
+	}
+	return e
+}
+
+func ofQuote(q *tdx.Quote) *Evidence {
+	e := &Evidence{Platform: tee.TDX, differences: q.Compare}
+	add := func(name, value, note string) { e.Values = append(e.Values, tee.Value{Name: name, Hex: value, Note: note}) }
+	add("tdx.mrtd", q.MRTD.String(), "")
+	for i, r := range q.RTMR {
+		add(fmt.Sprintf("tdx.rtmr%d", i), r.String(), "")
+	}
+	add("tdx.mrconfigid", q.MRConfigID.String(), "the initdata's digest")
+	add("tdx.mrowner", q.MROwner.String(), "")
+	add("tdx.mrownerconfig", q.MROwnerConfig.String(), "")
+	add("tdx.attributes", number(q.Attributes), fmt.Sprintf("%#x", q.Attributes))
+	add("tdx.xfam", number(q.XFAM), fmt.Sprintf("%#x", q.XFAM))
+	add("tdx.mrseam", q.MRSEAM.String(), "")
+	add("tdx.report_data", hex.EncodeToString(q.ReportData[:]), "what the guest put in")
+	return e
+}
