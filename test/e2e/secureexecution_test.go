@@ -18,6 +18,7 @@ import (
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu"
+	"github.com/cloister-project/cloister/hypervisor/vmm"
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/se/hostkey"
 	"github.com/cloister-project/cloister/tee/se/image"
@@ -82,7 +83,9 @@ func buildSealed(t *testing.T, n *harness.Node, host *ecdh.PrivateKey, platform 
 	a := n.Artifacts()
 	sources, err := image.ReadSources(a.KernelS390X, a.InitrdS390X, stubs)
 	require.NoError(t, err)
-	parameters := append(qemu.KernelParameters(hypervisor.ArchS390X, hypervisor.AccelTCG),
+	driver, err := vmm.New(vmm.Config{Kind: qemu.Kind, Arch: hypervisor.ArchS390X})
+	require.NoError(t, err)
+	parameters := append(driver.KernelParameters(hypervisor.AccelTCG),
 		"cgroup_no_v1=all", "random.trust_cpu=on", "swiotlb=32768,force")
 	sealed, err := image.Build(testContext(t), image.BuildConfig{
 		Sources: sources, Parameters: strings.Join(parameters, " "), Initdata: initdata,

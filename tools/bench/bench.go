@@ -20,6 +20,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/pvh"
 	"github.com/cloister-project/cloister/hypervisor/qemu"
+	"github.com/cloister-project/cloister/hypervisor/vmm"
 	"github.com/cloister-project/cloister/test/harness"
 )
 
@@ -29,9 +30,11 @@ type bench struct {
 	artifacts harness.Artifacts
 	node      *harness.Node
 	tasks     *tasks
-	driver    *qemu.Driver
-	accel     hypervisor.Accelerator
-	bare      bareQEMU
+	driver    hypervisor.Driver
+	// version is what the VMM says of itself.
+	version string
+	accel   hypervisor.Accelerator
+	bare    bareQEMU
 	// dir is the node's folder for what is made here.
 	dir         string
 	guestKernel string
@@ -53,10 +56,15 @@ func (b *bench) start(ctx context.Context) (err error) {
 	if b.tasks, err = dialTasks(b.node.Socket, b.dir); err != nil {
 		return err
 	}
-	if b.driver, err = qemu.New(ctx, qemu.Config{Path: b.artifacts.QEMU}); err != nil {
+	if b.driver, err = vmm.New(vmm.Config{Kind: qemu.Kind, Path: b.artifacts.QEMU}); err != nil {
 		return err
 	}
-	if b.accel, err = b.driver.Accelerator(qemu.AccelAuto); err != nil {
+	can, err := b.driver.Capabilities(ctx)
+	if err != nil {
+		return err
+	}
+	b.version = can.Version
+	if b.accel, err = b.driver.Accelerator(ctx, qemu.AccelAuto); err != nil {
 		return err
 	}
 	// A pod without limits gets the defaults.
@@ -65,7 +73,7 @@ func (b *bench) start(ctx context.Context) (err error) {
 		return err
 	}
 	b.bare = bareQEMU{
-		path: b.artifacts.QEMU, accelerator: string(b.accel), cpu: qemu.DefaultCPU(hypervisor.ArchAMD64, b.accel),
+		path: b.artifacts.QEMU, accelerator: string(b.accel), cpu: b.driver.DefaultCPU(b.accel),
 		vcpus: defaults.Sizing.DefaultVCPUs, memoryMiB: defaults.Sizing.DefaultMemoryMiB,
 		initrd: filepath.Join(b.dir, "empty.img"),
 	}
@@ -93,7 +101,7 @@ func (b *bench) close(ctx context.Context) error {
 
 // machineFacts says what the run is on. What cannot be read stays empty.
 func (b *bench) machineFacts() machine {
-	m := machine{CPUs: runtime.NumCPU(), Accelerator: string(b.accel), QEMU: "QEMU " + b.driver.Features().Version}
+	m := machine{CPUs: runtime.NumCPU(), Accelerator: string(b.accel), QEMU: "QEMU " + b.version}
 	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(info)) {
 			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {

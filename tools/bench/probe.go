@@ -15,7 +15,6 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/cloister-project/cloister/hypervisor"
-	"github.com/cloister-project/cloister/hypervisor/qemu"
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 )
 
@@ -23,7 +22,7 @@ import (
 type probe struct{ vm hypervisor.VM }
 
 // startProbe boots the probe with a disk, and returns when it answers.
-func startProbe(ctx context.Context, driver *qemu.Driver, q bareQEMU, accel hypervisor.Accelerator, dir, initrdOf, disk string) (_ *probe, err error) {
+func startProbe(ctx context.Context, driver hypervisor.Driver, q bareQEMU, accel hypervisor.Accelerator, dir, initrdOf, disk string) (_ *probe, err error) {
 	self, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
 		return nil, err
