@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -62,13 +63,14 @@ func (p *Platform) MeasureRange(ctx context.Context, doc hypervisor.Document, fi
 			keys = append(keys, tee.Value{Name: "snp.author_key_digest", Hex: hex.EncodeToString(v.AuthorKeyDigest[:]), Note: "the key that signed the ID key"})
 		}
 	}
+	policy := binary.LittleEndian.AppendUint64(nil, s.Policy) // as the report has it
 	all := make([]*tee.ReferenceValues, 0, len(digests))
 	for i, d := range digests {
 		values := []tee.Value{{Name: "snp.launch_digest", Hex: hex.EncodeToString(d[:]), Note: "MEASUREMENT of the report"}}
 		if s.HostData != nil {
 			values = append(values, tee.Value{Name: "snp.host_data", Hex: hex.EncodeToString(s.HostData), Note: "the initdata's digest"})
 		}
-		values = append(values, tee.Value{Name: "snp.policy", Hex: fmt.Sprintf("%016x", s.Policy), Note: Policy(s.Policy).String()})
+		values = append(values, tee.Value{Name: "snp.policy", Hex: hex.EncodeToString(policy), Note: Policy(s.Policy).String()})
 		all = append(all, &tee.ReferenceValues{
 			Platform: tee.SNP, VCPUs: first + i, CPUModel: doc.CPU.Model,
 			Values: append(values, keys...), Inputs: inputs, Parameters: commandLine(doc),

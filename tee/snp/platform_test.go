@@ -149,7 +149,7 @@ func TestMeasure(t *testing.T) {
 	require.Equal(t, "console=ttyS0 quiet", v.Parameters)
 	require.Equal(t, hex.EncodeToString(want[:]), value(t, v, "snp.launch_digest"))
 	require.Equal(t, strings.Repeat("cd", 32), value(t, v, "snp.host_data"))
-	require.Equal(t, "0000000000030000", value(t, v, "snp.policy"))
+	require.Equal(t, "0000030000000000", value(t, v, "snp.policy"))
 	require.Equal(t, []tee.Input{
 		{Role: "firmware", Path: s.config.Firmware, SHA256: s.config.Digests[0]},
 		{Role: "kernel", Path: s.doc.Boot.Kernel, SHA256: hex.EncodeToString(kernel[:])},

@@ -27,13 +27,13 @@ const (
 	noteGiven      = "those that were given"
 	noteRTMR1      = "for QEMU 10.0 and later; older ones change the kernel's header"
 	noteRTMR2      = "for Linux 6.9 and later; older kernels leave it zero"
-	noteAttributes = "little-endian as in a quote; QEMU adds PKS (bit 30) where the CPU and KVM offer it, so that a verifier should accept both"
+	noteAttributes = "QEMU adds PKS (bit 30) where the CPU and KVM offer it, so that a verifier should accept both"
 	noteConfigID   = "the initdata's digest, cut or padded with zeros to 48 bytes"
 	noteNoConfigID = "there is no initdata"
 )
 
-// Measure predicts the registers of a prepared document. A register that cannot be computed is listed without a value, its
-// note says why.
+// Measure predicts the registers of a prepared document. A register that cannot be computed is among the
+// unpredicted ones, with the reason.
 func (p *Platform) Measure(ctx context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
 	c := doc.Confidential
 	if c == nil || c.TDX == nil || doc.Boot.Firmware == "" {
@@ -125,7 +125,8 @@ func (p *Platform) Measure(ctx context.Context, doc hypervisor.Document) (*tee.R
 		configID, note = make([]byte, DigestSize), noteNoConfigID
 	}
 	add("tdx.mrconfigid", hex.EncodeToString(configID), note)
-	add("tdx.attributes", hex.EncodeToString(binary.LittleEndian.AppendUint64(nil, c.TDX.Attributes)), noteAttributes)
+	add("tdx.attributes", hex.EncodeToString(binary.LittleEndian.AppendUint64(nil, c.TDX.Attributes)),
+		fmt.Sprintf("%#x; %s", c.TDX.Attributes, noteAttributes))
 	return out, nil
 }
 

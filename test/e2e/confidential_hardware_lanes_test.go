@@ -5,6 +5,7 @@ package e2e
 import (
 	"crypto/ecdh"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -155,7 +156,7 @@ func checkSNPReport(raw, nonce []byte, want *tee.ReferenceValues, doc *initdata.
 	var d differences
 	d.same("the report data", hex.EncodeToString(r.ReportData[:]), hex.EncodeToString(nonce))
 	d.same("the launch digest", hex.EncodeToString(r.Measurement[:]), valueOf(want, "snp.launch_digest"))
-	d.same("the policy", fmt.Sprintf("%016x", r.Policy), valueOf(want, "snp.policy"))
+	d.same("the policy", hex.EncodeToString(binary.LittleEndian.AppendUint64(nil, r.Policy)), valueOf(want, "snp.policy"))
 	d.same("the host data", hex.EncodeToString(r.HostData[:]), valueOf(want, "snp.host_data"))
 	d.same("the host data", hex.EncodeToString(r.HostData[:]), hex.EncodeToString(initdata.Bind(doc.Digest(), 32)))
 	if r.Policy&uint64(snp.PolicyDebug) != 0 {

@@ -119,7 +119,7 @@ func TestHardwareComparisons(t *testing.T) {
 	bound := initdata.Bind(doc.Digest(), 64)
 	text := hex.EncodeToString(digest)
 	wantSNP := &tee.ReferenceValues{Platform: tee.SNP, Values: []tee.Value{
-		{Name: "snp.launch_digest", Hex: text}, {Name: "snp.policy", Hex: "0000000000030000"}, {Name: "snp.host_data", Hex: hex.EncodeToString(bound[:32])},
+		{Name: "snp.launch_digest", Hex: text}, {Name: "snp.policy", Hex: "0000030000000000"}, {Name: "snp.host_data", Hex: hex.EncodeToString(bound[:32])},
 	}}
 	wantTDX := &tee.ReferenceValues{Platform: tee.TDX, Values: []tee.Value{
 		{Name: "tdx.mrtd", Hex: text}, {Name: "tdx.rtmr0", Hex: text}, {Name: "tdx.rtmr1", Hex: text}, {Name: "tdx.rtmr2", Hex: text},
