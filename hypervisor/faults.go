@@ -3,8 +3,9 @@
 package hypervisor
 
 import (
-	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 )
@@ -17,9 +18,31 @@ type Faults []error
 func (f *Faults) Add(format string, a ...any) { *f = append(*f, fmt.Errorf(format, a...)) }
 
 // Err returns all faults as one errdefs.ErrInvalidArgument; nil if there is none.
-func (f Faults) Err() error {
+func (f Faults) Err() error { return f.Of("the VM's description is not valid") }
+
+// Of is Err for something else than a document, which the text begins with.
+func (f Faults) Of(what string) error {
 	if len(f) == 0 {
 		return nil
 	}
-	return fmt.Errorf("the VM's description is not valid: %w (%w)", errors.Join(f...), errdefs.ErrInvalidArgument)
+	return &invalidError{what, f}
+}
+
+// invalidError is several faults in one. Each keeps its own kind and causes for errors.Is and errors.As. The text has no
+// word on the kind: every fault in the list would end in the same one, and the list in it once more.
+type invalidError struct {
+	what   string
+	faults Faults
+}
+
+func (e *invalidError) Error() string {
+	lines := make([]string, 0, len(e.faults))
+	for _, fault := range e.faults {
+		lines = append(lines, strings.TrimSuffix(fault.Error(), ": "+errdefs.ErrInvalidArgument.Error()))
+	}
+	return e.what + ": " + strings.Join(lines, "\n")
+}
+
+func (e *invalidError) Unwrap() []error {
+	return append(slices.Clone(e.faults), errdefs.ErrInvalidArgument)
 }

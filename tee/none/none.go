@@ -5,11 +5,7 @@ package none
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"strings"
-
-	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor"
@@ -52,22 +48,19 @@ func (*Platform) Explain(hypervisor.Exit) string { return "" }
 
 // Prepare adds nothing. It refuses what only a confidential launch can keep: errdefs.ErrInvalidArgument, all reasons in one.
 func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
-	var faults []error
+	var faults hypervisor.Faults
 	if in.InitdataDigest != nil {
-		faults = append(faults, errors.New("initdata is given and nothing binds it to the launch of an ordinary VM; choose a confidential platform (tee.platform), or take it away"))
+		faults.Add("initdata is given and nothing binds it to the launch of an ordinary VM; choose a confidential platform (tee.platform), or take it away")
 	}
 	if doc.Confidential != nil {
-		faults = append(faults, fmt.Errorf("the VM is one of platform %q already", doc.Confidential.Platform))
+		faults.Add("the VM is one of platform %q already", doc.Confidential.Platform)
 	}
 	for _, p := range doc.Boot.Parameters {
 		if name, _, _ := strings.Cut(p, "="); name == wire.ParamTEE || name == wire.ParamInitdata {
-			faults = append(faults, fmt.Errorf("the kernel parameter %s tells the guest that it is a confidential one", p))
+			faults.Add("the kernel parameter %s tells the guest that it is a confidential one", p)
 		}
 	}
-	if faults != nil {
-		return fmt.Errorf("ordinary VM: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
-	}
-	return nil
+	return faults.Of("ordinary VM")
 }
 
 // Measure gives no values: no hardware measures an ordinary VM.

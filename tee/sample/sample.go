@@ -11,12 +11,8 @@ package sample
 import (
 	"context"
 	"encoding/hex"
-	"errors"
-	"fmt"
 	"slices"
 	"strings"
-
-	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor"
@@ -73,8 +69,8 @@ func (*Platform) Probe(context.Context, tee.Host) []tee.Finding {
 func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
 	prepared := *doc
 	prepared.Confidential = &hypervisor.Confidential{Platform: tee.Sample}
-	if faults := append(documentFaults(doc), prepared.ConfidentialFaults()...); len(faults) > 0 {
-		return fmt.Errorf("sample VM: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
+	if err := append(documentFaults(doc), prepared.ConfidentialFaults()...).Of("sample VM"); err != nil {
+		return err
 	}
 	if in.InitdataDigest != nil && !doc.Boot.Sealed {
 		binding := wire.ParamInitdata + "=" + hex.EncodeToString(initdata.Bind(in.InitdataDigest, abi.BindingSize))
@@ -85,8 +81,8 @@ func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inp
 	return nil
 }
 
-func documentFaults(doc *hypervisor.Document) (faults []error) {
-	add := func(format string, a ...any) { faults = append(faults, fmt.Errorf(format, a...)) }
+func documentFaults(doc *hypervisor.Document) (faults hypervisor.Faults) {
+	add := faults.Add
 	if c := doc.Confidential; c != nil && (c.Platform != tee.Sample || c.SNP != nil || c.TDX != nil || c.SecureExecution) {
 		add("the VM is one of platform %q already", c.Platform)
 	}

@@ -4,7 +4,6 @@ package se
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -98,15 +97,15 @@ func (p *Platform) Prepare(_ context.Context, doc *hypervisor.Document, _ tee.In
 	case uint64(info.Size) > doc.Memory.Bytes:
 		faults = append(faults, fmt.Errorf("the image has %d bytes, the VM's memory %d", info.Size, doc.Memory.Bytes))
 	}
-	if len(faults) > 0 {
-		return fmt.Errorf("SE: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
+	if err := faults.Of("SE"); err != nil {
+		return err
 	}
 	*doc = prepared
 	return nil
 }
 
 // documentFaults are what a Secure Execution guest cannot be or must not have, beside what holds for every VMM.
-func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) []error {
+func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) hypervisor.Faults {
 	faults := prepared.ConfidentialFaults()
 	if doc.Boot.Firmware != "" {
 		faults.Add("a firmware (%s) has no place in it: the guest starts with the image", doc.Boot.Firmware)

@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -166,8 +165,12 @@ func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee
 	prepared := *doc
 	prepared.Boot.Firmware = path
 	prepared.Confidential = &hypervisor.Confidential{Platform: tee.SNP, SNP: s}
-	if err := errors.Join(checkDocument(doc, prepared), firmwareErr); err != nil {
-		return fmt.Errorf("SEV-SNP: %w", err)
+	faults := documentFaults(doc, prepared)
+	if firmwareErr != nil {
+		faults = append(faults, firmwareErr)
+	}
+	if err := faults.Of("SEV-SNP"); err != nil {
+		return err
 	}
 	if p.config.IDKey != "" {
 		if err := p.sign(ctx, prepared); err != nil {
@@ -178,8 +181,8 @@ func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee
 	return nil
 }
 
-// checkDocument refuses what the platform cannot run or measure, all reasons in one.
-func checkDocument(doc *hypervisor.Document, prepared hypervisor.Document) error {
+// documentFaults are what the platform cannot run or measure.
+func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) hypervisor.Faults {
 	if prepared.Boot.Firmware == "" {
 		prepared.Boot.Firmware = "-" // that it is missing has an error of its own
 	}
@@ -193,7 +196,7 @@ func checkDocument(doc *hypervisor.Document, prepared hypervisor.Document) error
 	if c := doc.Confidential; c != nil && c.Platform != tee.SNP {
 		faults.Add("the VM is prepared for %s already", c.Platform)
 	}
-	return faults.Err()
+	return faults
 }
 
 // sign makes the ID block of a document that is complete but for it.

@@ -81,15 +81,15 @@ func (p *Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.I
 			faults = append(faults, err)
 		}
 	}
-	if len(faults) > 0 {
-		return fmt.Errorf("TDX: %w (%w)", errors.Join(faults...), errdefs.ErrInvalidArgument)
+	if err := faults.Of("TDX"); err != nil {
+		return err
 	}
 	*doc = prepared
 	return nil
 }
 
 // documentFaults are what a TD cannot be or must not be, beside what holds for every VMM.
-func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) []error {
+func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) hypervisor.Faults {
 	faults := prepared.ConfidentialFaults()
 	if model, _, _ := strings.Cut(doc.CPU.Model, ","); model != "host" {
 		faults.Add("CPU model %q: QEMU starts TDs with the model \"host\" only (hypervisor.cpu_model); the TDX module, not the model, decides "+
