@@ -82,6 +82,8 @@ type Platform interface {
 	BootsKernelFile() bool
 	// CPUModel returns the CPU model of VMs for which the configuration names none; empty: the VMM's own.
 	CPUModel() string
+	// MeasuresCPUs reports whether what Measure predicts depends on the number of virtual CPUs.
+	MeasuresCPUs() bool
 	// HostCanRead reports whether a prepared document lets the host read the guest, by design or by a debug launch.
 	HostCanRead(doc hypervisor.Document) bool
 	// Explain finds in a VM's end why it could not be launched on the platform, and says it with what to do; empty: nothing

@@ -53,6 +53,9 @@ func (*Platform) BootsKernelFile() bool { return false }
 // CPUModel leaves the choice to the VMM.
 func (*Platform) CPUModel() string { return "" }
 
+// MeasuresCPUs is false: nothing is measured.
+func (*Platform) MeasuresCPUs() bool { return false }
+
 // HostCanRead is true.
 func (*Platform) HostCanRead(hypervisor.Document) bool { return true }
 

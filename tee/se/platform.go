@@ -75,6 +75,9 @@ func (*Platform) BootsKernelFile() bool { return true }
 // CPUModel leaves the choice to the VMM, which with KVM is the host's: only that has the unpack facility.
 func (*Platform) CPUModel() string { return "" }
 
+// MeasuresCPUs is false: the image alone is measured.
+func (*Platform) MeasuresCPUs() bool { return false }
+
 // HostCanRead is false: what an image allows the host is sealed in it (pcf's dump bit), and not in a document.
 func (*Platform) HostCanRead(hypervisor.Document) bool { return false }
 

@@ -136,6 +136,9 @@ func (*Platform) BootsKernelFile() bool { return true }
 // CPUModel is one that every processor with SEV-SNP can run.
 func (*Platform) CPUModel() string { return cpuModel }
 
+// MeasuresCPUs is true: each has a page with its first registers, which is measured.
+func (*Platform) MeasuresCPUs() bool { return true }
+
 // HostCanRead reports whether the policy is one for debugging.
 func (*Platform) HostCanRead(doc hypervisor.Document) bool {
 	c := doc.Confidential

@@ -39,6 +39,9 @@ func (*Platform) BootsKernelFile() bool { return true }
 // CPUModel leaves the choice to the VMM, which with KVM is the host's: QEMU starts TDs with no other.
 func (*Platform) CPUModel() string { return "" }
 
+// MeasuresCPUs is true: the ACPI tables list them.
+func (*Platform) MeasuresCPUs() bool { return true }
+
 // HostCanRead reports whether the TD is one for debugging.
 func (*Platform) HostCanRead(doc hypervisor.Document) bool {
 	c := doc.Confidential
