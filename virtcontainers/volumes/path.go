@@ -3,9 +3,9 @@
 package volumes
 
 import (
+	"cmp"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 )
 
@@ -47,10 +47,36 @@ type Path struct {
 // Dir is the volume's folder.
 func (p Path) Dir() string { return filepath.Join(p.Pod, "volumes", p.Plugin, p.Volume) }
 
-var (
-	copiedPlugins = []string{"kubernetes.io~configmap", "kubernetes.io~secret", "kubernetes.io~projected", "kubernetes.io~downward-api"}
-	scratchPlugin = "kubernetes.io~empty-dir"
+// plugins are the kinds of volumes that are told apart, by the key in a Pod's manifest and by the kubelet's word.
+var plugins = []struct {
+	source, name string
+	kind         Kind
+}{
+	{"configMap", "kubernetes.io~configmap", Copied},
+	{"secret", "kubernetes.io~secret", Copied},
+	{"projected", "kubernetes.io~projected", Copied},
+	{"downwardAPI", "kubernetes.io~downward-api", Copied},
+	{"emptyDir", "kubernetes.io~empty-dir", Scratch},
+}
 
+// Plugin returns the kubelet's word (Path.Plugin) for a kind of volume by its key in a Pod's manifest, "configMap" for
+// example. A kind that is not told apart gets one that Parse takes for Foreign.
+func Plugin(source string) string {
+	for _, p := range plugins {
+		if p.source == source {
+			return p.name
+		}
+	}
+	word := strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '-'
+	}, strings.ToLower(source))
+	return "kubernetes.io~" + cmp.Or(word, "unknown")
+}
+
+var (
 	// A pod's uid: a UUID, or a hash for those of a node's own files.
 	uidPattern    = regexp.MustCompile(`^[A-Za-z0-9-]{8,64}$`)
 	pluginPattern = regexp.MustCompile(`^[a-z0-9.-]+~[a-z0-9.-]+$`)
@@ -80,15 +106,16 @@ func parsePod(pod, what string, rest []string) (Path, bool) {
 	switch {
 	case what == "volumes" && len(rest) >= 2 && pluginPattern.MatchString(rest[0]) && rest[1] != "":
 		p := Path{Kind: Foreign, Pod: pod, Plugin: rest[0], Volume: rest[1], Rest: strings.Join(rest[2:], "/")}
-		switch {
-		case slices.Contains(copiedPlugins, p.Plugin):
-			p.Kind = Copied
+		for _, known := range plugins {
+			if known.name == p.Plugin {
+				p.Kind = known.kind
+			}
+		}
+		if p.Kind == Copied {
 			// containerd follows the AtomicWriter's links before it hands a path on.
 			if top, below, _ := strings.Cut(p.Rest, "/"); strings.HasPrefix(top, "..") {
 				p.Rest = below
 			}
-		case p.Plugin == scratchPlugin:
-			p.Kind = Scratch
 		}
 		return p, true
 	case what == "volume-subpaths" && len(rest) == 3:

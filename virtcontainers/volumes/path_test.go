@@ -67,3 +67,17 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// What a manifest calls a volume leads to the kind that its path has.
+func TestPluginsOfManifests(t *testing.T) {
+	for source, want := range map[string]Kind{
+		"configMap": Copied, "secret": Copied, "projected": Copied, "downwardAPI": Copied, "emptyDir": Scratch,
+		"persistentVolumeClaim": Foreign, "csi": Foreign, "": Foreign, "../../x": Foreign, "EmptyDir": Foreign,
+	} {
+		dir := Path{Pod: "/var/lib/kubelet/pods/00000000-0000-0000-0000-000000000000", Plugin: Plugin(source), Volume: "v"}.Dir()
+		got := Parse(dir)
+		require.Equal(t, want, got.Kind, "%q: %s", source, dir)
+		require.Equal(t, "v", got.Volume)
+		require.Equal(t, dir, got.Dir())
+	}
+}
