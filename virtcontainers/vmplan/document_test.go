@@ -110,14 +110,14 @@ func TestVsockOfAPlatform(t *testing.T) {
 		for setting, want := range map[string]hypervisor.VsockKind{
 			configs.VsockAuto: hypervisor.VsockVhost, configs.VsockVhost: hypervisor.VsockVhost, configs.VsockVhostUser: hypervisor.VsockVhostUser,
 		} {
-			require.Equal(t, want, plan(name, setting).vsockKind(), "%s on %s", setting, name)
+			require.Equal(t, want, plan(name, setting).VsockKind(), "%s on %s", setting, name)
 		}
 	}
 	auto := hypervisor.VsockVhostUser
-	if exists(vhostVsockDevice) {
+	if exists(VhostVsockDevice) {
 		auto = hypervisor.VsockVhost
 	}
-	require.Equal(t, auto, plan(tee.Sample, configs.VsockAuto).vsockKind())
+	require.Equal(t, auto, plan(tee.Sample, configs.VsockAuto).VsockKind())
 }
 
 // vhost-net is taken with KVM where it is, and never insisted upon.

@@ -22,7 +22,7 @@ const vhostUserCID = 3
 
 // Devices of the kernel that carry a VM's vsock and network.
 const (
-	vhostVsockDevice = "/dev/vhost-vsock"
+	VhostVsockDevice = "/dev/vhost-vsock"
 	vhostNetDevice   = "/dev/vhost-net"
 )
 
@@ -44,7 +44,7 @@ func (p *Plan) Host(ctx context.Context) (Host, *os.File, error) {
 	if err != nil {
 		return Host{}, nil, err
 	}
-	h := Host{Accelerator: accel, Vsock: p.vsockKind(), CID: vhostUserCID, VhostNet: usesVhostNet(accel, vhostNetDevice)}
+	h := Host{Accelerator: accel, Vsock: p.VsockKind(), CID: vhostUserCID, VhostNet: usesVhostNet(accel, vhostNetDevice)}
 	if h.Vsock == hypervisor.VsockVhostUser {
 		return h, nil, nil
 	}
@@ -67,13 +67,13 @@ func (p *Plan) accelerator(ctx context.Context) (hypervisor.Accelerator, error) 
 	return accel, nil
 }
 
-// vsockKind is the transport. The embedded device maps the guest's memory, of which a protected guest shows little: there
+// VsockKind is the transport. The embedded device maps the guest's memory, of which a protected guest shows little: there
 // the kernel's is taken unless another is asked for by name.
-func (p *Plan) vsockKind() hypervisor.VsockKind {
+func (p *Plan) VsockKind() hypervisor.VsockKind {
 	switch setting := p.cfg.Hypervisor.Vsock; {
 	case setting == configs.VsockVhostUser:
 		return hypervisor.VsockVhostUser
-	case setting == configs.VsockVhost, p.Name().Protected(), exists(vhostVsockDevice):
+	case setting == configs.VsockVhost, p.Name().Protected(), exists(VhostVsockDevice):
 		return hypervisor.VsockVhost
 	}
 	return hypervisor.VsockVhostUser

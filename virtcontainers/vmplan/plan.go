@@ -196,7 +196,7 @@ func (p *Plan) predict(ctx context.Context, doc hypervisor.Document) (string, er
 // errdefs.ErrInvalidArgument: configuration or pod ask for what cannot be had. Ordinary and sample VMs need a VMM that
 // can be asked for its accelerator; what is wrong with it is the error then.
 func (p *Plan) Dry(ctx context.Context) (*hypervisor.Document, error) {
-	host := Host{Accelerator: hypervisor.AccelKVM, CID: vhostUserCID, Kernel: p.cfg.Hypervisor.Kernel, Vsock: p.vsockKind()}
+	host := Host{Accelerator: hypervisor.AccelKVM, CID: vhostUserCID, Kernel: p.cfg.Hypervisor.Kernel, Vsock: p.VsockKind()}
 	if !p.Name().Protected() {
 		var err error
 		if host.Accelerator, err = p.accelerator(ctx); err != nil {
