@@ -85,7 +85,7 @@ type timelineMark struct {
 
 // NewPod checks what can be checked without touching anything.
 func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
-	plan, err := checkPod(cfg)
+	plan, err := checkPod(cfg, vmplan.Pod{KeepProbe: true})
 	if err != nil {
 		return nil, err
 	}
@@ -117,8 +117,8 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 }
 
 // checkPod checks what a pod's configuration asks for, its only container's specification included where that is known.
-// All that is refused is told at once.
-func checkPod(cfg PodConfig) (*vmplan.Plan, error) {
+// All that is refused is told at once. The VM's plan is made with what is set in vm beside that.
+func checkPod(cfg PodConfig, vm vmplan.Pod) (*vmplan.Plan, error) {
 	if !wire.ValidID(cfg.ID) {
 		return nil, fmt.Errorf("sandbox id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
 	}
@@ -126,9 +126,8 @@ func checkPod(cfg PodConfig) (*vmplan.Plan, error) {
 		return nil, err
 	}
 	reasons := refuseHost(cfg)
-	plan, err := vmplan.New(vmplan.Pod{
-		ID: cfg.ID, Namespace: cfg.Namespace, Config: cfg.Config, Resources: cfg.Resources, KeepProbe: true,
-	})
+	vm.ID, vm.Namespace, vm.Config, vm.Resources = cfg.ID, cfg.Namespace, cfg.Config, cfg.Resources
+	plan, err := vmplan.New(vm)
 	var faults configs.Faults
 	if err != nil && !errors.As(err, &faults) {
 		return nil, err
