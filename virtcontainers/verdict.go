@@ -47,7 +47,7 @@ func MountOutcome(cfg *configs.Config, m specs.Mount) (outcome Outcome, detail s
 		return MountScratch, "made by the guest"
 	}
 	if why == "" {
-		return MountShared, "of the host, which the VM reads and writes live (virtio-fs)"
+		return MountShared, "a directory or file of the host, which the VM reads and writes live (virtio-fs)"
 	}
 	if reason := refuseLive(m, why); reason != "" {
 		return MountRefused, reason

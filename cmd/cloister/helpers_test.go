@@ -30,13 +30,18 @@ func cloister(t *testing.T, args ...string) (status int, stdout, stderr string) 
 	return status, out.String(), errs.String()
 }
 
-// node is a folder with all that a configuration names; the files have fixed contents and no QEMU is among them.
+// node is a directory with all that a configuration names; the files have fixed contents and no QEMU is among them.
 type node struct{ dir, config string }
 
 func newNode(t *testing.T, more string) *node {
 	t.Helper()
+	return nodeWithFirmware(t, firmwaretest.SNP().Bytes(), more)
+}
+
+// nodeWithFirmware is newNode with another firmware, which is accepted for SEV-SNP and TDX.
+func nodeWithFirmware(t *testing.T, fw []byte, more string) *node {
+	t.Helper()
 	n := &node{dir: t.TempDir()}
-	fw := firmwaretest.SNP().Bytes()
 	n.write(t, "vmlinuz", bzImage("kernel"))
 	n.write(t, "initrd.img", "initrd")
 	n.write(t, "OVMF.fd", string(fw))
@@ -71,7 +76,7 @@ func (n *node) write(t *testing.T, name, content string) string {
 	return n.path(name)
 }
 
-// load gives the node's configuration for a platform.
+// load returns the node's configuration for a platform.
 func (n *node) load(t *testing.T, platform string) *configs.Config {
 	t.Helper()
 	cfg, err := (&nodeFlags{config: n.config, tee: platform}).load()
@@ -79,7 +84,7 @@ func (n *node) load(t *testing.T, platform string) *configs.Config {
 	return cfg
 }
 
-// golden compares with a file of testdata, in which the node's folder is /node.
+// golden compares with a file of testdata, in which the node's directory is /node.
 func (n *node) golden(t *testing.T, name, got string) {
 	t.Helper()
 	got = strings.ReplaceAll(got, n.dir, "/node")

@@ -25,6 +25,7 @@ import (
 	"github.com/cloister-project/cloister/tee/initdata"
 	"github.com/cloister-project/cloister/tee/se/attest"
 	"github.com/cloister-project/cloister/tee/se/image"
+	"github.com/cloister-project/cloister/virtcontainers/dryrun"
 )
 
 const testInitdata = "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy\" = \"x\"\n"
@@ -122,6 +123,17 @@ func TestMeasureSE(t *testing.T) {
 	for _, want := range []string{info.Tag.String(), info.PLD.String(), info.HostKeyHashes[0].String()} {
 		assert.Contains(t, stdout, want)
 	}
+	// Nothing of an image depends on the number of CPUs.
+	var one, many dryrun.Measurement
+	_, stdout, stderr = cloister(t, "measure", "--config", b.path("cloister.toml"), "--tee", "se", "--json")
+	require.NoError(t, json.Unmarshal([]byte(stdout), &one))
+	assert.Empty(t, stderr)
+	status, stdout, stderr = cloister(t, "measure", "--config", b.path("cloister.toml"), "--tee", "se", "--json", "--vcpus", "1-4")
+	require.Equal(t, exitOK, status, stderr)
+	require.NoError(t, json.Unmarshal([]byte(stdout), &many))
+	require.Len(t, many.ReferenceValues, 1)
+	assert.Equal(t, one, many)
+	assert.Equal(t, "cloister: --vcpus changes nothing: the values of se do not depend on the number of CPUs\n", stderr)
 }
 
 func TestSEBuildKeepsWhatIsThere(t *testing.T) {

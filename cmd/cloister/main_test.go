@@ -14,6 +14,22 @@ import (
 func TestWrongUsage(t *testing.T) {
 	for _, args := range [][]string{
 		{"nonsense"},
+		{"frob"},
+		{"help", "frob"},
+		{"help", "image", "frob"},
+		{"help", "check", "extra"},
+		{"check", "--tee", ""},
+		{"check", "--config", ""},
+		{"check", "--tee="},
+		{"plan", "--file", ""},
+		{"plan", "-f", "", "--json"},
+		{"plan", "--tee", ""},
+		{"measure", "--vcpus", ""},
+		{"measure", "--cpu-model", ""},
+		{"measure", "--firmware", ""},
+		{"measure", "--tee", "tdx", "--acpi", ""},
+		{"config", "--tee", ""},
+		{"image", "se", "build", "--kernel", "k", "--stubs", "s", "--output", "/nowhere/o", "-k", "h", "--no-verify", "--initrd", ""},
 		{"--nonsense"},
 		{"check", "snp"},
 		{"check", "--tee", "sev"},
@@ -53,7 +69,7 @@ func TestWrongUsage(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	for _, args := range [][]string{
-		{"help"}, {"--help"}, {}, {"check", "--help"}, {"plan", "--help"}, {"measure", "--help"}, {"image"}, {"image", "se"},
+		{"help"}, {"help", "check"}, {"help", "image", "se"}, {"help", "image", "se", "build"}, {"help", "help"}, {"--help"}, {}, {"check", "--help"}, {"plan", "--help"}, {"measure", "--help"}, {"image"}, {"image", "se"},
 		{"image", "se", "build", "--help"}, {"image", "se", "inspect", "--help"}, {"image", "se", "attest-request", "--help"}, {"--version"},
 	} {
 		status, stdout, stderr := cloister(t, args...)
@@ -61,6 +77,17 @@ func TestHelp(t *testing.T) {
 		assert.NotEmpty(t, stdout, "%v", args)
 		assert.Empty(t, stderr, "%v", args)
 	}
+}
+
+// A command that does not exist is said to be so, whoever is asked.
+func TestUnknownCommands(t *testing.T) {
+	for _, args := range [][]string{{"frob"}, {"help", "frob"}, {"help", "image", "frob"}} {
+		_, _, stderr := cloister(t, args...)
+		assert.Contains(t, stderr, "frob", "%v", args)
+	}
+	_, help, _ := cloister(t, "help", "image", "se", "build")
+	_, same, _ := cloister(t, "image", "se", "build", "--help")
+	assert.Equal(t, same, help)
 }
 
 func TestConfig(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/virtcontainers/dryrun"
 )
 
 // tdxNode is a node with files that a TD could start with, and a QEMU; the test is skipped without them.
@@ -47,12 +48,12 @@ firmware_digests = ["%x"]
 	return config, qemu
 }
 
-// rtmr0 measures and gives RTMR0 by the number of CPUs.
+// rtmr0 measures and returns RTMR0 by the number of CPUs.
 func rtmr0(t *testing.T, config string, args ...string) (byCPUs map[int]tee.Value, stderr string) {
 	t.Helper()
 	status, stdout, stderr := cloister(t, append([]string{"measure", "--config", config, "--tee", "tdx", "--json"}, args...)...)
 	require.Equal(t, exitOK, status, stderr)
-	var m measurement
+	var m dryrun.Measurement
 	require.NoError(t, json.Unmarshal([]byte(stdout), &m))
 	byCPUs = make(map[int]tee.Value)
 	for _, r := range m.ReferenceValues {
@@ -87,13 +88,24 @@ func TestACPIFromQEMU(t *testing.T) {
 		assert.NotContains(t, v.Note, "emulation", "it is not known where they come from")
 	}
 
+	// Of a size whose tables are not there the others' value is not taken.
+	only := filepath.Join(out, "vcpus-1")
+	partly, stderr := rtmr0(t, config, "--vcpus", "1-2", "--acpi", only)
+	require.Len(t, partly, 1)
+	assert.Equal(t, first[1].Hex, partly[1].Hex)
+	assert.Contains(t, stderr, "cloister: tdx.rtmr0 is not predicted: ")
+	status, stdout, _ := cloister(t, "measure", "--config", config, "--tee", "tdx", "--vcpus", "1-2", "--acpi", only)
+	require.Equal(t, exitOK, status)
+	assert.Regexp(t, "\n  host +1 vCPU +"+first[1].Hex+"\n", stdout)
+	assert.NotContains(t, stdout, "2 vCPUs")
+
 	none, _ := rtmr0(t, config, "--vcpus", "1", "--acpi-from-qemu", "--nics", "0")
 	two, _ := rtmr0(t, config, "--vcpus", "1", "--acpi-from-qemu", "--nics", "2")
 	assert.NotEqual(t, first[1].Hex, none[1].Hex)
 	assert.NotEqual(t, first[1].Hex, two[1].Hex)
 	assert.NotEqual(t, none[1].Hex, two[1].Hex)
 
-	status, stdout, stderr := cloister(t, "measure", "--config", config, "--tee", "tdx", "--acpi-from-qemu")
+	status, stdout, stderr = cloister(t, "measure", "--config", config, "--tee", "tdx", "--acpi-from-qemu")
 	require.Equal(t, exitOK, status, stderr)
 	assert.Contains(t, stdout, "emulated")
 	assert.Contains(t, stdout, first[1].Hex)

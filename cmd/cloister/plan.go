@@ -3,49 +3,16 @@
 package main
 
 import (
-	"cmp"
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
-	"github.com/cloister-project/cloister/configs"
-	"github.com/cloister-project/cloister/hypervisor"
-	"github.com/cloister-project/cloister/hypervisor/qemu"
-	"github.com/cloister-project/cloister/tee"
 	vc "github.com/cloister-project/cloister/virtcontainers"
+	"github.com/cloister-project/cloister/virtcontainers/dryrun"
 )
-
-// podPlan is what would be started for a pod.
-type podPlan struct {
-	Pod         string   `json:"pod"`
-	Platform    tee.Name `json:"platform"`
-	Description string   `json:"description"`
-	// Started is always false: this is a plan.
-	Started bool         `json:"started"`
-	Refused []string     `json:"refused,omitempty"`
-	Volumes []volumePlan `json:"volumes,omitempty"`
-	Notes   []string     `json:"notes,omitempty"`
-	// Document is nil where the pod is refused.
-	Document *hypervisor.Document `json:"document,omitempty"`
-	// Binary and Argv are the VMM's; with CommandError they are not known.
-	Binary       string      `json:"binary,omitempty"`
-	Argv         []string    `json:"argv,omitempty"`
-	Files        []inherited `json:"inherited_files,omitempty"`
-	CommandError string      `json:"command_error,omitempty"`
-}
-
-// inherited is an open file that the VMM is started with.
-type inherited struct {
-	FD   int    `json:"fd"`
-	Name string `json:"name"`
-	What string `json:"what"`
-}
 
 func planCommand() *cobra.Command {
 	var (
@@ -66,20 +33,17 @@ func planCommand() *cobra.Command {
 			if err := checkName(f.tee); err != nil {
 				return err
 			}
-			p := defaultPod()
-			if file != "" {
-				var err error
-				if p, err = readPod(file, cmd.InOrStdin()); err != nil {
-					return err
-				}
+			p, err := readPod(file, cmd.InOrStdin())
+			if err != nil {
+				return err
 			}
 			var notes []string
-			f.tee, notes = platformOf(f.tee, p)
+			f.tee, notes = dryrun.PlatformOf(f.tee, p)
 			cfg, err := f.load()
 			if err != nil {
 				return err
 			}
-			plan, err := planPod(cmd.Context(), cfg, p)
+			plan, err := dryrun.Plan(cmd.Context(), cfg, p)
 			if err != nil {
 				return err
 			}
@@ -87,17 +51,15 @@ func planCommand() *cobra.Command {
 			if f.json {
 				err = printJSON(cmd.OutOrStdout(), plan)
 			} else {
-				err = plan.print(cmd.OutOrStdout())
+				err = printPlan(cmd.OutOrStdout(), plan)
 			}
 			switch {
 			case err != nil:
 				return err
 			case len(plan.Refused) > 0:
 				return fmt.Errorf("the pod would be refused for %s", plural(len(plan.Refused), "reason"))
-			case plan.CommandError != "":
-				return errors.New("the VMM could not be started")
 			}
-			return nil
+			return plan.Err
 		},
 	}
 	f.add(cmd, "plan for this platform: none, sample, snp, tdx or se (default: the pod's or the configured one)")
@@ -105,113 +67,7 @@ func planCommand() *cobra.Command {
 	return cmd
 }
 
-// platformOf is the platform that a pod's class names, where the command line names none.
-func platformOf(given string, p *pod) (name string, notes []string) {
-	const class = "cloister"
-	switch rest, ours := strings.CutPrefix(p.Spec.RuntimeClassName, class+"-"); {
-	case p.Spec.RuntimeClassName == "" || p.Spec.RuntimeClassName == class:
-		return given, nil
-	case ours && slices.Contains(tee.Names(), tee.Name(rest)):
-		if given != "" && given != rest {
-			return given, []string{fmt.Sprintf("runtimeClassName is %s and the plan is for --tee %s", p.Spec.RuntimeClassName, given)}
-		}
-		return rest, nil
-	default:
-		return given, []string{fmt.Sprintf("runtimeClassName %s names no platform: whether it is one of Cloister's, containerd's configuration says", p.Spec.RuntimeClassName)}
-	}
-}
-
-// planPod plans a pod. What the pod is refused for is in the plan; an error is the configuration's or the machine's.
-func planPod(ctx context.Context, cfg *configs.Config, p *pod) (*podPlan, error) {
-	name := tee.Name(cfg.TEE.Platform)
-	plan := &podPlan{
-		Pod: cmp.Or(p.Metadata.Namespace, "default") + "/" + p.Metadata.Name, Platform: name, Description: name.Describe(),
-		Refused: p.Spec.refusals(), Volumes: p.Spec.volumes(name),
-	}
-	if ignored := cfg.IgnoredAnnotations(p.Metadata.Annotations); len(ignored) > 0 {
-		plan.Notes = append(plan.Notes, "annotations without effect, since annotations.allowed does not list them: "+strings.Join(ignored, ", "))
-	}
-	applied, err := cfg.ApplyAnnotations(p.Metadata.Annotations)
-	if err != nil {
-		var all configs.Faults
-		if !errors.As(err, &all) {
-			return nil, err
-		}
-		for _, f := range all {
-			plan.Refused = append(plan.Refused, f.String())
-		}
-		applied = cfg
-	}
-	doc, _, err := vc.PlanVM(ctx, podConfig(applied, p))
-	var refused *vc.RefusedError
-	switch {
-	case errors.As(err, &refused):
-		for _, r := range refused.Reasons {
-			plan.Refused = append(plan.Refused, strings.ReplaceAll(r, kubeletPod, "…"))
-		}
-	case err != nil:
-		return nil, err
-	}
-	if len(plan.Refused) > 0 {
-		return plan, nil
-	}
-	plan.Document = doc
-	plan.command(ctx, applied)
-	return plan, nil
-}
-
-// firstFD is the first inherited file after the standard ones; the VMM's driver counts from it.
-const firstFD = 3
-
-// command adds the VMM's command line, or why there is none.
-func (p *podPlan) command(ctx context.Context, cfg *configs.Config) {
-	driver, err := qemu.New(ctx, qemu.Config{Path: cfg.Hypervisor.Path, Arch: p.Document.Architecture})
-	if err == nil {
-		err = p.commandFor(driver.Path(), driver.Features())
-	}
-	if err != nil {
-		p.CommandError = err.Error()
-	}
-}
-
-// commandFor is command for a binary with given features.
-func (p *podPlan) commandFor(binary string, features qemu.Features) error {
-	if err := qemu.Validate(*p.Document); err != nil {
-		return err
-	}
-	drivers := make(map[string]string)
-	for _, d := range p.Document.Disks {
-		drivers[d.ID] = "file"
-	}
-	line, err := qemu.NewCommandLine(*p.Document, features, drivers)
-	if err != nil {
-		return err
-	}
-	p.Binary, p.Argv = binary, line.Args
-	for i, name := range line.Files {
-		p.Files = append(p.Files, inherited{firstFD + i, name, describeFile(name)})
-	}
-	return nil
-}
-
-func describeFile(name string) string {
-	kind, id, _ := strings.Cut(name, ":")
-	switch kind {
-	case "qmp":
-		return "socket to the shim: control (QMP)"
-	case "console":
-		return "socket to the shim: the guest's console"
-	case "vsock":
-		return "vsock: /dev/vhost-vsock, or a socket to the shim's own device"
-	case "tap":
-		return "tap of the network interface " + id
-	case "vhost":
-		return "/dev/vhost-net for the network interface " + id
-	}
-	return name
-}
-
-func (p *podPlan) print(w io.Writer) error {
+func printPlan(w io.Writer, p *dryrun.PodPlan) error {
 	out := printer{w: w}
 	out.line("pod       %s", p.Pod)
 	out.line("platform  %s", p.Description)
@@ -223,7 +79,11 @@ func (p *podPlan) print(w io.Writer) error {
 		out.line("\nvolumes:")
 	}
 	for _, v := range p.Volumes {
-		out.line("  %-20s %-22s %-13s %s", v.Name, v.Kind, v.Becomes, v.Detail)
+		detail := v.Detail
+		if v.Becomes == vc.MountRefused {
+			detail = "see below"
+		}
+		out.line("  %-20s %-22s %-13s %s", v.Name, v.Kind, v.Becomes, detail)
 	}
 	if len(p.Refused) > 0 {
 		out.line("\nrefused:")
@@ -246,7 +106,13 @@ func (p *podPlan) print(w io.Writer) error {
 	for _, f := range p.Files {
 		out.line("  fd=%d  %s", f.FD, f.What)
 	}
-	out.line("\nThe id %q stands for the one that containerd makes; the pod's network interfaces come at its start.", podID)
+	for i, r := range p.Requests {
+		if i == 0 {
+			out.line("\nrequests to its socket:")
+		}
+		out.line("  %s %s %s", r.Method, r.Path, r.Body)
+	}
+	out.line("\nThe id %q stands for the one that containerd makes; the pod's network interfaces come at its start.", dryrun.PodID)
 	return out.err
 }
 

@@ -4,34 +4,17 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
-	"strings"
+	"os"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/hypervisor"
-	"github.com/cloister-project/cloister/hypervisor/qemu"
-	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/virtcontainers/dryrun"
+	"github.com/cloister-project/cloister/virtcontainers/dryrun/manifest"
 )
-
-// qemuFeatures are those of a QEMU with all that is used here.
-func qemuFeatures() qemu.Features {
-	return qemu.Features{
-		Version: "11.1.0", Architecture: hypervisor.ArchAMD64, Machine: "pc-q35-11.1", MachineOptions: []string{"usb", "vmport"},
-		Types: []string{
-			"kvm-accel", "tcg-accel", "memory-backend-memfd", "pcie-root-port", "scsi-hd", "vhost-user-vsock-pci", "vhost-vsock-pci", "virtio-net-pci",
-			"virtio-scsi-pci", "sev-snp-guest", "tdx-guest",
-		},
-		Objects: map[string][]string{
-			"sev-snp-guest": {"cbitpos", "reduced-phys-bits", "policy", "kernel-hashes", "host-data", "id-block", "id-auth", "author-key-enabled"},
-			"tdx-guest":     {"attributes", "mrconfigid", "mrowner", "mrownerconfig", "quote-generation-socket"},
-		},
-		Sandbox: true,
-	}
-}
 
 const webPod = `# comment
 ---
@@ -66,22 +49,25 @@ const allowInitdata = "[annotations]\nallowed = ['io.cloister.initdata']"
 // A plan for SEV-SNP, made on any machine. Only where the C-bit lies is the machine's, and it is not measured.
 func TestPlanOfAPod(t *testing.T) {
 	n := newNode(t, allowInitdata)
-	p, err := parsePod([]byte(webPod))
+	p, err := manifest.Parse([]byte(webPod))
 	require.NoError(t, err)
-	name, notes := platformOf("", p)
+	name, notes := dryrun.PlatformOf("", p)
 	assert.Equal(t, "snp", name)
 	assert.Empty(t, notes)
-	plan, err := planPod(context.Background(), n.load(t, name), p)
+	plan, err := dryrun.Plan(t.Context(), n.load(t, name), p)
 	require.NoError(t, err)
-	assert.NotEmpty(t, plan.CommandError, "the node's QEMU does not run")
+	require.ErrorContains(t, plan.Err, "the VMM could not be started", "the node's QEMU does not run")
+	assert.Contains(t, plan.Err.Error(), plan.CommandError)
 	assert.Equal(t, 2, plan.Document.CPU.Count)
 	assert.Equal(t, uint64(200+256)<<20, plan.Document.Memory.Bytes)
 
+	// What a VMM's driver would say; the drivers have tests of it.
 	plan.CommandError = ""
 	plan.Document.Confidential.SNP.CBitPosition, plan.Document.Confidential.SNP.ReducedPhysBits = 51, 1
-	require.NoError(t, plan.commandFor("/usr/bin/qemu-system-x86_64", qemuFeatures()))
+	plan.Binary, plan.Argv = "/usr/bin/vmm", []string{"-name", "cloister-plan", "-append", "console=ttyS0 quiet", "-S"}
+	plan.Files = []hypervisor.InheritedFile{{FD: 3, Name: "control", What: "socket to the shim: control"}}
 	var out bytes.Buffer
-	require.NoError(t, plan.print(&out))
+	require.NoError(t, printPlan(&out, plan))
 	n.golden(t, "plan-snp.golden", out.String())
 	out.Reset()
 	require.NoError(t, printJSON(&out, plan))
@@ -116,8 +102,8 @@ spec:
   - {name: host, hostPath: {path: /var/log}}
   - {name: tmp, emptyDir: {}}
 `)
-	for _, platform := range []string{"", "snp"} {
-		status, stdout, stderr := cloister(t, "plan", "--config", n.config, "-f", file, "--tee", platform)
+	for _, platform := range [][]string{nil, {"--tee", "snp"}} {
+		status, stdout, stderr := cloister(t, append([]string{"plan", "--config", n.config, "-f", file}, platform...)...)
 		assert.Equal(t, exitNo, status)
 		for _, want := range []string{
 			"hostNetwork", "hostPID", "hostIPC", "nvidia.com/gpu", "/dev/xvda", `"nowhere"`, "at /data", "/var/log at /first", "cannot propagate to the host",
@@ -126,31 +112,17 @@ spec:
 			assert.Contains(t, stdout, want)
 		}
 		assert.NotContains(t, stdout, "command line:")
-		assert.NotContains(t, stdout, kubeletPod)
+		assert.NotContains(t, stdout, "/var/lib/kubelet")
 		assert.Contains(t, stderr, "the pod would be refused for 10 reasons")
 	}
 	status, stdout, _ := cloister(t, "plan", "--config", n.config, "-f", file, "--json")
 	assert.Equal(t, exitNo, status)
-	var plan podPlan
+	var plan dryrun.PodPlan
 	require.NoError(t, json.Unmarshal([]byte(stdout), &plan))
 	assert.Len(t, plan.Refused, 10)
 	assert.Nil(t, plan.Document)
 	assert.False(t, plan.Started)
 	assert.Contains(t, plan.Description, "NO PROTECTION")
-}
-
-func TestPlanRefusesAnnotations(t *testing.T) {
-	n := newNode(t, "[annotations]\nallowed = ['io.cloister.initdata', 'io.cloister.hypervisor.kernel-params', 'io.cloister.sizing.vcpus']")
-	p := defaultPod()
-	p.Metadata.Annotations = map[string]string{
-		"io.cloister.sizing.vcpus": "many", "io.cloister.hypervisor.kernel-params": "debug", "io.cloister.unknown": "x",
-	}
-	plan, err := planPod(context.Background(), n.load(t, "snp"), p)
-	require.NoError(t, err)
-	assert.Len(t, plan.Refused, 2)
-	assert.Contains(t, strings.Join(plan.Refused, "\n"), `"many" is not a whole number`)
-	assert.Contains(t, strings.Join(plan.Refused, "\n"), "changes what is measured")
-	assert.Equal(t, []string{"annotations without effect, since annotations.allowed does not list them: io.cloister.unknown"}, plan.Notes)
 }
 
 func TestPlanWithoutQEMU(t *testing.T) {
@@ -159,38 +131,30 @@ func TestPlanWithoutQEMU(t *testing.T) {
 	assert.Equal(t, exitNo, status)
 	assert.Contains(t, stdout, `"policy": 196608`, "the VM is known without a VMM")
 	assert.Contains(t, stdout, "command line: none.")
-	assert.Contains(t, stderr, "the VMM could not be started")
+	assert.Contains(t, stderr, "the VMM could not be started: hypervisor.path: ", "the reason stands where errors do")
+	assert.Contains(t, stderr, n.path("qemu"))
+
+	// Without a VMM the accelerator of an ordinary VM is not known.
+	require.NoError(t, os.Remove(n.path("qemu")))
+	status, stdout, stderr = cloister(t, "plan", "--config", n.config)
+	assert.Equal(t, exitNo, status)
+	assert.Empty(t, stdout)
+	assert.Contains(t, stderr, n.path("qemu"))
 }
 
-func TestPlatformOfAPod(t *testing.T) {
-	for _, tc := range []struct{ given, class, want, note string }{
-		{"", "", "", ""}, {"", "cloister", "", ""}, {"snp", "cloister", "snp", ""}, {"", "cloister-tdx", "tdx", ""}, {"tdx", "cloister-tdx", "tdx", ""},
-		{"snp", "cloister-tdx", "snp", "the plan is for --tee snp"}, {"", "cloister-classic", "", "names no platform"}, {"se", "runc", "se", "names no platform"},
-	} {
-		p := defaultPod()
-		p.Spec.RuntimeClassName = tc.class
-		name, notes := platformOf(tc.given, p)
-		assert.Equal(t, tc.want, name, "%+v", tc)
-		if tc.note == "" {
-			assert.Empty(t, notes, "%+v", tc)
-			continue
-		}
-		require.Len(t, notes, 1)
-		assert.Contains(t, notes[0], tc.note)
-	}
-}
-
-func TestVolumes(t *testing.T) {
-	p, err := parsePod([]byte(strings.Replace(webPod, "emptyDir: {}", "csi: {driver: x}", 1)))
-	require.NoError(t, err)
-	become := func(name tee.Name) (all []string) {
-		for _, v := range p.Spec.volumes(name) {
-			all = append(all, v.Name+" "+v.Becomes)
-		}
-		return all
-	}
-	assert.Equal(t, []string{"conf shared", "tmp shared", "spare nothing"}, become(tee.None))
-	assert.Equal(t, []string{"conf copied", "tmp refused", "spare nothing"}, become(tee.Sample))
+// A real VMM's command line.
+func TestPlanWithQEMU(t *testing.T) {
+	config, qemu := tdxNode(t)
+	status, stdout, stderr := cloister(t, "plan", "--config", config, "--json")
+	require.Equal(t, exitOK, status, stderr)
+	var plan dryrun.PodPlan
+	require.NoError(t, json.Unmarshal([]byte(stdout), &plan))
+	assert.Equal(t, qemu, plan.Binary)
+	assert.Contains(t, plan.Argv, "-machine")
+	require.NotEmpty(t, plan.Files)
+	assert.Equal(t, 3, plan.Files[0].FD)
+	_, stdout, _ = cloister(t, "plan", "--config", config)
+	assert.Contains(t, stdout, "\ncommand line:\n"+qemu+" \\\n  -name")
 }
 
 func TestShellLines(t *testing.T) {

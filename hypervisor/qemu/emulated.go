@@ -42,8 +42,12 @@ func (d *Driver) ACPITables(ctx context.Context, doc hypervisor.Document) (hyper
 	if err != nil {
 		return hypervisor.ACPITables{}, "", err
 	}
-	how := fmt.Sprintf("those that QEMU %s makes for %s with %d network interfaces under emulation; that it makes the same for a TD under KVM "+
-		"is not proven", strings.TrimSpace(b.features.Version), b.features.Machine, len(doc.NICs))
+	nics := "1 network interface"
+	if n := len(doc.NICs); n != 1 {
+		nics = fmt.Sprintf("%d network interfaces", n)
+	}
+	how := fmt.Sprintf("those that QEMU %s makes for %s with %s under emulation; that it makes the same for a TD under KVM is not proven",
+		strings.TrimSpace(b.features.Version), b.features.Machine, nics)
 	return *tables, how, nil
 }
 

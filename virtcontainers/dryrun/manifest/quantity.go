@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package manifest
 
 import (
 	"encoding/json"
@@ -10,8 +10,8 @@ import (
 	"strconv"
 )
 
-// quantity is a number as Kubernetes writes it: "500m", "1.5", "128Mi", 2.
-type quantity struct{ value *big.Rat }
+// Quantity is a number as Kubernetes writes it: "500m", "1.5", "128Mi", 2.
+type Quantity struct{ value *big.Rat }
 
 var (
 	quantityPattern = regexp.MustCompile(`^([0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(?:([eE])([+-]?[0-9]{1,2})|([numkMGTPE]|[KMGTPE]i)?)$`)
@@ -21,7 +21,7 @@ var (
 )
 
 // UnmarshalJSON takes text or a number.
-func (q *quantity) UnmarshalJSON(data []byte) error {
+func (q *Quantity) UnmarshalJSON(data []byte) error {
 	var text string
 	if err := json.Unmarshal(data, &text); err != nil {
 		text = string(data)
@@ -31,15 +31,15 @@ func (q *quantity) UnmarshalJSON(data []byte) error {
 	return err
 }
 
-func parseQuantity(text string) (quantity, error) {
+func parseQuantity(text string) (Quantity, error) {
 	fault := fmt.Errorf("%.40q is not a quantity such as 500m, 1.5 or 128Mi", text)
 	m := quantityPattern.FindStringSubmatch(text)
 	if m == nil {
-		return quantity{}, fault
+		return Quantity{}, fault
 	}
 	value, ok := new(big.Rat).SetString(m[1])
 	if !ok {
-		return quantity{}, fault
+		return Quantity{}, fault
 	}
 	exponent := decimalSuffix[m[4]]
 	if m[2] != "" {
@@ -54,11 +54,11 @@ func parseQuantity(text string) (quantity, error) {
 	} else {
 		value.Mul(value, new(big.Rat).SetInt(scale))
 	}
-	return quantity{value}, nil
+	return Quantity{value}, nil
 }
 
-// times gives the quantity in units of 1/n, rounded up; the largest int64 if it is more.
-func (q quantity) times(n int64) int64 {
+// times returns the quantity in units of 1/n, rounded up; the largest int64 if it is more.
+func (q Quantity) times(n int64) int64 {
 	if q.value == nil {
 		return 0
 	}

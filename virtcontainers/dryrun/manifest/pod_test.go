@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package manifest
 
 import (
+	"io"
 	"math"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -25,17 +27,32 @@ func TestBadManifests(t *testing.T) {
 		"list of limits": {"kind: Pod\nspec: {containers: [{resources: {limits: [1]}}]}", "no manifest"},
 		"text for list":  {"kind: Pod\nspec: {containers: main}", "no manifest"},
 	} {
-		_, err := parsePod([]byte(tc.text))
+		_, err := Parse([]byte(tc.text))
 		assert.ErrorContains(t, err, tc.want, name)
 	}
-	n := newNode(t, "")
-	big := n.write(t, "big.yaml", strings.Repeat("#", maxPodFile+1))
-	status, _, stderr := cloister(t, "plan", "--config", n.config, "-f", big)
-	assert.Equal(t, exitNo, status)
-	assert.Contains(t, stderr, "larger than")
-	status, _, stderr = cloister(t, "measure", "--config", n.config, "-f", n.path("gone"))
-	assert.Equal(t, exitNo, status)
-	assert.Contains(t, stderr, "no such file")
+	_, err := Parse([]byte(strings.Repeat("#", MaxSize+1)))
+	assert.ErrorContains(t, err, "larger than")
+	_, err = Read(strings.NewReader(strings.Repeat("#", 2*MaxSize)))
+	assert.ErrorContains(t, err, "larger than")
+	_, err = Read(iotest.ErrReader(io.ErrNoProgress))
+	assert.ErrorIs(t, err, io.ErrNoProgress)
+	many := "kind: Pod\nspec: {containers: [{volumeMounts: [" + strings.Repeat("{name: a},", maxThings+1) + "]}]}"
+	_, err = Parse([]byte(many))
+	assert.ErrorContains(t, err, "4097 mounts")
+}
+
+func TestVolumeKinds(t *testing.T) {
+	for text, want := range map[string][3]string{
+		"{name: a, hostPath: {path: /x}}": {"a", "hostPath", "/x"},
+		"{name: a}":                       {"a", "emptyDir", ""},
+		"{name: 1, csi: driver}":          {"", "csi", ""},
+		"{name: a, emptyDir: null}":       {"a", "emptyDir", ""},
+	} {
+		p, err := Parse([]byte("kind: Pod\nspec: {containers: [{name: a}], volumes: [" + text + "]}"))
+		require.NoError(t, err)
+		v := p.Spec.Volumes[0]
+		assert.Equal(t, want, [3]string{v.Name(), v.Kind(), v.Field("path")}, text)
+	}
 }
 
 func TestQuantities(t *testing.T) {
@@ -51,17 +68,25 @@ func TestQuantities(t *testing.T) {
 		_, err := parseQuantity(bad)
 		assert.Error(t, err, bad)
 	}
-	assert.Zero(t, quantity{}.times(1000))
+	assert.Zero(t, Quantity{}.times(1000))
 }
 
-func FuzzPod(f *testing.F) {
-	f.Add([]byte(webPod))
-	f.Add([]byte("kind: Pod\nspec: {containers: [{resources: {limits: {cpu: 1e-9, memory: 8Ei}}}], resources: {limits: {cpu: 3}}}"))
+func FuzzParse(f *testing.F) {
+	f.Add([]byte("# x\n---\nkind: Pod\nmetadata: {name: a, annotations: {b: c}}\nspec: {containers: [{resources: {limits: {cpu: 1e-9, memory: 8Ei}}}], " +
+		"initContainers: [{restartPolicy: Always, volumeMounts: [{name: v, mountPath: /v, subPath: s}]}], volumes: [{name: v, configMap: {name: v}}]}"))
+	f.Add([]byte("kind: Pod\nspec: {containers: [{}], resources: {limits: {cpu: 3}}}\n---\nkind: Pod"))
+	f.Add([]byte("a: &a [*a]\nkind: Pod"))
+	f.Add([]byte(`{"kind": "Pod", "spec": {"containers": [{"volumeDevices": [{"name": "d"}]}], "volumes": [{"name": 1}, {"hostPath": "x"}, {}]}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if p, err := parsePod(data); err == nil {
-			p.Spec.limits()
-			p.Spec.refusals()
-			p.Spec.volumes("sample")
+		p, err := Parse(data)
+		if err != nil {
+			return
+		}
+		if r := p.Spec.Limits(); r.Memory != nil && *r.Memory.Limit <= 0 || r.CPU != nil && *r.CPU.Quota <= 0 {
+			t.Fatalf("a limit is not positive: %+v", r)
+		}
+		for _, v := range p.Spec.Volumes {
+			v.Field(v.Kind() + v.Name())
 		}
 	})
 }
@@ -69,9 +94,9 @@ func FuzzPod(f *testing.F) {
 // The kubelet's rule: what runs together adds up, what runs before needs no more than the largest.
 func TestLimits(t *testing.T) {
 	limits := func(spec string) (milli, bytes int64) {
-		p, err := parsePod([]byte("kind: Pod\nspec: " + spec))
+		p, err := Parse([]byte("kind: Pod\nspec: " + spec))
 		require.NoError(t, err)
-		r := p.Spec.limits()
+		r := p.Spec.Limits()
 		if r.CPU != nil {
 			assert.Equal(t, uint64(cpuPeriod), *r.CPU.Period)
 			milli = *r.CPU.Quota / (cpuPeriod / 1000)
