@@ -16,7 +16,7 @@
 //
 // A pod's platform (package tee) is chosen by configuration and never replaced by another. Start goes: configuration,
 // size and document (launch.go, document.go), the platform's Probe before anything is made, initdata's disk, the
-// platform's Prepare, the VMM, and the comparison of the guest's Hello with what was asked. PlanVM is the same without
+// platform's Prepare, the VMM, and the comparison of the guest's Hello with what was asked. Package dryrun is the same without
 // the host. A confidential VM shares no files with the host: confidential.go and package volumes give it copies and
 // folders in its own memory, and refuse the rest with the reason. Nothing here protects the guest: these rules make errors
 // that people can act on; the guest enforces its own.

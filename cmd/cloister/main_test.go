@@ -69,7 +69,8 @@ func TestWrongUsage(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	for _, args := range [][]string{
-		{"help"}, {"help", "check"}, {"help", "image", "se"}, {"help", "image", "se", "build"}, {"help", "help"}, {"--help"}, {}, {"check", "--help"}, {"plan", "--help"}, {"measure", "--help"}, {"image"}, {"image", "se"},
+		{"help"}, {"help", "check"}, {"help", "image", "se"}, {"help", "image", "se", "build"}, {"help", "help"}, {"--help"}, {},
+		{"check", "--help"}, {"plan", "--help"}, {"measure", "--help"}, {"image"}, {"image", "se"},
 		{"image", "se", "build", "--help"}, {"image", "se", "inspect", "--help"}, {"image", "se", "attest-request", "--help"}, {"--version"},
 	} {
 		status, stdout, stderr := cloister(t, args...)

@@ -65,7 +65,11 @@ func measureCommand() *cobra.Command {
 			for _, r := range []struct {
 				flag, path string
 				to         *string
-			}{{"firmware", firmware, firmwareOf(&replaced)}, {"kernel", kernel, &replaced.Hypervisor.Kernel}, {"initrd", initrd, &replaced.Hypervisor.Initrd}} {
+			}{
+				{"firmware", firmware, firmwareOf(&replaced)},
+				{"kernel", kernel, &replaced.Hypervisor.Kernel},
+				{"initrd", initrd, &replaced.Hypervisor.Initrd},
+			} {
 				if r.path == "" {
 					continue
 				}
@@ -96,7 +100,8 @@ func measureCommand() *cobra.Command {
 	cmd.Flags().StringVar(&vcpus, "vcpus", "", "numbers of virtual CPUs, for example 1-8 or 1,2,4")
 	cmd.Flags().StringVar(&models, "cpu-model", "", "CPU models, separated by commas (default: hypervisor.cpu_model, EPYC-v4 with snp)")
 	cmd.Flags().StringVarP(&file, "file", "f", "", "manifest of a Pod, YAML or JSON; - is standard input (default: a pod without limits)")
-	cmd.Flags().StringVar(&firmware, "firmware", "", "firmware image in place of the configured one; its digest must be among firmware_digests")
+	cmd.Flags().StringVar(&firmware, "firmware", "",
+		"firmware image in place of the configured one; its digest must be among firmware_digests")
 	cmd.Flags().StringVar(&kernel, "kernel", "", "kernel in place of hypervisor.kernel")
 	cmd.Flags().StringVar(&initrd, "initrd", "", "initrd in place of hypervisor.initrd")
 	acpi.add(cmd)

@@ -23,7 +23,8 @@ import (
 
 func TestMeasureText(t *testing.T) {
 	n := newNode(t, "")
-	status, stdout, stderr := cloister(t, "measure", "--config", n.config, "--tee", "snp", "--vcpus", "1-2,4", "--cpu-model", "EPYC-v4,EPYC-Milan")
+	status, stdout, stderr := cloister(t, "measure", "--config", n.config, "--tee", "snp", "--vcpus", "1-2,4",
+		"--cpu-model", "EPYC-v4,EPYC-Milan")
 	require.Equal(t, exitOK, status, stderr)
 	n.golden(t, "measure-snp.golden", stdout)
 }

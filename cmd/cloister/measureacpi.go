@@ -29,10 +29,11 @@ type acpiFlags struct {
 }
 
 func (f *acpiFlags) add(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.dir, "acpi", "", "tdx: folder with the VM's ACPI blobs table-loader, rsdp and tables, for RTMR0, or with a folder vcpus-N of them for each size")
+	cmd.Flags().StringVar(&f.dir, "acpi", "",
+		"tdx: directory with the VM's ACPI blobs table-loader, rsdp and tables, for RTMR0, or with a directory vcpus-N of them for each size")
 	cmd.Flags().BoolVar(&f.fromQEMU, "acpi-from-qemu", false, "tdx: get the ACPI blobs from this machine's QEMU, under emulation")
 	cmd.Flags().IntVar(&f.nics, "nics", 1, "network interfaces of the pod, with --acpi-from-qemu")
-	cmd.Flags().StringVar(&f.out, "acpi-out", "", "keep the blobs of --acpi-from-qemu in this folder, for --acpi")
+	cmd.Flags().StringVar(&f.out, "acpi-out", "", "keep the blobs of --acpi-from-qemu in this directory, for --acpi")
 }
 
 // tables checks the flags.

@@ -63,7 +63,8 @@ func planCommand() *cobra.Command {
 		},
 	}
 	f.add(cmd, "plan for this platform: none, sample, snp, tdx or se (default: the pod's or the configured one)")
-	cmd.Flags().StringVarP(&file, "file", "f", "", "manifest of a Pod, YAML or JSON; - is standard input (default: a pod without limits and volumes)")
+	cmd.Flags().StringVarP(&file, "file", "f", "",
+		"manifest of a Pod, YAML or JSON; - is standard input (default: a pod without limits and volumes)")
 	return cmd
 }
 

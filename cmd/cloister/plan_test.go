@@ -106,7 +106,8 @@ spec:
 		status, stdout, stderr := cloister(t, append([]string{"plan", "--config", n.config, "-f", file}, platform...)...)
 		assert.Equal(t, exitNo, status)
 		for _, want := range []string{
-			"hostNetwork", "hostPID", "hostIPC", "nvidia.com/gpu", "/dev/xvda", `"nowhere"`, "at /data", "/var/log at /first", "cannot propagate to the host",
+			"hostNetwork", "hostPID", "hostIPC", "nvidia.com/gpu", "/dev/xvda", `"nowhere"`, "at /data",
+			"/var/log at /first", "cannot propagate to the host",
 			"a part of the emptyDir tmp", "refused:",
 		} {
 			assert.Contains(t, stdout, want)

@@ -53,7 +53,8 @@ func (*Platform) Explain(hypervisor.Exit) string { return "" }
 func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inputs) error {
 	var faults hypervisor.Faults
 	if in.InitdataDigest != nil {
-		faults.Add("initdata is given and nothing binds it to the launch of an ordinary VM; choose a confidential platform (tee.platform), or take it away")
+		faults.Add("initdata is given and nothing binds it to the launch of an ordinary VM; " +
+			"choose a confidential platform (tee.platform), or take it away")
 	}
 	if doc.Confidential != nil {
 		faults.Add("the VM is one of platform %q already", doc.Confidential.Platform)

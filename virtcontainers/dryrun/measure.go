@@ -26,7 +26,7 @@ type Measurement struct {
 	// Predicted is always true: the values are computed from files, no hardware reported them.
 	Predicted       bool                  `json:"predicted"`
 	ReferenceValues []tee.ReferenceValues `json:"reference_values"`
-	// Emulated: a VMM was asked for what it gives to the firmware.
+	// Emulated: a VMM was asked for what the firmware gets of it.
 	Emulated bool `json:"-"`
 	// AnyCPUs: the values do not depend on the number of CPUs, so that there is one set of them for all.
 	AnyCPUs bool `json:"-"`

@@ -42,7 +42,8 @@ func TestMeasureRefuses(t *testing.T) {
 		_, err := Measure(t.Context(), load(t, config, name), manifest.Example(), Variants{})
 		require.ErrorContains(t, err, "no hardware measures it")
 	}
-	_, err := Measure(t.Context(), load(t, config, "snp"), manifest.Example(), Variants{VCPUs: make([]int, MaxVariants), Models: []string{"a", "b"}})
+	many := Variants{VCPUs: make([]int, MaxVariants), Models: []string{"a", "b"}}
+	_, err := Measure(t.Context(), load(t, config, "snp"), manifest.Example(), many)
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	require.ErrorContains(t, err, "8192 variants")
 	_, err = Measure(t.Context(), load(t, config, "snp"), manifest.Example(), Variants{Models: []string{"host"}})
@@ -55,7 +56,9 @@ func TestMeasureRefuses(t *testing.T) {
 
 func TestUnpredictedOnce(t *testing.T) {
 	a, b, c := tee.Unpredicted{Name: "r0", Reason: "x"}, tee.Unpredicted{Name: "r0", Reason: "y"}, tee.Unpredicted{Name: "r1", Reason: "x"}
-	m := Measurement{ReferenceValues: []tee.ReferenceValues{{Unpredicted: []tee.Unpredicted{a, c}}, {}, {Unpredicted: []tee.Unpredicted{a, b}}}}
+	m := Measurement{ReferenceValues: []tee.ReferenceValues{
+		{Unpredicted: []tee.Unpredicted{a, c}}, {}, {Unpredicted: []tee.Unpredicted{a, b}},
+	}}
 	assert.Equal(t, []tee.Unpredicted{a, c, b}, m.Unpredicted())
 }
 

@@ -21,7 +21,8 @@ import (
 )
 
 func TestPlanRefusesAnnotations(t *testing.T) {
-	config := newNode(t, "[annotations]\nallowed = ['io.cloister.initdata', 'io.cloister.hypervisor.kernel-params', 'io.cloister.sizing.vcpus']")
+	config := newNode(t, "[annotations]\n"+
+		"allowed = ['io.cloister.initdata', 'io.cloister.hypervisor.kernel-params', 'io.cloister.sizing.vcpus']")
 	p := manifest.Example()
 	p.Metadata.Annotations = map[string]string{
 		"io.cloister.sizing.vcpus": "many", "io.cloister.hypervisor.kernel-params": "debug", "io.cloister.unknown": "x",
@@ -105,8 +106,14 @@ func TestPlanOfACommand(t *testing.T) {
 
 func TestPlatformOfAPod(t *testing.T) {
 	for _, tc := range []struct{ given, class, want, note string }{
-		{"", "", "", ""}, {"", "cloister", "", ""}, {"snp", "cloister", "snp", ""}, {"", "cloister-tdx", "tdx", ""}, {"tdx", "cloister-tdx", "tdx", ""},
-		{"snp", "cloister-tdx", "snp", "the plan is for platform snp"}, {"", "cloister-classic", "", "names no platform"}, {"se", "runc", "se", "names no platform"},
+		{"", "", "", ""},
+		{"", "cloister", "", ""},
+		{"snp", "cloister", "snp", ""},
+		{"", "cloister-tdx", "tdx", ""},
+		{"tdx", "cloister-tdx", "tdx", ""},
+		{"snp", "cloister-tdx", "snp", "the plan is for platform snp"},
+		{"", "cloister-classic", "", "names no platform"},
+		{"se", "runc", "se", "names no platform"},
 	} {
 		p := manifest.Example()
 		p.Spec.RuntimeClassName = tc.class
@@ -175,8 +182,10 @@ func TestVolumes(t *testing.T) {
 
 func FuzzPod(f *testing.F) {
 	f.Add([]byte(volumesPod))
-	f.Add([]byte("kind: Pod\nspec: {containers: [{resources: {limits: {cpu: 1e-9, x: 1}}, volumeDevices: [{}]}], volumes: [{hostPath: {path: ../..}}]}"))
-	f.Add([]byte("kind: Pod\nspec: {containers: [{volumeMounts: [{name: ../x, subPath: ../../.., mountPath: y}]}], volumes: [{name: ../x, a: 1, b: 2}]}"))
+	f.Add([]byte("kind: Pod\nspec: {containers: [{resources: {limits: {cpu: 1e-9, x: 1}}, volumeDevices: [{}]}], " +
+		"volumes: [{hostPath: {path: ../..}}]}"))
+	f.Add([]byte("kind: Pod\nspec: {containers: [{volumeMounts: [{name: ../x, subPath: ../../.., mountPath: y}]}], " +
+		"volumes: [{name: ../x, a: 1, b: 2}]}"))
 	cfg, err := configs.Defaults()
 	if err != nil {
 		f.Fatal(err)

@@ -44,7 +44,8 @@ func PlatformOf(given string, p *manifest.Pod) (name string, notes []string) {
 		}
 		return rest, nil
 	default:
-		return given, []string{fmt.Sprintf("runtimeClassName %s names no platform: whether it is one of Cloister's, containerd's configuration says", asked)}
+		return given, []string{fmt.Sprintf("runtimeClassName %s names no platform: whether it is one of Cloister's, "+
+			"containerd's configuration says", asked)}
 	}
 }
 
@@ -177,7 +178,8 @@ func refusals(s manifest.Spec) []string {
 	}
 	for _, m := range mountsOf(s) {
 		if !m.known {
-			all = append(all, fmt.Sprintf("container %s: mount at %s names the volume %q, which the pod does not have", m.container, m.of.MountPath, m.of.Name))
+			all = append(all, fmt.Sprintf("container %s: mount at %s names the volume %q, which the pod does not have",
+				m.container, m.of.MountPath, m.of.Name))
 		}
 	}
 	slices.Sort(all)

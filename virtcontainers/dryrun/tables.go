@@ -79,7 +79,8 @@ func (m *tableMaker) make(ctx context.Context, doc hypervisor.Document) (tables 
 	for i := range m.tables.NICs {
 		doc.NICs = append(doc.NICs, hypervisor.NIC{ID: fmt.Sprintf("net%d", i), MAC: fmt.Sprintf("02:00:00:00:00:%02x", i+1)})
 	}
-	m.say("starting %s for the ACPI tables of a VM with %s and %s, emulated", binary, plural(doc.CPU.Count, "vCPU"), plural(m.tables.NICs, "network interface"))
+	m.say("starting %s for the ACPI tables of a VM with %s and %s, emulated",
+		binary, plural(doc.CPU.Count, "vCPU"), plural(m.tables.NICs, "network interface"))
 	started := time.Now()
 	timeout, cancel := context.WithTimeoutCause(ctx, tablesTimeout, fmt.Errorf("nothing for %v: %w", tablesTimeout, context.DeadlineExceeded))
 	defer cancel()

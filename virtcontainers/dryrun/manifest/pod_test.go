@@ -57,7 +57,8 @@ func TestVolumeKinds(t *testing.T) {
 
 func TestQuantities(t *testing.T) {
 	for text, want := range map[string]int64{
-		"1": 1000, "1.5": 1500, ".5": 500, "500m": 500, "0.1m": 1, "2k": 2000000, "1Ki": 1024000, "1e3": 1000000, "1E2": 100000, "2e-3": 2, "5u": 1, "1n": 1, "0": 0,
+		"1": 1000, "1.5": 1500, ".5": 500, "500m": 500, "0.1m": 1, "2k": 2000000, "1Ki": 1024000,
+		"1e3": 1000000, "1E2": 100000, "2e-3": 2, "5u": 1, "1n": 1, "0": 0,
 		"1.": 1000, "9E": math.MaxInt64, "999999999999999999Ei": math.MaxInt64, "1M": 1000000000, "1Mi": 1048576000,
 	} {
 		q, err := parseQuantity(text)
@@ -72,11 +73,14 @@ func TestQuantities(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	f.Add([]byte("# x\n---\nkind: Pod\nmetadata: {name: a, annotations: {b: c}}\nspec: {containers: [{resources: {limits: {cpu: 1e-9, memory: 8Ei}}}], " +
-		"initContainers: [{restartPolicy: Always, volumeMounts: [{name: v, mountPath: /v, subPath: s}]}], volumes: [{name: v, configMap: {name: v}}]}"))
+	f.Add([]byte("# x\n---\nkind: Pod\nmetadata: {name: a, annotations: {b: c}}\nspec: {" +
+		"containers: [{resources: {limits: {cpu: 1e-9, memory: 8Ei}}}], " +
+		"initContainers: [{restartPolicy: Always, volumeMounts: [{name: v, mountPath: /v, subPath: s}]}], " +
+		"volumes: [{name: v, configMap: {name: v}}]}"))
 	f.Add([]byte("kind: Pod\nspec: {containers: [{}], resources: {limits: {cpu: 3}}}\n---\nkind: Pod"))
 	f.Add([]byte("a: &a [*a]\nkind: Pod"))
-	f.Add([]byte(`{"kind": "Pod", "spec": {"containers": [{"volumeDevices": [{"name": "d"}]}], "volumes": [{"name": 1}, {"hostPath": "x"}, {}]}}`))
+	f.Add([]byte(`{"kind": "Pod", "spec": {"containers": [{"volumeDevices": [{"name": "d"}]}],
+		"volumes": [{"name": 1}, {"hostPath": "x"}, {}]}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		p, err := Parse(data)
 		if err != nil {
@@ -113,9 +117,14 @@ func TestLimits(t *testing.T) {
 		{"none", "{containers: [{name: a}]}", 0, 0},
 		{"sum", "{containers: [{resources: {limits: {cpu: 500m, memory: 1Ki}}}, {resources: {limits: {cpu: 1}}}, {name: c}]}", 1500, 1024},
 		{"small init", "{initContainers: [{resources: {limits: {cpu: 1}}}], containers: [{resources: {limits: {cpu: 2}}}]}", 2000, 0},
-		{"large init", "{initContainers: [{resources: {limits: {cpu: 3, memory: 10}}}], containers: [{resources: {limits: {cpu: 2}}}]}", 3000, 10},
-		{"sidecar", "{initContainers: [{restartPolicy: Always, resources: {limits: {cpu: 1}}}, {resources: {limits: {cpu: 2}}}], containers: [{resources: {limits: {cpu: 1500m}}}]}", 3000, 0},
-		{"sidecar behind", "{initContainers: [{resources: {limits: {cpu: 2}}}, {restartPolicy: Always, resources: {limits: {cpu: 1}}}], containers: [{resources: {limits: {cpu: 1500m}}}]}", 2500, 0},
+		{"large init",
+			"{initContainers: [{resources: {limits: {cpu: 3, memory: 10}}}], containers: [{resources: {limits: {cpu: 2}}}]}", 3000, 10},
+		{"sidecar",
+			"{initContainers: [{restartPolicy: Always, resources: {limits: {cpu: 1}}}, {resources: {limits: {cpu: 2}}}], " +
+				"containers: [{resources: {limits: {cpu: 1500m}}}]}", 3000, 0},
+		{"sidecar behind",
+			"{initContainers: [{resources: {limits: {cpu: 2}}}, {restartPolicy: Always, resources: {limits: {cpu: 1}}}], " +
+				"containers: [{resources: {limits: {cpu: 1500m}}}]}", 2500, 0},
 		{"the pod's own", "{resources: {limits: {cpu: 4}}, containers: [{resources: {limits: {cpu: 1, memory: 5}}}]}", 4000, 5},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
