@@ -37,7 +37,8 @@ AGENT_ENV_s390x = CGO_ENABLED=1 CC=s390x-linux-gnu-gcc CGO_CFLAGS="-O2 -I$$CLOIS
 AGENT_FLAGS := -tags 'seccomp netgo osusergo' -ldflags '-s -w $(STAMP) -linkmode external -extldflags -static'
 
 # setup-env reads what tools/setup found and unpacked.
-setup-env = . '$(CLOISTER_CACHE)/env' || { echo 'this machine is not set up: run `make setup`' >&2; exit 1; }
+setup-env = . '$(CLOISTER_CACHE)/env' || { echo 'this machine is not set up: run `make setup`' >&2; exit 1; } \
+  $(if $(SUFFIX),; : "$${CLOISTER_S390X_SYSROOT:?this machine is not set up for s390x: run make setup}")
 
 # build-go OUTPUT ENVIRONMENT FLAGS builds next to the output and replaces it only if it changed, so that what is
 # made from it (the guest image) is not rebuilt for nothing.
