@@ -77,7 +77,7 @@ func startNode(t *testing.T, opts harness.Options) *harness.Node {
 	}
 	artifacts, err := harness.Locate()
 	if err == nil {
-		err = artifacts.Check(!opts.RuncOnly)
+		err = artifacts.Check(opts.Handlers...)
 	}
 	if err != nil {
 		skipLane(t, err.Error())

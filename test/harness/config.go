@@ -64,7 +64,7 @@ disabled_plugins = [
     disable = true
 
   [plugins.'io.containerd.service.v1.diff-service']
-    default = ['erofs', 'walking']
+    default = [{{if .Erofs}}'erofs', {{end}}'walking']
   [plugins.'io.containerd.differ.v1.erofs']
     mkfs_options = ['-T0', '--mkfs-time', '--sort=none']
   [plugins.'io.containerd.transfer.v1.local']
@@ -89,12 +89,14 @@ disabled_plugins = [
       conf_dir = '{{.Dir}}/cni'
 
     [plugins.'io.containerd.cri.v1.runtime'.containerd]
-      default_runtime_name = 'runc'
+      default_runtime_name = '{{.Default}}'
+{{- if .Runc}}
       [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
         runtime_type = 'io.containerd.runc.v2'
         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
           BinaryName = '{{.Conformance}}/runc'
           Root = '{{.Dir}}/runc'
+{{- end}}
 {{- range .Handlers}}
       [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{{.Name}}]
         runtime_type = 'io.containerd.cloister.v2'
@@ -210,11 +212,20 @@ func (n *Node) writeConfig() error {
 	data := struct {
 		*Node
 		Artifacts
-		PauseImage string
-		Handlers   []handler
-	}{Node: n, Artifacts: n.artifacts, PauseImage: PauseImage}
-	if n.Cloister {
-		data.Handlers = n.handlers()
+		PauseImage, Default string
+		Runc, Erofs         bool
+		Handlers            []handler
+	}{
+		Node: n, Artifacts: n.artifacts, PauseImage: PauseImage, Default: HandlerRunc,
+		Runc: serves(n.Handlers, HandlerRunc), Erofs: serves(n.Handlers, HandlerErofs),
+	}
+	if len(n.Handlers) > 0 {
+		data.Default = n.Handlers[0]
+	}
+	for _, h := range n.handlers() {
+		if serves(n.Handlers, h.Name) {
+			data.Handlers = append(data.Handlers, h)
+		}
 	}
 	type file struct {
 		path string

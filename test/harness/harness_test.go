@@ -20,7 +20,7 @@ import (
 
 // The harness itself is tried with runc: what fails then is the harness's fault, not Cloister's.
 func TestNodeWithRunc(t *testing.T) {
-	n := ForTest(t, Options{RuncOnly: true})
+	n := ForTest(t, Options{Handlers: []string{HandlerRunc}})
 	ctx := t.Context()
 
 	pod, err := n.CRI().RunPod(ctx, PodSpec{Handler: HandlerRunc})
@@ -66,7 +66,7 @@ func TestNodeWithRunc(t *testing.T) {
 }
 
 func TestTools(t *testing.T) {
-	n := ForTest(t, Options{RuncOnly: true})
+	n := ForTest(t, Options{Handlers: []string{HandlerRunc}})
 	ctx := t.Context()
 	deep, err := Deep("localhost/cloister/deep:20", n.Artifacts().Busybox, 20)
 	require.NoError(t, err)
@@ -87,7 +87,7 @@ func TestTools(t *testing.T) {
 }
 
 func TestStopLeavesNothing(t *testing.T) {
-	n := ForTest(t, Options{RuncOnly: true})
+	n := ForTest(t, Options{Handlers: []string{HandlerRunc}})
 	ctx := t.Context()
 	pod, err := n.CRI().RunPod(ctx, PodSpec{Handler: HandlerRunc})
 	require.NoError(t, err)
@@ -100,7 +100,7 @@ func TestStopLeavesNothing(t *testing.T) {
 }
 
 func TestKeptNodeIsFoundAndStopped(t *testing.T) {
-	n := ForTest(t, Options{RuncOnly: true})
+	n := ForTest(t, Options{Handlers: []string{HandlerRunc}})
 	ctx := t.Context()
 	named := func() *Node {
 		nodes, err := Registered()

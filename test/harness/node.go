@@ -26,8 +26,9 @@ const startBudget = 60 * time.Second
 type Options struct {
 	// Artifacts as [Locate] found them.
 	Artifacts Artifacts
-	// RuncOnly leaves Cloister's handlers out, so that its binaries and guest need not exist.
-	RuncOnly bool
+	// Handlers are those that the node serves, all if empty. What only others need does not have to exist, see
+	// [Artifacts.Check]. The first one is containerd's default; of all, it is runc.
+	Handlers []string
 	// DropIn is laid over the generated cloister.toml.
 	DropIn string
 }
@@ -43,8 +44,8 @@ type Node struct {
 	Root, State, Socket string
 	// CloisterConfig is the ConfigPath of Cloister's handlers; CloisterState and LayerCache what it sets there.
 	CloisterConfig, CloisterState, LayerCache string
-	// Cloister says that Cloister's handlers are there.
-	Cloister bool
+	// Handlers are those that it serves; all, if empty.
+	Handlers []string
 	// Owner is the process that started the node, 0 for a node that is kept beyond its owner's end.
 	Owner int
 
@@ -60,7 +61,7 @@ func Start(ctx context.Context, opts Options) (_ *Node, err error) {
 	if os.Getuid() != 0 {
 		return nil, errors.New("a node needs root: network namespaces, mounts and cgroups are made for it")
 	}
-	if err := opts.Artifacts.Check(!opts.RuncOnly); err != nil {
+	if err := opts.Artifacts.Check(opts.Handlers...); err != nil {
 		return nil, err
 	}
 	name := "cl" + randomHex(3)
@@ -74,7 +75,7 @@ func Start(ctx context.Context, opts Options) (_ *Node, err error) {
 		CloisterConfig: filepath.Join(dir, "cloister", "cloister.toml"),
 		CloisterState:  filepath.Join(dir, "cl"),
 		LayerCache:     filepath.Join(dir, "layers"),
-		Cloister:       !opts.RuncOnly,
+		Handlers:       opts.Handlers,
 		Owner:          os.Getpid(),
 		artifacts:      opts.Artifacts,
 	}
@@ -258,11 +259,12 @@ func (n *Node) configPath() string { return filepath.Join(n.Dir, "config.toml") 
 
 // env is the environment of containerd, and so of its shims: a PATH by which it finds its own peers first.
 func (n *Node) env() []string {
-	path := strings.Join([]string{
-		n.artifacts.Bin, n.artifacts.Conformance, filepath.Dir(n.artifacts.MkfsErofs),
-		"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin",
-	}, ":")
-	return []string{"PATH=" + path, "TMPDIR=" + filepath.Join(n.Dir, "tmp"), "HOME=" + os.Getenv("HOME")}
+	path := []string{n.artifacts.Bin, n.artifacts.Conformance}
+	if n.artifacts.MkfsErofs != "" {
+		path = append(path, filepath.Dir(n.artifacts.MkfsErofs))
+	}
+	path = append(path, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+	return []string{"PATH=" + strings.Join(path, ":"), "TMPDIR=" + filepath.Join(n.Dir, "tmp"), "HOME=" + os.Getenv("HOME")}
 }
 
 func randomHex(n int) string {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -25,7 +26,7 @@ type Artifacts struct {
 	Bin string
 	// Kernel and Initrd are the guest's boot files.
 	Kernel, Initrd string
-	// QEMU, Virtiofsd and MkfsErofs as tools/setup found them.
+	// QEMU, Virtiofsd and MkfsErofs as tools/setup found them. What it was not asked for is empty.
 	QEMU, Virtiofsd, MkfsErofs string
 	// Busybox is Debian's static busybox.
 	Busybox string
@@ -76,36 +77,58 @@ func Locate() (Artifacts, error) {
 // Shim is the path of Cloister's shim.
 func (a Artifacts) Shim() string { return filepath.Join(a.Bin, "containerd-shim-cloister-v2") }
 
-// Check reports every file that a node needs and that is not there. Cloister's own files count only if cloister is set:
-// a node can serve runc alone.
-func (a Artifacts) Check(cloister bool) error {
-	needs := []need{
-		{a.QEMU, "make setup"}, {a.MkfsErofs, "make setup"}, {a.Busybox, "make setup"},
+// Check reports every file that is not there and that a node needs which serves some handlers, or all if none is named.
+// What pods on emulated s390x need besides is for [Artifacts.CheckS390X].
+func (a Artifacts) Check(handlers ...string) error {
+	needs := []need{{a.Busybox, "busybox", "make setup"}}
+	for _, tool := range Peers(handlers...) {
+		needs = append(needs, need{filepath.Join(a.Conformance, tool), tool, "make conformance"})
 	}
-	for _, tool := range []string{"containerd", "ctr", "containerd-shim-runc-v2", "runc", "bridge", "host-local", "loopback", "portmap"} {
-		needs = append(needs, need{filepath.Join(a.Conformance, tool), "make conformance"})
+	if serves(handlers, HandlerErofs) {
+		needs = append(needs, need{a.MkfsErofs, "mkfs.erofs", "make setup"})
 	}
-	if cloister {
-		needs = append(needs, need{a.Shim(), "make build"}, need{a.Kernel, "make guest"}, need{a.Initrd, "make guest"})
+	if servesCloister(handlers) {
+		needs = append(needs, need{a.QEMU, "QEMU", "make setup"}, need{a.Shim(), "shim", "make build"},
+			need{a.Kernel, "kernel", "make guest"}, need{a.Initrd, "initrd", "make guest"})
 	}
 	return missing(needs)
+}
+
+// Peers are the binaries of tools/conformance that a node runs which serves some handlers, or all if none is named.
+func Peers(handlers ...string) []string {
+	// Images are imported with ctr.
+	peers := []string{"containerd", "ctr", "bridge", "host-local", "loopback", "portmap"}
+	if serves(handlers, HandlerRunc) {
+		peers = append(peers, "containerd-shim-runc-v2", "runc")
+	}
+	return peers
+}
+
+func serves(handlers []string, handler string) bool {
+	return len(handlers) == 0 || slices.Contains(handlers, handler)
+}
+
+func servesCloister(handlers []string) bool {
+	return len(handlers) == 0 || slices.ContainsFunc(handlers, func(h string) bool { return h != HandlerRunc })
 }
 
 // CheckS390X reports every file that pods on emulated s390x need beside what [Artifacts.Check] is for.
 func (a Artifacts) CheckS390X() error {
 	return missing([]need{
-		{a.QEMUS390X, "make setup"}, {a.BusyboxS390X, "make setup"},
-		{a.KernelS390X, "make guest-s390x"}, {a.InitrdS390X, "make guest-s390x"},
+		{a.QEMUS390X, "QEMU for s390x", "make setup"}, {a.BusyboxS390X, "busybox for s390x", "make setup"},
+		{a.KernelS390X, "kernel for s390x", "make guest-s390x"}, {a.InitrdS390X, "initrd for s390x", "make guest-s390x"},
 	})
 }
 
-// need is a file and the command that makes it.
-type need struct{ path, how string }
+// need is a file, what it is, and the command that makes it.
+type need struct{ path, what, how string }
 
 func missing(needs []need) error {
 	var faults []error
 	for _, n := range needs {
-		if _, err := os.Stat(n.path); err != nil {
+		if n.path == "" { // tools/setup has not been asked for it
+			faults = append(faults, fmt.Errorf("%s: %w: run `%s`", n.what, os.ErrNotExist, n.how))
+		} else if _, err := os.Stat(n.path); err != nil {
 			faults = append(faults, fmt.Errorf("%w: run `%s`", err, n.how))
 		}
 	}

@@ -32,7 +32,7 @@ func ForTest(t TB, opts Options) *Node {
 	if opts.Artifacts == (Artifacts{}) {
 		a, err := Locate()
 		if err == nil {
-			err = a.Check(!opts.RuncOnly)
+			err = a.Check(opts.Handlers...)
 		}
 		if err != nil && os.Getenv("CLOISTER_E2E") != "required" {
 			t.Skipf("cannot run here: %v", err)

@@ -51,10 +51,25 @@ func (j *job) prepare(ctx context.Context) error {
 	return err
 }
 
+// handlers are those that the node serves. Beside the one of the job they are for a node that is kept: those of Cloister
+// that need nothing more.
+func (j *job) handlers() []string {
+	if j.runc() {
+		return []string{harness.HandlerRunc}
+	}
+	handlers := []string{j.handler}
+	for _, h := range []string{harness.HandlerCloister, harness.HandlerClassic, harness.HandlerSample, harness.HandlerOptions} {
+		if h != j.handler {
+			handlers = append(handlers, h)
+		}
+	}
+	return handlers
+}
+
 // start starts the private containerd and brings the images in.
 func (j *job) start(ctx context.Context) error {
 	err := j.report.stage(ctx, "start a private containerd", func(ctx context.Context) (_ string, err error) {
-		j.node, err = harness.Start(ctx, harness.Options{Artifacts: j.artifacts, RuncOnly: j.runc()})
+		j.node, err = harness.Start(ctx, harness.Options{Artifacts: j.artifacts, Handlers: j.handlers()})
 		if err != nil {
 			return "", err
 		}
