@@ -61,12 +61,25 @@ help: ## Show this help
 
 .PHONY: run
 run: ## The main job: containerd starts a pod in a micro-VM and runs its containers (as root; KEEP=1 keeps it running)
+	@[ -e $(BIN)/prepare ] || echo '==> build what shows this (about 15 s the first time)'
+	@mkdir -p $(BIN); since=$$(date +%s%3N); CGO_ENABLED=0 $(GO) build $(GOFLAGS_COMMON) -o $(BIN)/prepare ./tools/prepare; \
+	exec $(BIN)/prepare -since $$since $(if $(filter-out 0,$(KEEP)),-keep)
+
+# What tools/prepare calls, for `make run`.
+.PHONY: mainjob
+mainjob:
 	@mkdir -p $(BIN) && CGO_ENABLED=0 $(GO) build $(GOFLAGS_COMMON) -o $(BIN)/mainjob ./tools/mainjob
-	@exec $(BIN)/mainjob $(if $(filter-out 0,$(KEEP)),-keep)
+
+.PHONY: setup-run
+setup-run:
+	@tools/setup run
+
+.PHONY: modules
+modules:
+	@$(GO) list -deps -tags 'seccomp netgo osusergo no_grpc' ./cmd/... ./tools/mainjob ./tools/guest > /dev/null
 
 .PHONY: stop
-stop: ## Stop what `make run KEEP=1`, or a test that was killed, left running
-	@mkdir -p $(BIN) && CGO_ENABLED=0 $(GO) build $(GOFLAGS_COMMON) -o $(BIN)/mainjob ./tools/mainjob
+stop: mainjob ## Stop what `make run KEEP=1`, or a test that was killed, left running
 	@exec $(BIN)/mainjob -stop
 
 .PHONY: install
@@ -101,10 +114,12 @@ conformance: ## Build containerd, ctr, runc, crictl, nerdctl and CNI plugins int
 	@tools/conformance/build
 
 .PHONY: build
-build: ## Build shim, agent and operator's tool into bin/
+build: build-host agent ## Build shim, agent and operator's tool into bin/
+
+.PHONY: build-host
+build-host:
 	@$(call build-go,containerd-shim-cloister-v2,CGO_ENABLED=0,-tags no_grpc -ldflags '-s -w $(STAMP)')
 	@$(call build-go,cloister,CGO_ENABLED=0,-tags no_grpc -ldflags '-s -w $(STAMP)')
-	@$(MAKE) -s agent
 
 .PHONY: agent
 agent:

@@ -31,26 +31,6 @@ type job struct {
 
 func (j *job) runc() bool { return j.handler == harness.HandlerRunc }
 
-// prepare sets the machine up and builds everything.
-func (j *job) prepare(ctx context.Context) error {
-	type step struct{ name, target string }
-	steps := []step{
-		{"set the machine up", "setup"},
-		{"build containerd and its tools", "conformance"},
-	}
-	if !j.runc() {
-		steps = append(steps, step{"build Cloister", "build"}, step{"make the guest image", "guest"})
-	}
-	for _, s := range steps {
-		if err := j.report.stage(ctx, s.name, makeTarget(s.target)); err != nil {
-			return err
-		}
-	}
-	var err error
-	j.artifacts, err = harness.Locate()
-	return err
-}
-
 // handlers are those that the node serves. Beside the one of the job they are for a node that is kept: those of Cloister
 // that need nothing more.
 func (j *job) handlers() []string {
@@ -326,7 +306,9 @@ func (j *job) keep() error {
 	if err := j.node.Keep(); err != nil {
 		return err
 	}
-	j.summary()
+	if err := j.report.print(); err != nil {
+		return err
+	}
 	ctr, crictl, nerdctl := j.node.Usage()
 	const config = "--runtime io.containerd.cloister.v2 --runtime-config-path"
 	fmt.Printf(`The pod is left up. Everything of it is in %s; look at it with
@@ -344,5 +326,3 @@ and end it with
 `, j.node.Dir, crictl, crictl, j.client.ID, ctr, ctr, config, j.node.CloisterConfig, harness.BusyboxImage, nerdctl)
 	return nil
 }
-
-func (j *job) summary() { j.report.print() }

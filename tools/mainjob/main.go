@@ -8,14 +8,13 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/cloister-project/cloister/test/harness"
+	"github.com/cloister-project/cloister/tools/stages"
 )
 
 // stopBudget is how long undoing everything may take, whatever went wrong before.
@@ -23,16 +22,17 @@ const stopBudget = 2 * time.Minute
 
 func main() {
 	keep := flag.Bool("keep", false, "leave the pod up at the end")
+	prepared := flag.String("prepared", "", "what tools/prepare has done before")
 	stop := flag.Bool("stop", false, "stop what was kept, and what killed runs left")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
 
-	job := run
+	job := func(ctx context.Context) error { return run(ctx, *keep, *prepared) }
 	if *stop {
-		job = func(ctx context.Context, _ bool) error { return stopAll(ctx) }
+		job = stopAll
 	}
-	if err := job(ctx, *keep); err != nil {
+	if err := job(ctx); err != nil {
 		fmt.Fprintf(os.Stderr, "\nmain job: FAILED: %v\n", err)
 		os.Exit(1)
 	}
@@ -41,15 +41,26 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, keep bool) (err error) {
+// run does the main job, and shows first what was done before it, if prepared names the record of that.
+func run(ctx context.Context, keep bool, prepared string) (err error) {
+	var before stages.Record
+	if prepared != "" {
+		if before, err = stages.Read(prepared); err != nil {
+			return err
+		}
+	}
 	handler := harness.HandlerCloister
 	if h := os.Getenv("CLOISTER_MAINJOB_HANDLER"); h != "" {
 		handler = h
 	}
-	j := &job{handler: handler, report: &report{out: os.Stdout}}
-	if err := j.prepare(ctx); err != nil {
+	artifacts, err := harness.Locate()
+	if err != nil {
 		return err
 	}
+	j := &job{handler: handler, artifacts: artifacts, report: &report{out: os.Stdout, progress: stages.New(os.Stdout, before)}}
+	watched, unwatch := context.WithCancel(context.WithoutCancel(ctx))
+	defer unwatch()
+	go j.report.progress.Watch(watched)
 	defer func() {
 		if keep && err == nil {
 			err = j.keep()
@@ -57,7 +68,7 @@ func run(ctx context.Context, keep bool) (err error) {
 		}
 		err = errors.Join(err, j.end(context.WithoutCancel(ctx), err == nil))
 		if err == nil {
-			j.summary()
+			err = j.report.print()
 		}
 	}()
 	if err := j.start(ctx); err != nil {
@@ -101,23 +112,4 @@ func stopAll(ctx context.Context) error {
 		cancel()
 	}
 	return errors.Join(faults...)
-}
-
-// makeTarget runs a target of the Makefile, showing what it prints.
-func makeTarget(target string) func(context.Context) (string, error) {
-	return func(ctx context.Context) (string, error) {
-		cmd := exec.CommandContext(ctx, "make", "--no-print-directory", target)
-		// What make told this process by its environment is not for another make.
-		for _, e := range os.Environ() {
-			if !strings.HasPrefix(e, "MAKEFLAGS=") && !strings.HasPrefix(e, "MAKELEVEL=") && !strings.HasPrefix(e, "MFLAGS=") {
-				cmd.Env = append(cmd.Env, e)
-			}
-		}
-		shown := &indented{out: os.Stdout}
-		cmd.Stdout, cmd.Stderr = shown, shown
-		if err := cmd.Run(); err != nil {
-			return "", fmt.Errorf("make %s: %w; its output is above", target, err)
-		}
-		return "", nil
-	}
 }

@@ -3,27 +3,22 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
-	"time"
+
+	"github.com/cloister-project/cloister/tools/stages"
 )
 
-// report shows progress while stages run and keeps what the table at the end needs.
+// report shows progress while stages run and keeps what is shown at the end.
 type report struct {
-	out    io.Writer
-	stages []stage
-	memory []row
-	proof  []comparison
-	boot   []row
-}
-
-type stage struct {
-	name, result string
-	took         time.Duration
+	out      io.Writer
+	progress *stages.Progress
+	memory   []row
+	proof    []comparison
+	boot     []row
 }
 
 type row struct{ name, value string }
@@ -36,42 +31,31 @@ func (r *report) stage(ctx context.Context, name string, step func(context.Conte
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	fmt.Fprintf(r.out, "==> %s\n", name)
-	started := time.Now()
+	running := r.progress.Begin(name, "", false)
 	result, err := step(ctx)
-	s := stage{name, result, time.Since(started)}
 	if err != nil {
-		fmt.Fprintf(r.out, "    failed after %s\n", seconds(s.took))
+		running.Fail("")
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	r.stages = append(r.stages, s)
-	fmt.Fprintf(r.out, "    %s", seconds(s.took))
-	if result != "" {
-		fmt.Fprintf(r.out, "  %s", result)
-	}
-	fmt.Fprintln(r.out)
+	running.End(result)
 	return nil
 }
 
-// print shows the table at the end.
-func (r *report) print() {
-	fmt.Fprintln(r.out)
-	w := tabwriter.NewWriter(r.out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "STAGE\tTIME\tRESULT")
-	var total time.Duration
-	for _, s := range r.stages {
-		fmt.Fprintf(w, "%s\t%s\t%s\n", s.name, seconds(s.took), s.result)
-		total += s.took
+// print shows the tables at the end.
+func (r *report) print() error {
+	r.progress.Println("")
+	if err := r.progress.Record().Table(r.out); err != nil {
+		return err
 	}
-	fmt.Fprintf(w, "all\t%s\t\n", seconds(total))
+	w := tabwriter.NewWriter(r.out, 0, 0, 2, ' ', 0)
 	r.rows(w, "BOOT TIMELINE", r.boot)
 	r.rows(w, "MEMORY", r.memory)
 	fmt.Fprintf(w, "\nPROOF\tIN THE CONTAINER\tON THE HOST\n")
 	for _, c := range r.proof {
 		fmt.Fprintf(w, "%s\t%s\t%s\n", c.what, c.inside, c.host)
 	}
-	w.Flush()
-	fmt.Fprintln(r.out)
+	fmt.Fprintln(w)
+	return w.Flush()
 }
 
 func (r *report) rows(w io.Writer, title string, rows []row) {
@@ -83,8 +67,6 @@ func (r *report) rows(w io.Writer, title string, rows []row) {
 		fmt.Fprintf(w, "%s\t%s\n", l.name, l.value)
 	}
 }
-
-func seconds(d time.Duration) string { return fmt.Sprintf("%.2f s", d.Seconds()) }
 
 // timeline reads what the sandbox's status says of its boot: "name=milliseconds" pairs, those of the guest marked by
 // "guest:" and counted from its kernel's start.
@@ -102,23 +84,4 @@ func timeline(text string) []row {
 		}
 	}
 	return rows
-}
-
-// indented passes lines on, indented below the stage that they belong to.
-type indented struct {
-	out     io.Writer
-	midLine bool
-}
-
-func (i *indented) Write(p []byte) (int, error) {
-	var b bytes.Buffer
-	for line := range bytes.Lines(p) {
-		if !i.midLine {
-			b.WriteString("    | ")
-		}
-		b.Write(line)
-		i.midLine = !bytes.HasSuffix(line, []byte{'\n'})
-	}
-	_, err := i.out.Write(b.Bytes())
-	return len(p), err
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cloister-project/cloister/tools/stages"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -32,32 +33,21 @@ func TestClean(t *testing.T) {
 	assert.Len(t, []rune(clean(string(bytes.Repeat([]byte("x"), 500)))), 60)
 }
 
-func TestIndented(t *testing.T) {
-	var b bytes.Buffer
-	i := &indented{out: &b}
-	for _, s := range []string{"a\nb", "c\n", "d"} {
-		n, err := i.Write([]byte(s))
-		require.NoError(t, err)
-		require.Equal(t, len(s), n)
-	}
-	assert.Equal(t, "    | a\n    | bc\n    | d", b.String())
-}
-
 func TestStage(t *testing.T) {
 	var b bytes.Buffer
-	r := &report{out: &b}
+	r := &report{out: &b, progress: stages.New(&b, stages.Record{Stages: []stages.Stage{{Name: "before", Took: 1500 * time.Millisecond}}})}
 	require.NoError(t, r.stage(t.Context(), "good", func(context.Context) (string, error) { return "fine", nil }))
 	fault := errors.New("no luck")
 	require.ErrorIs(t, r.stage(t.Context(), "bad", func(context.Context) (string, error) { return "", fault }), fault)
 	cancelled, cancel := context.WithCancel(t.Context())
 	cancel()
 	require.ErrorIs(t, r.stage(cancelled, "never", nil), context.Canceled)
-	require.Len(t, r.stages, 1)
-	r.stages[0].took = 1500 * time.Millisecond
 	r.proof = []comparison{{"boot id", "aaa", "bbb"}}
 	b.Reset()
-	r.print()
-	assert.Contains(t, b.String(), "good   1.50 s  fine\n")
+	require.NoError(t, r.print())
+	assert.Regexp(t, `(?m)^before  1\.50 s  $`, b.String())
+	assert.Regexp(t, `(?m)^good    \d\.\d\d s  fine$`, b.String())
+	assert.NotContains(t, b.String(), "bad")
 	assert.Contains(t, b.String(), "boot id  aaa               bbb\n")
 }
 
