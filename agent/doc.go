@@ -4,11 +4,14 @@
 // own; its rooms are
 //
 //	boot       brings the guest up and takes it down
+//	launch     how the guest was launched, and whether that holds
 //	network    addresses, routes and neighbours of the pod
 //	storage    disks, layers, overlays, virtio-fs and copied files
+//	ocispec    the allow-list of what an OCI specification may ask of the guest
 //	container  containers and processes, with libcontainer
 //	server     the agent protocol, which the host speaks with it
 //
-// They import agent-protocol and nothing else of this repository. Among themselves only server imports container; the
-// rest meets in cmd/cloister-agent.
+// Of this repository they import agent-protocol, and launch besides it tee/initdata and tee/report, which read what a
+// launch is bound to and the hardware's evidence of it. Among themselves boot imports launch, container imports ocispec
+// and server imports container; the rest meets in cmd/cloister-agent.
 package agent

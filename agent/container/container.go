@@ -20,6 +20,7 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/agent/ocispec"
 )
 
 // Budgets of steps that wait for the kernel or run after the caller has given up.
@@ -136,7 +137,7 @@ func (c *container) create(ctx context.Context, spec *specs.Spec, stdio stdioSpe
 	if spec.Mounts, err = c.m.cfg.Storage.PrepareMounts(ctx, c.id, req.GetMounts()); err != nil {
 		return err
 	}
-	if ownNamespace(spec.Linux, specs.UserNamespace) {
+	if ocispec.OwnNamespace(spec.Linux, specs.UserNamespace) {
 		c.m.bindKernelFilesystems(spec)
 	}
 
@@ -155,7 +156,7 @@ func (c *container) create(ctx context.Context, spec *specs.Spec, stdio stdioSpe
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	c.ownPID = ownNamespace(spec.Linux, specs.PIDNamespace)
+	c.ownPID = ocispec.OwnNamespace(spec.Linux, specs.PIDNamespace)
 	c.limits, c.cgroups = spec.Linux.Resources, spec.Linux.CgroupsPath
 	if c.lc, err = libcontainer.Create(filepath.Join(c.m.cfg.StateDir, "containers"), c.id, config); err != nil {
 		return withKind(err, errdefs.ErrInvalidArgument)
@@ -211,7 +212,7 @@ func (m *Manager) bindKernelFilesystems(spec *specs.Spec) {
 		case mount.Type == "sysfs":
 			spec.Mounts[i].Type, spec.Mounts[i].Source = "bind", "/sys"
 			spec.Mounts[i].Options = append(mount.Options[:len(mount.Options):len(mount.Options)], "rbind", "ro")
-		case mount.Type == "mqueue" && mqueue != "" && !ownNamespace(spec.Linux, specs.IPCNamespace):
+		case mount.Type == "mqueue" && mqueue != "" && !ocispec.OwnNamespace(spec.Linux, specs.IPCNamespace):
 			spec.Mounts[i].Type, spec.Mounts[i].Source = "bind", mqueue
 			spec.Mounts[i].Options = append(mount.Options[:len(mount.Options):len(mount.Options)], "bind")
 		}
@@ -306,7 +307,7 @@ func (c *container) update(ctx context.Context, update *specs.LinuxResources) er
 	if s := c.currentState(); s != stateCreated && s != stateRunning && s != statePaused {
 		return c.wrongState("update", s)
 	}
-	limits := mergeResources(c.limits, update)
+	limits := ocispec.MergeResources(c.limits, update)
 	cgroup, err := specconv.CreateCgroupConfig(&specconv.CreateOpts{
 		CgroupName: c.id,
 		Spec:       &specs.Spec{Linux: &specs.Linux{CgroupsPath: c.cgroups, Resources: limits}},

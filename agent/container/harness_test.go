@@ -223,6 +223,8 @@ func testSpec(p *specs.Process, change ...func(*specs.Spec)) *specs.Spec {
 	return s
 }
 
+func ptr[T any](v T) *T { return &v }
+
 func (b *bench) create(id string, spec *specs.Spec, stdio *agentv1.Stdio) error {
 	b.t.Helper()
 	raw, err := json.Marshal(spec)

@@ -16,6 +16,7 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/agent/ocispec"
 )
 
 // Storage is what containers need of the guest's storage (package agent/storage).
@@ -45,7 +46,7 @@ const DefaultCgroup = "/pod"
 // Manager runs the pod's containers. See the package's documentation for states and locks.
 type Manager struct {
 	cfg    Config
-	guest  *guest
+	guest  *ocispec.Guest
 	events *eventLog
 	oom    *oomWatcher
 
@@ -70,13 +71,13 @@ func NewManager(cfg Config) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch for OOM kills: %w", err)
 	}
-	g := inspectGuest()
-	g.cgroup = cfg.Cgroup
+	g := ocispec.Inspect()
+	g.Cgroup = cfg.Cgroup
 	return &Manager{cfg: cfg, guest: g, events: newEventLog(), oom: oom, containers: map[string]*container{}}, nil
 }
 
 // reserve puts a new container's place into the map.
-func (m *Manager) reserve(id string) (*container, *guest, error) {
+func (m *Manager) reserve(id string) (*container, *ocispec.Guest, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
@@ -94,7 +95,7 @@ func (m *Manager) reserve(id string) (*container, *guest, error) {
 	c := newContainer(m, id)
 	m.containers[id] = c
 	g := *m.guest
-	g.ipc, g.uts, g.pid = nsPath(m.pod.ipc), nsPath(m.pod.uts), nsPath(m.pod.pid)
+	g.IPC, g.UTS, g.PID = nsPath(m.pod.ipc), nsPath(m.pod.uts), nsPath(m.pod.pid)
 	return c, &g, nil
 }
 
@@ -151,7 +152,7 @@ func (m *Manager) Create(ctx context.Context, req *agentv1.CreateContainerReques
 	if err != nil {
 		return err
 	}
-	in, err := decodeSpec(req.GetSpec())
+	in, err := ocispec.DecodeContainer(req.GetSpec())
 	if err != nil {
 		return err
 	}
@@ -159,7 +160,7 @@ func (m *Manager) Create(ctx context.Context, req *agentv1.CreateContainerReques
 	if err != nil {
 		return err
 	}
-	spec, err := g.containerSpec(id, in, stdio.terminal)
+	spec, err := g.Container(id, in, stdio.terminal)
 	if err == nil {
 		err = c.create(ctx, spec, stdio, req)
 	}
@@ -179,11 +180,11 @@ func (m *Manager) CreateProcess(_ context.Context, req *agentv1.CreateProcessReq
 	if err != nil {
 		return err
 	}
-	in, err := decodeProcess(req.GetProcess())
+	in, err := ocispec.DecodeProcess(req.GetProcess())
 	if err != nil {
 		return err
 	}
-	spec, err := m.guest.processSpec(in, stdio.terminal)
+	spec, err := m.guest.Process(in, stdio.terminal)
 	if err != nil {
 		return err
 	}
@@ -292,11 +293,11 @@ func (m *Manager) Resume(ctx context.Context, id string) error {
 
 // Update changes a container's limits; resources is OCI LinuxResources in JSON.
 func (m *Manager) Update(ctx context.Context, id string, resources []byte) error {
-	in, err := decodeResources(resources)
+	in, err := ocispec.DecodeResources(resources)
 	if err != nil {
 		return err
 	}
-	update, err := m.guest.resources(in)
+	update, err := m.guest.Resources(in)
 	if err != nil {
 		return err
 	}

@@ -15,6 +15,8 @@ import (
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/agent/ocispec"
 )
 
 const (
@@ -149,7 +151,7 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 		},
 		Linux: &specs.Linux{
 			CgroupsPath: cgroup,
-			Resources:   &specs.LinuxResources{Devices: deviceRules(nil)},
+			Resources:   &specs.LinuxResources{Devices: ocispec.DeviceRules(nil)},
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.PIDNamespace},
 				{Type: specs.IPCNamespace, Path: nsPath(p.ipc)}, {Type: specs.UTSNamespace, Path: nsPath(p.uts)},
@@ -168,7 +170,7 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 	}
 	defer ready.Close()
 	defer stdout.Close()
-	lp := libcontainerProcess(process)
+	lp := ocispec.LibcontainerProcess(process)
 	lp.Init, lp.Stdout = true, stdout
 	if err := p.pause.Run(lp); err != nil {
 		return errors.Join(err, p.pause.Destroy())

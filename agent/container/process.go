@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent/ocispec"
 )
 
 // failedStart is the exit status of a process that could not be started.
@@ -57,7 +58,7 @@ type process struct {
 }
 
 func newProcess(c *container, id string, spec *specs.Process, stdio stdioSpec) *process {
-	return &process{id: id, c: c, lp: libcontainerProcess(spec), io: newProcessIO(stdio), done: make(chan struct{}), gone: make(chan struct{})}
+	return &process{id: id, c: c, lp: ocispec.LibcontainerProcess(spec), io: newProcessIO(stdio), done: make(chan struct{}), gone: make(chan struct{})}
 }
 
 func (p *process) String() string {

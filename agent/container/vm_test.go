@@ -147,7 +147,8 @@ func TestUserNamespace(t *testing.T) {
 	needCgroup2(t)
 	b := newBench(t, false)
 	out := b.stream()
-	spec := testSpec(script("cat /proc/self/uid_map; id -u; echo end"), ns(specs.UserNamespace, "/proc/1/ns/user"))
+	spec := testSpec(script("cat /proc/self/uid_map; id -u; echo end"))
+	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/proc/1/ns/user"})
 	spec.Linux.UIDMappings = []specs.LinuxIDMapping{{HostID: 65536, Size: 65536}}
 	spec.Linux.GIDMappings = spec.Linux.UIDMappings
 	b.run("c", spec, &agentv1.Stdio{Stdout: out.id.String()})

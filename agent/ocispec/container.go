@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package container
+package ocispec
 
 import (
-	"encoding/json"
 	"fmt"
 	"path"
 	"slices"
@@ -11,48 +10,12 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-
-	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
-// guest is what the allow-list knows about the machine that it runs in. It never learns it from a request.
-type guest struct {
-	// cpus is the number of the highest online CPU plus one.
-	cpus int
-	// nrOpen is fs.nr_open, the ceiling of RLIMIT_NOFILE.
-	nrOpen uint64
-	// device finds a character device of the guest by its path.
-	device func(path string) (major, minor int64, ok bool)
-	// cgroup is the parent of the containers' cgroups.
-	cgroup string
-	// The pod's shared namespaces, empty when the pod has none.
-	ipc, uts, pid string
-}
-
-// decodeSpec reads an OCI runtime configuration.
-func decodeSpec(raw []byte) (*specs.Spec, error) {
-	var in specs.Spec
-	if err := decodeJSON(raw, &in, "spec"); err != nil {
-		return nil, err
-	}
-	return &in, nil
-}
-
-// decodeJSON reads exactly one JSON value of bounded size.
-func decodeJSON(raw []byte, into any, what string) error {
-	if len(raw) > wire.MaxSpec {
-		return fmt.Errorf("%s has %d bytes, the limit is %d: %w", what, len(raw), wire.MaxSpec, errdefs.ErrInvalidArgument)
-	}
-	if err := json.Unmarshal(raw, into); err != nil {
-		return fmt.Errorf("%s is not valid JSON (%w): %w", what, err, errdefs.ErrInvalidArgument)
-	}
-	return nil
-}
-
-// containerSpec builds the configuration that libcontainer gets. It copies what is allowed from in, field by field,
+// Container builds the configuration that libcontainer gets. It copies what is allowed from in, field by field,
 // refuses what would change the container's meaning or reach into the guest, and drops what only describes the host.
 // Root and mounts are filled in by the caller from the guest's own storage.
-func (g *guest) containerSpec(id string, in *specs.Spec, terminal bool) (*specs.Spec, error) {
+func (g *Guest) Container(id string, in *specs.Spec, terminal bool) (*specs.Spec, error) {
 	switch {
 	case in.Process == nil:
 		return nil, refused("spec has no process")
@@ -65,7 +28,7 @@ func (g *guest) containerSpec(id string, in *specs.Spec, terminal bool) (*specs.
 	case in.Windows != nil || in.Solaris != nil || in.VM != nil || in.ZOS != nil || in.FreeBSD != nil:
 		return nil, refused("spec is not for Linux")
 	}
-	process, err := g.processSpec(in.Process, terminal)
+	process, err := g.Process(in.Process, terminal)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +42,7 @@ func (g *guest) containerSpec(id string, in *specs.Spec, terminal bool) (*specs.
 		Root:    &specs.Root{Readonly: in.Root != nil && in.Root.Readonly},
 		Linux:   linux,
 	}
-	if ownNamespace(linux, specs.UTSNamespace) {
+	if OwnNamespace(linux, specs.UTSNamespace) {
 		// In the pod's own UTS namespace the name is the pod's, and one container must not change it.
 		out.Hostname, out.Domainname = in.Hostname, in.Domainname
 	}
@@ -91,11 +54,12 @@ func hooksCount(h *specs.Hooks) int {
 	return len(h.Prestart) + len(h.CreateRuntime) + len(h.CreateContainer) + len(h.StartContainer) + len(h.Poststart) + len(h.Poststop)
 }
 
-func ownNamespace(l *specs.Linux, t specs.LinuxNamespaceType) bool {
+// OwnNamespace reports whether l gives the container a namespace of its own of type t.
+func OwnNamespace(l *specs.Linux, t specs.LinuxNamespaceType) bool {
 	return slices.ContainsFunc(l.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == t && n.Path == "" })
 }
 
-func (g *guest) linuxSpec(id string, in *specs.Linux) (*specs.Linux, error) {
+func (g *Guest) linuxSpec(id string, in *specs.Linux) (*specs.Linux, error) {
 	switch {
 	case len(in.NetDevices) > 0:
 		return nil, refused("linux.netDevices: network devices are the pod's")
@@ -103,26 +67,26 @@ func (g *guest) linuxSpec(id string, in *specs.Linux) (*specs.Linux, error) {
 		return nil, refused("linux.timeOffsets: the guest has no time namespaces")
 	}
 	out := &specs.Linux{
-		CgroupsPath: path.Join(g.cgroup, id), // the host's path names the host's cgroup
+		CgroupsPath: path.Join(g.Cgroup, id), // the host's path names the host's cgroup
 		Personality: in.Personality,
 	}
 	var err error
 	if out.Namespaces, err = g.namespaces(in); err != nil {
 		return nil, err
 	}
-	if ownNamespace(out, specs.UserNamespace) {
+	if OwnNamespace(out, specs.UserNamespace) {
 		out.UIDMappings, out.GIDMappings = in.UIDMappings, in.GIDMappings
 	}
 	if out.Sysctl, err = containerSysctls(in.Sysctl, out); err != nil {
 		return nil, err
 	}
-	if out.Resources, err = g.resources(in.Resources); err != nil {
+	if out.Resources, err = g.Resources(in.Resources); err != nil {
 		return nil, err
 	}
 	if out.Devices, err = g.devices(in.Devices); err != nil {
 		return nil, err
 	}
-	out.Resources.Devices = deviceRules(out.Devices)
+	out.Resources.Devices = DeviceRules(out.Devices)
 	if in.Seccomp != nil {
 		if in.Seccomp.ListenerPath != "" || in.Seccomp.ListenerMetadata != "" {
 			return nil, refused("linux.seccomp.listenerPath: a seccomp agent of the host cannot be reached")
@@ -145,7 +109,7 @@ func (g *guest) linuxSpec(id string, in *specs.Linux) (*specs.Linux, error) {
 }
 
 // namespaces translates the host's list. A path only says "share the pod's": it is never opened.
-func (g *guest) namespaces(in *specs.Linux) ([]specs.LinuxNamespace, error) {
+func (g *Guest) namespaces(in *specs.Linux) ([]specs.LinuxNamespace, error) {
 	asked := map[specs.LinuxNamespaceType]specs.LinuxNamespace{}
 	for _, n := range in.Namespaces {
 		if _, ok := asked[n.Type]; ok {
@@ -156,7 +120,8 @@ func (g *guest) namespaces(in *specs.Linux) ([]specs.LinuxNamespace, error) {
 	out := []specs.LinuxNamespace{{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}}
 	for t, n := range asked {
 		switch t {
-		case specs.NetworkNamespace, specs.MountNamespace, specs.CgroupNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.PIDNamespace:
+		case specs.NetworkNamespace, specs.MountNamespace, specs.CgroupNamespace,
+			specs.IPCNamespace, specs.UTSNamespace, specs.PIDNamespace:
 		case specs.UserNamespace:
 			// A path means the pod's user namespace. Each container gets one of its own with the same mapping instead,
 			// which looks the same from the inside.
@@ -174,7 +139,7 @@ func (g *guest) namespaces(in *specs.Linux) ([]specs.LinuxNamespace, error) {
 	for _, shared := range []struct {
 		t    specs.LinuxNamespaceType
 		path string
-	}{{specs.IPCNamespace, g.ipc}, {specs.UTSNamespace, g.uts}, {specs.PIDNamespace, g.pid}} {
+	}{{specs.IPCNamespace, g.IPC}, {specs.UTSNamespace, g.UTS}, {specs.PIDNamespace, g.PID}} {
 		n, ok := asked[shared.t]
 		if ok && n.Path == "" {
 			out = append(out, specs.LinuxNamespace{Type: shared.t})
@@ -182,7 +147,8 @@ func (g *guest) namespaces(in *specs.Linux) ([]specs.LinuxNamespace, error) {
 		}
 		// Missing means "the host's" in a runtime spec. The widest that a container gets is the pod's.
 		if shared.path == "" {
-			return nil, fmt.Errorf("the container asks for the pod's %s namespace, and the pod has none: %w", shared.t, errdefs.ErrFailedPrecondition)
+			return nil, fmt.Errorf("the container asks for the pod's %s namespace, and the pod has none: %w",
+				shared.t, errdefs.ErrFailedPrecondition)
 		}
 		out = append(out, specs.LinuxNamespace{Type: shared.t, Path: shared.path})
 	}
@@ -195,13 +161,14 @@ func containerSysctls(in map[string]string, l *specs.Linux) (map[string]string, 
 	out := make(map[string]string, len(in))
 	for key, value := range in {
 		switch key {
-		case "kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem", "kernel.shmall", "kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced",
+		case "kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem",
+			"kernel.shmall", "kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced",
 			"fs.mqueue.queues_max", "fs.mqueue.msg_max", "fs.mqueue.msgsize_max", "fs.mqueue.msg_default", "fs.mqueue.msgsize_default":
-			if !ownNamespace(l, specs.IPCNamespace) {
+			if !OwnNamespace(l, specs.IPCNamespace) {
 				return nil, refused("sysctl %q: the container shares the pod's ipc namespace, set it on the pod", key)
 			}
 		case "kernel.domainname":
-			if !ownNamespace(l, specs.UTSNamespace) {
+			if !OwnNamespace(l, specs.UTSNamespace) {
 				return nil, refused("sysctl %q: the container shares the pod's uts namespace, set it on the pod", key)
 			}
 		default:
@@ -222,4 +189,9 @@ func cleanPaths(field string, in []string) ([]string, error) {
 		}
 	}
 	return in, nil
+}
+
+// refused returns the error for a specification that asks for something that the guest does not do.
+func refused(format string, args ...any) error {
+	return fmt.Errorf("%s: %w", fmt.Sprintf(format, args...), errdefs.ErrInvalidArgument)
 }

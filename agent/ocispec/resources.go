@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package container
+package ocispec
 
 import (
 	"os"
@@ -9,25 +9,15 @@ import (
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 )
 
 // unifiedKey is a cgroup v2 file: "memory.high". No slash, so that it stays in the container's cgroup.
 var unifiedKey = regexp.MustCompile(`^[a-z]+(\.[a-z0-9_]+)+$`)
 
-// decodeResources reads OCI LinuxResources.
-func decodeResources(raw []byte) (*specs.LinuxResources, error) {
-	var in specs.LinuxResources
-	if err := decodeJSON(raw, &in, "resources"); err != nil {
-		return nil, err
-	}
-	return &in, nil
-}
-
-// resources copies the limits that mean something in the guest. Block I/O, huge pages, RDMA and network classes are
+// Resources copies the limits that mean something in the guest. Block I/O, huge pages, RDMA and network classes are
 // dropped: they name devices or pools of the host. So is swap, the guest has none. The result is never nil and has no
 // device rules.
-func (g *guest) resources(in *specs.LinuxResources) (*specs.LinuxResources, error) {
+func (g *Guest) Resources(in *specs.LinuxResources) (*specs.LinuxResources, error) {
 	out := &specs.LinuxResources{}
 	if in == nil {
 		return out, nil
@@ -52,7 +42,8 @@ func (g *guest) resources(in *specs.LinuxResources) (*specs.LinuxResources, erro
 			return nil, refused("resources.unified: %q is not a cgroup v2 limit", key)
 		}
 		switch key {
-		case "memory.min", "memory.low", "memory.high", "memory.max", "memory.oom.group", "cpu.weight", "cpu.weight.nice", "cpu.max", "cpu.max.burst", "cpu.idle", "pids.max":
+		case "memory.min", "memory.low", "memory.high", "memory.max", "memory.oom.group",
+			"cpu.weight", "cpu.weight.nice", "cpu.max", "cpu.max.burst", "cpu.idle", "pids.max":
 			if out.Unified == nil {
 				out.Unified = map[string]string{}
 			}
@@ -72,8 +63,8 @@ func (g *guest) resources(in *specs.LinuxResources) (*specs.LinuxResources, erro
 	return out, nil
 }
 
-// mergeResources puts the limits of an update over those that a container has.
-func mergeResources(have, update *specs.LinuxResources) *specs.LinuxResources {
+// MergeResources puts the limits of an update over those that a container has.
+func MergeResources(have, update *specs.LinuxResources) *specs.LinuxResources {
 	out := *have
 	if u := update.Memory; u != nil {
 		m := specs.LinuxMemory{}
@@ -122,7 +113,7 @@ func over[T any](have **T, update *T) {
 }
 
 // hasCPUs reports whether every CPU of a list such as "0-3,8" is one of the guest's.
-func (g *guest) hasCPUs(list string) bool {
+func (g *Guest) hasCPUs(list string) bool {
 	if list == "" {
 		return false
 	}
@@ -160,7 +151,7 @@ var extraDevices = map[string]bool{
 
 // devices lets through the standard devices (which libcontainer makes anyway) and the extra ones. The numbers that the
 // host sends must be those that the guest has: another number is another device.
-func (g *guest) devices(in []specs.LinuxDevice) ([]specs.LinuxDevice, error) {
+func (g *Guest) devices(in []specs.LinuxDevice) ([]specs.LinuxDevice, error) {
 	var out []specs.LinuxDevice
 	seen := map[string]bool{}
 	for _, d := range in {
@@ -194,44 +185,13 @@ func (g *guest) devices(in []specs.LinuxDevice) ([]specs.LinuxDevice, error) {
 	return out, nil
 }
 
-// deviceRules is the device cgroup of a container: nothing, then libcontainer's defaults (which specconv adds), then
+// DeviceRules is the device cgroup of a container: nothing, then libcontainer's defaults (which specconv adds), then
 // the extra devices. The host's own rules are not read: they name the host's devices.
-func deviceRules(extra []specs.LinuxDevice) []specs.LinuxDeviceCgroup {
+func DeviceRules(extra []specs.LinuxDevice) []specs.LinuxDeviceCgroup {
 	rules := []specs.LinuxDeviceCgroup{{Allow: false, Access: "rwm"}}
 	for i := range extra {
 		d := &extra[i]
 		rules = append(rules, specs.LinuxDeviceCgroup{Allow: true, Type: d.Type, Major: &d.Major, Minor: &d.Minor, Access: "rwm"})
 	}
 	return rules
-}
-
-// inspectGuest reads what the allow-list needs from the running guest.
-func inspectGuest() *guest {
-	g := &guest{cpus: onlineCPUs(), device: statDevice}
-	if raw, err := os.ReadFile("/proc/sys/fs/nr_open"); err == nil {
-		g.nrOpen, _ = strconv.ParseUint(strings.TrimSpace(string(raw)), 10, 64)
-	}
-	return g
-}
-
-func onlineCPUs() int {
-	raw, err := os.ReadFile("/sys/devices/system/cpu/online")
-	if err != nil {
-		return 0
-	}
-	list := strings.TrimSpace(string(raw))
-	last := list[strings.LastIndexAny(list, ",-")+1:]
-	n, err := strconv.Atoi(last)
-	if err != nil {
-		return 0
-	}
-	return n + 1
-}
-
-func statDevice(path string) (major, minor int64, ok bool) {
-	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
-		return 0, 0, false
-	}
-	return int64(unix.Major(st.Rdev)), int64(unix.Minor(st.Rdev)), true
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package container
+package ocispec
 
 import (
 	"path"
@@ -39,18 +39,9 @@ var rlimits = map[string]int{
 	"RLIMIT_STACK":      unix.RLIMIT_STACK,
 }
 
-// decodeProcess reads an OCI process object.
-func decodeProcess(raw []byte) (*specs.Process, error) {
-	var in specs.Process
-	if err := decodeJSON(raw, &in, "process"); err != nil {
-		return nil, err
-	}
-	return &in, nil
-}
-
-// processSpec copies what is allowed of a process. AppArmor and SELinux names are dropped, they are profiles of the
+// Process copies what is allowed of a process. AppArmor and SELinux names are dropped, they are profiles of the
 // host; so are CPU affinities, which count the host's CPUs.
-func (g *guest) processSpec(in *specs.Process, terminal bool) (*specs.Process, error) {
+func (g *Guest) Process(in *specs.Process, terminal bool) (*specs.Process, error) {
 	switch {
 	case len(in.Args) == 0 || in.Args[0] == "":
 		return nil, refused("process.args is empty")
@@ -110,8 +101,8 @@ func (g *guest) processSpec(in *specs.Process, terminal bool) (*specs.Process, e
 	return out, nil
 }
 
-// libcontainerProcess turns a checked process into libcontainer's form, without its stdio.
-func libcontainerProcess(p *specs.Process) *libcontainer.Process {
+// LibcontainerProcess turns a checked process into libcontainer's form, without its stdio.
+func LibcontainerProcess(p *specs.Process) *libcontainer.Process {
 	out := &libcontainer.Process{
 		Args:            p.Args,
 		Env:             p.Env,

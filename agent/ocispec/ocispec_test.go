@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package container
+package ocispec
 
 import (
 	"encoding/json"
@@ -15,14 +15,30 @@ import (
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
-func testGuest() *guest {
-	return &guest{
-		cgroup: "/pod", cpus: 2, nrOpen: 1 << 20, ipc: "/ns/ipc", uts: "/ns/uts", pid: "/ns/pid",
+func testGuest() *Guest {
+	return &Guest{
+		Cgroup: "/pod", IPC: "/ns/ipc", UTS: "/ns/uts", PID: "/ns/pid", cpus: 2, nrOpen: 1 << 20,
 		device: func(path string) (int64, int64, bool) { return 10, 229, path == "/dev/fuse" },
 	}
 }
 
 func ptr[T any](v T) *T { return &v }
+
+// testSpec is a specification as containerd writes it for a pod's container.
+func testSpec(change ...func(*specs.Spec)) *specs.Spec {
+	s := &specs.Spec{
+		Version: specs.Version,
+		Process: &specs.Process{Args: []string{"/bin/sh", "-c", "true"}, Cwd: "/", Env: []string{"PATH=/bin", "HOME=/"}},
+		Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{
+			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.NetworkNamespace, Path: "/proc/1/ns/net"},
+			{Type: specs.IPCNamespace, Path: "/proc/1/ns/ipc"}, {Type: specs.UTSNamespace, Path: "/proc/1/ns/uts"},
+		}},
+	}
+	for _, f := range change {
+		f(s)
+	}
+	return s
+}
 
 func TestContainerSpecRefuses(t *testing.T) {
 	for name, tc := range map[string]struct {
@@ -83,7 +99,7 @@ func TestContainerSpecRefuses(t *testing.T) {
 		"fuse without numbers": {device("/dev/fuse", "c", 0, 0), "does not exist"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := testGuest().containerSpec("c", testSpec(script("true"), tc.change), false)
+			_, err := testGuest().Container("c", testSpec(tc.change), false)
 			require.ErrorContains(t, err, tc.want)
 			require.True(t, errdefs.IsInvalidArgument(err))
 		})
@@ -113,7 +129,7 @@ func device(path, kind string, major, minor int64) func(*specs.Spec) {
 }
 
 func TestContainerSpecKeepsAndDrops(t *testing.T) {
-	in := testSpec(script("true"), func(s *specs.Spec) {
+	in := testSpec(func(s *specs.Spec) {
 		s.Annotations = map[string]string{"org.systemd.property.X": "1"}
 		s.Hooks = &specs.Hooks{}
 		s.Root = &specs.Root{Path: "/etc", Readonly: true}
@@ -140,7 +156,7 @@ func TestContainerSpecKeepsAndDrops(t *testing.T) {
 		device("/dev/null", "c", 1, 3)(s)
 		s.Linux.Devices[0].FileMode = ptr(os.FileMode(0o4666))
 	})
-	out, err := testGuest().containerSpec("c", in, false)
+	out, err := testGuest().Container("c", in, false)
 	require.NoError(t, err)
 	got, err := json.Marshal(out)
 	require.NoError(t, err)
@@ -151,7 +167,8 @@ func TestContainerSpecKeepsAndDrops(t *testing.T) {
 		"root": {"path": "", "readonly": true},
 		"linux": {
 			"cgroupsPath": "/pod/c",
-			"namespaces": [{"type": "mount"}, {"type": "cgroup"}, {"type": "ipc", "path": "/ns/ipc"}, {"type": "uts", "path": "/ns/uts"}, {"type": "pid"}],
+			"namespaces": [{"type": "mount"}, {"type": "cgroup"},
+				{"type": "ipc", "path": "/ns/ipc"}, {"type": "uts", "path": "/ns/uts"}, {"type": "pid"}],
 			"maskedPaths": ["/proc/kcore"],
 			"devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438}],
 			"resources": {
@@ -171,17 +188,17 @@ func TestNamespaces(t *testing.T) {
 		{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace},
 		{Type: specs.IPCNamespace, Path: "/ns/ipc"}, {Type: specs.UTSNamespace, Path: "/ns/uts"}, {Type: specs.PIDNamespace, Path: "/ns/pid"},
 	}, l)
-	g.pid = ""
+	g.PID = ""
 	_, err = g.namespaces(&specs.Linux{})
 	require.ErrorContains(t, err, "the pod has none")
 
 	// A user namespace by path becomes one of the container's own; sysctls of own namespaces are let through.
-	spec := testSpec(script("true"), ns(specs.UserNamespace, "/proc/7/ns/user"), sysctl("kernel.shmmax"))
+	spec := testSpec(ns(specs.UserNamespace, "/proc/7/ns/user"), sysctl("kernel.shmmax"))
 	spec.Linux.UIDMappings = []specs.LinuxIDMapping{{HostID: 1000, Size: 65536}}
 	spec.Linux.GIDMappings = spec.Linux.UIDMappings
 	spec.Linux.Namespaces[3].Path, spec.Linux.Namespaces[4].Path = "", ""
 	spec.Hostname = "own"
-	out, err := g.containerSpec("c", spec, false)
+	out, err := g.Container("c", spec, false)
 	require.NoError(t, err)
 	require.Contains(t, out.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
 	require.Equal(t, spec.Linux.UIDMappings, out.Linux.UIDMappings)
@@ -191,7 +208,10 @@ func TestNamespaces(t *testing.T) {
 
 func TestHasCPUs(t *testing.T) {
 	g := testGuest()
-	for list, want := range map[string]bool{"": false, "0": true, "0-1": true, "0,1": true, "2": false, "0-2": false, "-1": false, "1-0": false, "x": false, "0,,1": false, "99999999999999999999": false} {
+	for list, want := range map[string]bool{
+		"": false, "0": true, "0-1": true, "0,1": true, "2": false, "0-2": false,
+		"-1": false, "1-0": false, "x": false, "0,,1": false, "99999999999999999999": false,
+	} {
 		require.Equal(t, want, g.hasCPUs(list), list)
 	}
 }
@@ -201,7 +221,7 @@ func TestMergeResources(t *testing.T) {
 		Memory: &specs.LinuxMemory{Limit: ptr(int64(1)), Reservation: ptr(int64(2))},
 		CPU:    &specs.LinuxCPU{Shares: ptr(uint64(3)), Cpus: "0"},
 	}
-	got := mergeResources(have, &specs.LinuxResources{
+	got := MergeResources(have, &specs.LinuxResources{
 		Memory:  &specs.LinuxMemory{Limit: ptr(int64(9))},
 		CPU:     &specs.LinuxCPU{Quota: ptr(int64(8))},
 		Pids:    &specs.LinuxPids{Limit: ptr(int64(7))},
@@ -217,10 +237,10 @@ func TestMergeResources(t *testing.T) {
 }
 
 func TestDecodeLimits(t *testing.T) {
-	_, err := decodeSpec([]byte(strings.Repeat(" ", wire.MaxSpec+1)))
+	_, err := DecodeContainer([]byte(strings.Repeat(" ", wire.MaxSpec+1)))
 	require.ErrorContains(t, err, "the limit is")
 	for _, bad := range []string{"", "{", "[]", `{"process":7}`, `{} {}`} {
-		_, err := decodeSpec([]byte(bad))
+		_, err := DecodeContainer([]byte(bad))
 		require.True(t, errdefs.IsInvalidArgument(err), "%q: %v", bad, err)
 	}
 }
@@ -228,8 +248,8 @@ func TestDecodeLimits(t *testing.T) {
 // Whatever the host sends, what goes on to libcontainer keeps the allow-list's promises.
 func FuzzContainerSpec(f *testing.F) {
 	for _, s := range []*specs.Spec{
-		testSpec(script("true")),
-		testSpec(script("true"), sysctl("net.x"), device("/dev/fuse", "c", 10, 229), unified("memory.max", "1"), ns(specs.UserNamespace, "/x")),
+		testSpec(),
+		testSpec(sysctl("net.x"), device("/dev/fuse", "c", 10, 229), unified("memory.max", "1"), ns(specs.UserNamespace, "/x")),
 	} {
 		raw, err := json.Marshal(s)
 		require.NoError(f, err)
@@ -237,11 +257,11 @@ func FuzzContainerSpec(f *testing.F) {
 	}
 	f.Add([]byte(`{"process":{"args":["a"],"cwd":"/"},"linux":{"resources":{"cpu":{"cpus":"0-99999999"}},"seccomp":{"defaultAction":"X"}}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		in, err := decodeSpec(raw)
+		in, err := DecodeContainer(raw)
 		if err != nil {
 			return
 		}
-		out, err := testGuest().containerSpec("c", in, false)
+		out, err := testGuest().Container("c", in, false)
 		if err != nil {
 			return
 		}
@@ -258,42 +278,42 @@ func FuzzContainerSpec(f *testing.F) {
 				t.Fatalf("%+v", d)
 			}
 		}
-		libcontainerProcess(out.Process)
+		LibcontainerProcess(out.Process)
 	})
 }
 
 func FuzzProcess(f *testing.F) {
 	f.Add([]byte(`{"args":["a"],"cwd":"/","consoleSize":{"width":99999999,"height":1},"rlimits":[{"type":"RLIMIT_AS","hard":1}]}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		in, err := decodeProcess(raw)
+		in, err := DecodeProcess(raw)
 		if err != nil {
 			return
 		}
-		out, err := testGuest().processSpec(in, in.Terminal)
+		out, err := testGuest().Process(in, in.Terminal)
 		if err != nil {
 			return
 		}
 		if out.SelinuxLabel != "" || out.ApparmorProfile != "" || *out.OOMScoreAdj < minOOMScoreAdj || *out.OOMScoreAdj > maxOOMScoreAdj {
 			t.Fatalf("%+v", out)
 		}
-		libcontainerProcess(out)
+		LibcontainerProcess(out)
 	})
 }
 
 func FuzzResources(f *testing.F) {
 	f.Add([]byte(`{"memory":{"limit":-1},"cpu":{"cpus":"0"},"unified":{"cpu.max":"1 2"}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		in, err := decodeResources(raw)
+		in, err := DecodeResources(raw)
 		if err != nil {
 			return
 		}
-		out, err := testGuest().resources(in)
+		out, err := testGuest().Resources(in)
 		if err != nil {
 			return
 		}
 		if len(out.Devices) != 0 || out.BlockIO != nil {
 			t.Fatalf("%+v", out)
 		}
-		mergeResources(&specs.LinuxResources{}, out)
+		MergeResources(&specs.LinuxResources{}, out)
 	})
 }
