@@ -32,6 +32,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/cloister-project/cloister/internal/procid"
 	"github.com/cloister-project/cloister/shim/bundle"
 	"github.com/cloister-project/cloister/shim/internal/podtest"
 )
@@ -158,15 +159,7 @@ func (d *daemon) pid(c *ttrpc.Client) int {
 }
 
 func (d *daemon) awaitGone(pid int, socket string) {
-	require.Eventually(d.t, func() bool {
-		_, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
-		if err == nil {
-			// A child of this test, which does not reap it, is a zombie.
-			stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-			return bytes.Contains(stat, []byte(") Z "))
-		}
-		return true
-	}, 20*time.Second, 5*time.Millisecond, "the process is still there")
+	require.Eventually(d.t, func() bool { return !procid.Alive(pid) }, 20*time.Second, 5*time.Millisecond, "the process is still there")
 	require.NoFileExists(d.t, socket)
 	left, err := os.ReadDir(filepath.Dir(socket))
 	require.NoError(d.t, err)

@@ -10,13 +10,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
-	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
+	"github.com/cloister-project/cloister/internal/procid"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
 	"github.com/cloister-project/cloister/virtcontainers/network"
@@ -36,11 +34,10 @@ type record struct {
 	Hooks     *specs.Hooks `json:"hooks,omitempty"`
 }
 
-// processRef names a process beyond the reuse of its pid.
+// processRef is how a record keeps a procid.Ref. Records of running pods outlive an upgrade of the shim: the form stays.
 type processRef struct {
-	PID int `json:"pid"`
-	// Start is the process's start time in clock ticks since boot (proc(5), /proc/pid/stat field 22).
-	Start string `json:"start"`
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start,string"`
 }
 
 // saveRecord writes the pod's record by atomic rename.
@@ -53,11 +50,12 @@ func (p *Pod) saveRecord() error {
 		r.Cgroup = p.cgroup.Path()
 	}
 	if pid := p.vmmPID; pid != 0 {
-		start, err := startTime(pid)
+		ref, err := procid.Of(pid)
 		if err != nil {
 			return err
 		}
-		r.VMM = &processRef{PID: pid, Start: start}
+		vmm := processRef(ref)
+		r.VMM = &vmm
 	}
 	b, err := json.Marshal(r)
 	if err != nil {
@@ -88,7 +86,7 @@ func Cleanup(ctx context.Context, bundle string) error {
 	}
 	var faults []error
 	if r.VMM != nil {
-		if err := endProcess(ctx, *r.VMM); err != nil {
+		if err := endVMM(ctx, procid.Ref(*r.VMM)); err != nil {
 			faults = append(faults, err)
 		}
 	}
@@ -115,60 +113,17 @@ func Cleanup(ctx context.Context, bundle string) error {
 	return nil
 }
 
-// endProcess kills the process, if it is still the one that was meant, and waits until it is gone.
-func endProcess(ctx context.Context, ref processRef) error {
-	fd, err := unix.PidfdOpen(ref.PID, 0)
-	if errors.Is(err, unix.ESRCH) {
+// endVMM kills the process, if it is still the one that was meant, and waits until it is gone.
+func endVMM(ctx context.Context, ref procid.Ref) error {
+	vmm, err := ref.Open()
+	if errors.Is(err, os.ErrProcessDone) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("open process %d: %w", ref.PID, err)
+		return err
 	}
-	defer unix.Close(fd)
-	if start, err := startTime(ref.PID); err != nil || start != ref.Start {
-		return nil // gone, or another process has the pid by now
-	}
+	defer vmm.Close()
 	log.G(ctx).WithField("pid", ref.PID).Warn("the VMM outlived its shim; killing it")
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("kill process %d: %w", ref.PID, err)
-	}
-	for {
-		timeout := -1
-		if d, ok := deadlineMillis(ctx); ok {
-			timeout = d
-		}
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, timeout)
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil:
-			return err
-		case n == 0:
-			return fmt.Errorf("process %d does not end: %w", ref.PID, context.DeadlineExceeded)
-		default:
-			return nil
-		}
-	}
-}
-
-// startTime reads field 22 of /proc/pid/stat. The second field is in brackets and may hold anything.
-func startTime(pid int) (string, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return "", err
-	}
-	s := string(b)
-	fields := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
-	if len(fields) < 20 {
-		return "", fmt.Errorf("/proc/%d/stat has %d fields after the name", pid, len(fields))
-	}
-	return fields[19], nil
-}
-
-// deadlineMillis is the time left until ctx's deadline, at least 1 ms once it has passed.
-func deadlineMillis(ctx context.Context) (int, bool) {
-	d, ok := ctx.Deadline()
-	if !ok {
-		return 0, false
-	}
-	return max(int(time.Until(d).Milliseconds()), 1), true
+	_, err = vmm.End(ctx, 0)
+	return err
 }

@@ -5,6 +5,7 @@ package virtcontainers
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
 func writeRecord(t *testing.T, bundle string, r record) {
@@ -27,9 +30,15 @@ func TestCleanupEndsTheVMMAndCanBeRepeated(t *testing.T) {
 	require.NoError(t, os.MkdirAll(filepath.Join(state, "sub"), 0o700))
 	cmd := exec.Command("sleep", "600")
 	require.NoError(t, cmd.Start())
-	start, err := startTime(cmd.Process.Pid)
+	ref, err := procid.Of(cmd.Process.Pid)
 	require.NoError(t, err)
-	writeRecord(t, bundle, record{ID: "x", StateDir: state, VMM: &processRef{PID: cmd.Process.Pid, Start: start}})
+	// As every release has written it.
+	text := fmt.Sprintf(`{"id":"x","state_dir":%q,"vmm":{"pid":%d,"start":"%d"}}`, state, ref.PID, ref.Start)
+	vmm := processRef(ref)
+	b, err := json.Marshal(record{ID: "x", StateDir: state, VMM: &vmm})
+	require.NoError(t, err)
+	require.Equal(t, text, string(b))
+	require.NoError(t, os.WriteFile(filepath.Join(bundle, recordName), []byte(text), 0o600))
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 
@@ -50,7 +59,7 @@ func TestCleanupLeavesAnotherProcessWithThePIDAlone(t *testing.T) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	writeRecord(t, bundle, record{ID: "x", VMM: &processRef{PID: cmd.Process.Pid, Start: "1"}})
+	writeRecord(t, bundle, record{ID: "x", VMM: &processRef{PID: cmd.Process.Pid, Start: 1}})
 	require.NoError(t, Cleanup(context.Background(), bundle))
 	require.NoError(t, cmd.Process.Signal(syscall.Signal(0)))
 }

@@ -138,22 +138,6 @@ func TestCgroups(t *testing.T) {
 	}
 }
 
-func TestUserProcess(t *testing.T) {
-	for stat, want := range map[string]bool{
-		"12 (sh) S 1 12 12 0 -1 4194560 1 2":              true,
-		"12 (a) Z (b) R 1 12 12 0 -1 4194560 1 2":         true,
-		"12 (sh) Z 1 12 12 0 -1 4194560 1 2":              false,
-		"2 (kthreadd) S 0 0 0 0 -1 2129984 0 0":           false,
-		"":                                                false,
-		"12 (sh)":                                         false,
-		"12 (sh) S 1 12 12 0 -1 notanumber 1 2":           false,
-		"13 (x) X 1 12 12 0 -1 4194560 1 2":               false,
-		"14 (tricky) S 1 (y) R 1 14 14 0 -1 4194560 1 2 ": true,
-	} {
-		require.Equal(t, want, isUserProcess([]byte(stat)), stat)
-	}
-}
-
 func TestUserProcesses(t *testing.T) {
 	cmd := exec.Command("sleep", "60")
 	require.NoError(t, cmd.Start())

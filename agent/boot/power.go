@@ -3,7 +3,6 @@
 package boot
 
 import (
-	"bytes"
 	"fmt"
 	"os"
 	"strconv"
@@ -12,6 +11,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
 // How long processes get to end at power-off. The init of a pid namespace that does not handle SIGTERM ignores it, so
@@ -87,24 +88,12 @@ func userProcesses() []int {
 		if err != nil || pid == os.Getpid() {
 			continue
 		}
-		stat, err := os.ReadFile("/proc/" + e.Name() + "/stat")
-		if err == nil && isUserProcess(stat) {
+		stat, err := procid.ReadStat(pid)
+		if err == nil && !stat.KernelThread() && !stat.Ended() {
 			pids = append(pids, pid)
 		}
 	}
 	return pids
-}
-
-// isUserProcess reads /proc/PID/stat, see proc_pid_stat(5).
-func isUserProcess(stat []byte) bool {
-	const kernelThread = 0x00200000 // PF_KTHREAD
-	_, rest, found := bytes.Cut(stat[max(0, bytes.LastIndexByte(stat, ')')):], []byte(") "))
-	fields := bytes.Fields(rest) // from field 3, the state, on
-	if !found || len(fields) < 7 {
-		return false
-	}
-	flags, err := strconv.ParseUint(string(fields[6]), 10, 64)
-	return err == nil && flags&kernelThread == 0 && !bytes.ContainsAny(fields[0], "ZX")
 }
 
 // unmountAll unmounts, the last first, what can hold data. The kernel's own file systems stay for the steps after it.

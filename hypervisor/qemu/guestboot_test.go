@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
 func TestGuestBootsAndStops(t *testing.T) {
@@ -167,11 +168,7 @@ func TestQEMUEndsWithItsParent(t *testing.T) {
 	require.NoError(t, syscall.Kill(pid, 0))
 	require.NoError(t, cmd.Process.Kill())
 	_ = cmd.Wait()
-	require.Eventually(t, func() bool {
-		// As a zombie it is gone too: whoever reaps orphans here may take its time.
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		return err != nil || strings.Contains(string(b), ") Z ")
-	}, 10*time.Second, 5*time.Millisecond)
+	require.Eventually(t, func() bool { return !procid.Alive(pid) }, 10*time.Second, 5*time.Millisecond)
 }
 
 func TestStartRefuses(t *testing.T) {

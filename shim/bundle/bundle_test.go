@@ -3,6 +3,7 @@
 package bundle
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
 func TestExit(t *testing.T) {
@@ -120,14 +123,18 @@ func TestEndShimOfAnother(t *testing.T) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	start, err := startTime(cmd.Process.Pid)
+	ref, err := procid.Of(cmd.Process.Pid)
 	require.NoError(t, err)
 	// The pid was used again by another process.
-	require.NoError(t, writeJSON(filepath.Join(dir, shimFile), shimProcess{PID: cmd.Process.Pid, StartTime: start - 1}))
+	text := fmt.Sprintf(`{"pid":%d,"startTime":%d}`, ref.PID, ref.Start-1)
+	require.NoError(t, os.WriteFile(filepath.Join(dir, shimFile), []byte(text), 0o600))
 	require.NoError(t, EndShim(t.Context(), dir, 0))
 	require.NoError(t, cmd.Process.Signal(syscall.Signal(0)), "still there")
 
 	require.NoError(t, WriteShim(dir, cmd.Process.Pid))
+	written, err := os.ReadFile(filepath.Join(dir, shimFile))
+	require.NoError(t, err)
+	require.Equal(t, fmt.Sprintf(`{"pid":%d,"startTime":%d}`, ref.PID, ref.Start), string(written), "as every release writes it")
 	require.NoError(t, ForgetShim(dir))
 	require.NoError(t, ForgetShim(dir))
 	require.NoError(t, EndShim(t.Context(), dir, 0))

@@ -16,6 +16,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
 // The harness itself is tried with runc: what fails then is the harness's fault, not Cloister's.
@@ -183,7 +185,7 @@ func TestOnlyOurProcessesAreKilled(t *testing.T) {
 	assert.True(t, process{exe: "qemu-system-x86_64", why: "command line"}.ours())
 	assert.True(t, process{exe: "sleep", why: whyCgroup}.ours())
 	require.NoError(t, n.killAll(t.Context()))
-	assert.True(t, processExists(cmd.Process.Pid))
+	assert.True(t, procid.Alive(cmd.Process.Pid))
 }
 
 func hasKind(things []string, kind string) bool {

@@ -77,7 +77,7 @@ func (n *Node) snapProcesses(s snapshot) error {
 	all, err := n.processes()
 	for _, p := range all {
 		// containerd is the node's own, however often it was restarted.
-		if n.containerd != nil && p.pid == n.containerd.cmd.Process.Pid {
+		if n.containerd != nil && p.ref.PID == n.containerd.cmd.Process.Pid {
 			continue
 		}
 		s.add("process", p.String())

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
 // baseDir holds the nodes' folders: short, for the sake of socket paths, and on a disk even where /tmp is in memory.
@@ -226,7 +228,7 @@ func Registered() ([]*Node, error) {
 			return nil, fmt.Errorf("%s does not describe a node", file)
 		}
 		n.artifacts.Cache = cache
-		if n.Owner == 0 || !processExists(n.Owner) {
+		if n.Owner == 0 || !procid.Alive(n.Owner) {
 			nodes = append(nodes, n)
 		}
 	}

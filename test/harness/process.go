@@ -10,15 +10,16 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
-// process is a process of the node. Start (clock ticks since boot) tells it from a later one with the same pid.
+// process is a process of the node.
 type process struct {
-	pid   int
-	start uint64
-	exe   string // base name, "" for a kernel thread
-	line  string
-	why   string
+	ref  procid.Ref
+	exe  string // base name, "" for a kernel thread
+	line string
+	why  string
 }
 
 // ours says that the process was made by or for the node, and may be killed: somebody's shell or pager that merely
@@ -40,7 +41,7 @@ func (p process) ours() bool {
 
 const whyCgroup = "cgroup"
 
-func (p process) String() string { return fmt.Sprintf("pid %d (%s): %s", p.pid, p.why, p.line) }
+func (p process) String() string { return fmt.Sprintf("pid %d (%s): %s", p.ref.PID, p.why, p.line) }
 
 // processes finds everything that belongs to the node: by command line or cgroup (the node's name is in both), by
 // network namespace, by executable or working directory below the node's folder, or by a file open there. Ourselves and
@@ -60,13 +61,13 @@ func (n *Node) processes() ([]process, error) {
 		if err != nil || pid == os.Getpid() {
 			continue
 		}
-		start, zombie, ok := processStat(pid)
-		if !ok || zombie {
+		stat, err := procid.ReadStat(pid)
+		if err != nil || stat.Ended() {
 			continue
 		}
 		if why := n.belongs(filepath.Join("/proc", e.Name()), netns); why != "" {
 			exe, _ := os.Readlink(filepath.Join("/proc", e.Name(), "exe"))
-			found = append(found, process{pid, start, filepath.Base(exe), commandLine(pid), why})
+			found = append(found, process{procid.Ref{PID: pid, Start: stat.Start}, filepath.Base(exe), commandLine(pid), why})
 		}
 	}
 	return found, nil
@@ -101,20 +102,6 @@ func (n *Node) within(path string) bool {
 	return path == n.Dir || strings.HasPrefix(path, n.Dir+"/")
 }
 
-// processStat reads fields 3 (state) and 22 (start time) of /proc/PID/stat; what precedes them may hold anything.
-func processStat(pid int) (start uint64, zombie, ok bool) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, false, false
-	}
-	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	if len(fields) < 20 {
-		return 0, false, false
-	}
-	start, err = strconv.ParseUint(fields[19], 10, 64)
-	return start, fields[0] == "Z" || fields[0] == "X", err == nil
-}
-
 func commandLine(pid int) string {
 	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	line := strings.TrimSpace(string(bytes.ReplaceAll(data, []byte{0}, []byte{' '})))
@@ -122,11 +109,6 @@ func commandLine(pid int) string {
 		line = line[:200] + "…"
 	}
 	return line
-}
-
-func processExists(pid int) bool {
-	_, zombie, ok := processStat(pid)
-	return ok && !zombie
 }
 
 // ResidentKiB is the resident memory of a process on the host, from VmRSS of /proc/PID/status.
@@ -153,7 +135,7 @@ func (n *Node) Pids(prefix string) ([]int, error) {
 	var pids []int
 	for _, p := range all {
 		if strings.HasPrefix(p.exe, prefix) {
-			pids = append(pids, p.pid)
+			pids = append(pids, p.ref.PID)
 		}
 	}
 	return pids, nil

@@ -47,18 +47,12 @@ func (n *Node) killAll(ctx context.Context) error {
 }
 
 func (p process) kill() error {
-	fd, err := unix.PidfdOpen(p.pid, 0)
-	if errors.Is(err, unix.ESRCH) {
-		return nil
+	handle, err := p.ref.Open()
+	if err == nil {
+		defer handle.Close()
+		err = handle.Signal(unix.SIGKILL)
 	}
-	if err != nil {
-		return fmt.Errorf("pidfd of %d: %w", p.pid, err)
-	}
-	defer unix.Close(fd)
-	if start, _, ok := processStat(p.pid); !ok || start != p.start {
-		return nil
-	}
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("killing %s: %w", p, err)
 	}
 	return nil

@@ -25,6 +25,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/internal/procid"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -147,16 +149,6 @@ func TestTail(t *testing.T) {
 	}
 }
 
-// alive tells whether the process exists and is no zombie.
-func alive(pid int) bool {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return false
-	}
-	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
-	return fields[0] != "Z" && fields[0] != "X"
-}
-
 func pidsIn(t *testing.T, path string) []int {
 	t.Helper()
 	var pids []int
@@ -196,7 +188,7 @@ func TestGroupIsKilled(t *testing.T) {
 				assert.ErrorIs(t, err, context.DeadlineExceeded)
 			}
 			for _, pid := range pidsIn(t, filepath.Join(s.Bundle, "pids")) {
-				assert.False(t, alive(pid), pid)
+				assert.False(t, procid.Alive(pid), pid)
 				assert.ErrorIs(t, unix.Kill(pid, 0), unix.ESRCH, "a zombie of ours")
 			}
 		})
@@ -210,7 +202,7 @@ func TestDaemonDoesNotBlock(t *testing.T) {
 	require.NoError(t, CreateRuntime(context.Background(), &specs.Hooks{CreateRuntime: []specs.Hook{sh(`sleep 100 & echo $! > pid`)}}, s))
 	assert.Less(t, time.Since(start), 20*time.Second)
 	pid := pidsIn(t, filepath.Join(s.Bundle, "pid"))[0]
-	assert.True(t, alive(pid))
+	assert.True(t, procid.Alive(pid))
 	require.NoError(t, unix.Kill(pid, unix.SIGKILL))
 }
 
