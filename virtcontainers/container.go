@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/containerd/cgroups/v3/cgroup2/stats"
 	"github.com/containerd/errdefs"
@@ -409,8 +410,24 @@ func (c *Container) Delete(ctx context.Context) (Exit, error) {
 			return Exit{}, err
 		}
 	}
+	c.settle(ctx)
 	c.release(ctx)
 	return exit, nil
+}
+
+// settle waits until the further processes, which have ended with the container, have delivered their output. Those that
+// the guest keeps silent about are ended here.
+func (c *Container) settle(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, drainTime)
+	defer cancel()
+	for _, p := range c.execs() {
+		if !p.started() {
+			continue
+		}
+		if _, err := p.Wait(ctx); err != nil {
+			p.finish(Exit{Status: statusLost, At: time.Now(), Err: fmt.Errorf("the guest does not report the end of process %s", p.name())}, 0, 0)
+		}
+	}
 }
 
 // release gives back what the container holds on the host. Delete and the pod's end both do it; the first one does the

@@ -26,8 +26,8 @@
 //	created --Start--> running <--Pause/Resume--> paused
 //	created, running, paused --exit, VM lost--> stopped --Delete--> gone
 //
-// A container's init is a process like others, but for its order: its exit is told after those of all other
-// processes of the container.
+// Exits are final, and known, in the order in which the guest reports them; that an init's is told last is the business of
+// who tells of it (shim/task). A process's output has been delivered before its exit is known.
 //
 // # Locks
 //

@@ -167,18 +167,10 @@ func (p *Process) finish(exit Exit, stdoutBytes, stderrBytes uint64) {
 	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
 	p.io.Drain(ctx, stdoutBytes, stderrBytes)
-	if p.execID == "" {
-		// The init's exit is the last of its container (containerd relies on it).
-		for _, other := range p.container.execs() {
-			if other.started() {
-				<-other.done
-			}
-		}
-	}
 	close(p.done)
 }
 
-// started tells whether the process ran at some time.
+// started reports whether the process ran at some time.
 func (p *Process) started() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -27,8 +27,6 @@ import (
 const (
 	undoBudget  = 30 * time.Second
 	emptyBudget = 10 * time.Second
-	// execsBudget is how long the report of an init's exit waits for those of the container's other processes.
-	execsBudget = 30 * time.Second
 )
 
 type state int
@@ -351,17 +349,35 @@ func (c *container) signalAll(signal uint32) error {
 	return failed
 }
 
-// killAndWait kills everything in the container and waits for its init.
+// killAndWait kills everything in the container and waits for its processes, their output included.
 func (c *container) killAndWait(ctx context.Context) error {
 	if err := c.signalAll(uint32(unix.SIGKILL)); err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
-	select {
-	case <-c.init.done:
-		return waitCgroupEmpty(ctx, c.dir, emptyBudget)
-	case <-ctx.Done():
-		return fmt.Errorf("the init of container %q does not end: %w", c.id, ctx.Err())
+	if err := c.waitProcesses(ctx); err != nil {
+		return err
 	}
+	return waitCgroupEmpty(ctx, c.dir, emptyBudget)
+}
+
+// waitProcesses waits for the exits of all processes that were started.
+func (c *container) waitProcesses(ctx context.Context) error {
+	c.mu.Lock()
+	started := []*process{c.init}
+	for _, p := range c.execs {
+		if p.state != processCreated {
+			started = append(started, p)
+		}
+	}
+	c.mu.Unlock()
+	for _, p := range started {
+		select {
+		case <-p.done:
+		case <-ctx.Done():
+			return fmt.Errorf("%s has not ended: %w", p, ctx.Err())
+		}
+	}
+	return nil
 }
 
 // kill is killAndWait for a container in any state.
@@ -412,15 +428,8 @@ func (c *container) delete(ctx context.Context) (released []string, err error) {
 	if err := killCgroup(c.dir); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	for _, p := range all {
-		if p.isCreated() { // an exec that never started
-			continue
-		}
-		select {
-		case <-p.done:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%s has not ended: %w", p, ctx.Err())
-		}
+	if err := c.waitProcesses(ctx); err != nil {
+		return nil, err
 	}
 	if err := waitCgroupEmpty(ctx, c.dir, emptyBudget); err != nil {
 		return nil, err

@@ -25,11 +25,12 @@
 // An init is starting from CreateContainer on. A further process (exec) is only recorded until it is started. Between
 // the death of the kernel's process (reaped, after which signals give NotFound) and exited its output is drained.
 //
-// # Order of exits
+// # Exits
 //
-// A container's init exits last: with a pid namespace of its own the kernel kills the others, in the pod's shared one
-// the agent kills the container's cgroup; then their exits are recorded, then the init's. Before any of them, OOM kills
-// are counted and told (NextEvents, and oom_kills of the exit itself).
+// No process of a container outlives its init: with a pid namespace of its own the kernel kills the others, in the pod's
+// shared one the agent kills the container's cgroup. In which order their exits are then recorded is left open; who tells
+// containerd puts them in order, and does not rely on a guest for it (shim/task). Before any exit is recorded, OOM kills
+// are counted and reported (NextEvents, and oom_kills of the exit itself).
 //
 // # Standard streams
 //

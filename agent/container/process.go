@@ -68,12 +68,6 @@ func (p *process) String() string {
 	return fmt.Sprintf("process %q of container %q", p.id, p.c.id)
 }
 
-func (p *process) isCreated() bool {
-	p.c.mu.Lock()
-	defer p.c.mu.Unlock()
-	return p.state == processCreated
-}
-
 // start runs a further process.
 func (p *process) start() error {
 	c := p.c
@@ -200,42 +194,18 @@ func (p *process) waitExit() {
 		c.state = stateStopped
 	}
 	c.mu.Unlock()
-	if p == c.init {
-		if !c.ownPID {
-			// With a pid namespace of its own the kernel has killed the rest. In the pod's, the container's cgroup tells
-			// who belongs to it.
-			if err := killCgroup(c.dir); errors.Is(err, os.ErrNotExist) {
-				_ = c.lc.Signal(unix.SIGKILL)
-			}
+	if p == c.init && !c.ownPID {
+		// With a pid namespace of its own the kernel has killed the rest. In the pod's, the container's cgroup tells who
+		// belongs to it.
+		if err := killCgroup(c.dir); errors.Is(err, os.ErrNotExist) {
+			_ = c.lc.Signal(unix.SIGKILL)
 		}
-		c.waitExecs()
 	}
 	stdout, stderr := p.io.exited()
 	c.mu.Lock()
 	p.exit.at, p.exit.stdout, p.exit.stderr = at, stdout, stderr
 	c.mu.Unlock()
 	p.finish(status)
-}
-
-// waitExecs waits until the exits of the container's other processes are reported: the init's comes last.
-func (c *container) waitExecs() {
-	timeout := time.After(execsBudget)
-	c.mu.Lock()
-	var others []*process
-	for _, p := range c.execs {
-		if p.state == processStarting || p.state == processRunning {
-			others = append(others, p)
-		}
-	}
-	c.mu.Unlock()
-	for _, p := range others {
-		select {
-		case <-p.done:
-		case <-timeout:
-			log.L.WithField("container", c.id).WithField("exec", p.id).Warn("a process does not end with its container")
-			return
-		}
-	}
 }
 
 // finish makes the exit known.

@@ -23,7 +23,13 @@
 //
 // Each process has one goroutine that waits for its end. It publishes the exit after the start's event (Start holds a
 // gate until that is queued), for an init after the exits of all other processes of the container, and for a pause
-// container after those of the pod's containers. A kill by the OOM killer is published by the pod before the process's
+// container after those of the pod's containers. containerd relies on it: it takes a container whose init has exited for
+// one without processes.
+//
+// This package is the order's only owner, since it is where events are made. The guest is not trusted, and may report exits
+// in any order or not at all; package virtcontainers hands them on as they come. An exec that is not reported within a
+// minute of its container's init is given up: its exit is published as if it was killed, or, where its Start is still under
+// way, that fails. A kill by the OOM killer is published by the pod before the process's
 // Wait returns, and held back while the container's start is under way. Delete publishes after the exit. All events go
 // through one queue.
 //

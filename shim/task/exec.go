@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -28,28 +29,36 @@ func (s *Service) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.
 	if err := p.beginStartIn(); err != nil {
 		return nil, err
 	}
+	announce := func() {
+		if p.isInit() {
+			s.Events.Publish(&eventstypes.TaskStart{ContainerID: p.t.id, Pid: p.t.pid})
+		} else {
+			s.Events.Publish(&eventstypes.TaskExecStarted{ContainerID: p.t.id, ExecID: p.execID, Pid: p.t.pid})
+		}
+	}
 	oom := func() { s.Events.Publish(&eventstypes.TaskOOM{ContainerID: p.t.id}) }
 	if p.relay != nil { // a pause container has none
 		if err := p.relay.OpenStdin(); err != nil {
-			p.endStart(false, oom)
+			p.endStart(false, announce, oom)
 			return nil, err
 		}
 	}
 	if err := p.proc.Start(ctx); err != nil {
-		p.endStart(false, oom)
+		p.endStart(false, announce, oom)
 		if state := p.proc.State(); !p.isInit() && state.Status == vc.ProcessStopped {
 			// It never ran: there is no event, but whoever waits for it learns its end.
 			p.setExit(bundle.Exit{PID: p.t.pid, Status: state.Exit.Status, At: state.Exit.At})
 		}
 		return nil, err
 	}
-	if p.isInit() {
-		s.Events.Publish(&eventstypes.TaskStart{ContainerID: p.t.id, Pid: p.t.pid})
-	} else {
-		s.Events.Publish(&eventstypes.TaskExecStarted{ContainerID: p.t.id, ExecID: p.execID, Pid: p.t.pid})
-		s.watch(p)
+	if !p.endStart(true, announce, oom) {
+		// The container's exit was published meanwhile, and it is the last.
+		p.setExit(bundle.Exit{PID: p.t.pid, Status: statusLost, At: time.Now()})
+		return nil, fmt.Errorf("container %s is not running: %w", p.t.id, errdefs.ErrFailedPrecondition)
 	}
-	p.endStart(true, oom)
+	if !p.isInit() {
+		s.watch(p) // an init is watched since its creation
+	}
 	return &taskapi.StartResponse{Pid: p.t.pid}, nil
 }
 

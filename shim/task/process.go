@@ -4,6 +4,7 @@ package task
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -16,11 +17,17 @@ import (
 	"github.com/cloister-project/cloister/shim/bundle"
 	"github.com/cloister-project/cloister/shim/pods"
 	"github.com/cloister-project/cloister/shim/stdio"
+	vc "github.com/cloister-project/cloister/virtcontainers"
 )
 
-// lastExitTime bounds how long an init's exit is held back for those of other processes. They have all ended by then;
-// it is there so that an exit is reported whatever goes wrong.
-const lastExitTime = 10 * time.Second
+const (
+	// lastExitTime bounds how long an init's exit is held back for those of other processes. They end with it, and what is
+	// left is to deliver their output, for which the agent and the pod give up sooner than this on a reader that takes
+	// nothing. A guest that keeps silent about one must not keep the container's exit back for ever.
+	lastExitTime = time.Minute
+	// statusLost is the exit status of an exec that the guest does not report the end of: as if by SIGKILL.
+	statusLost = 128 + 9
+)
 
 // process is an init (execID is empty) or an exec.
 type process struct {
@@ -36,6 +43,9 @@ type process struct {
 	exited chan struct{}
 	// gone is closed when the process was deleted.
 	gone chan struct{}
+	// awaited ends when an exec is given up, with giveUp: its container has ended and can wait no longer.
+	awaited context.Context
+	giveUp  context.CancelFunc
 
 	mu sync.Mutex
 	// starting is closed when the Start under way has ended and its event was queued; nil if there is none.
@@ -48,7 +58,9 @@ type process struct {
 }
 
 func newProcess(t *task, execID string) *process {
-	return &process{t: t, execID: execID, exited: make(chan struct{}), gone: make(chan struct{})}
+	p := &process{t: t, execID: execID, exited: make(chan struct{}), gone: make(chan struct{})}
+	p.awaited, p.giveUp = context.WithCancel(context.Background())
+	return p
 }
 
 func (p *process) isInit() bool { return p.execID == "" }
@@ -75,18 +87,32 @@ func (p *process) beginStart() error {
 	return nil
 }
 
-// endStart closes the gate. The start's event was queued before, if there is one. It tells whether the OOM killer
-// struck meanwhile.
-func (p *process) endStart(started bool, flush func()) {
+// endStart closes the gate. Where the process has started the event that says so is queued first, by announce, and behind
+// it by flush that of the OOM killer's strike meanwhile; neither blocks. It reports whether the process counts as started:
+// an exec that was given up does not.
+func (p *process) endStart(started bool, announce, flush func()) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.started = started
+	p.started = started && p.awaited.Err() == nil
+	if p.started {
+		announce()
+	}
 	if p.oomHeld {
 		p.oomHeld = false
 		flush()
 	}
 	close(p.starting)
 	p.starting = nil
+	return p.started
+}
+
+// abandon gives an exec up. One that has started is ended by its watcher at once; one whose Start is still under way never
+// counts as started. It reports whether there is an exit to wait for.
+func (p *process) abandon() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.giveUp()
+	return p.started
 }
 
 // holdOOM tells whether the OOM event has to wait for the start's.
@@ -142,9 +168,8 @@ func (p *process) hasExited() (bundle.Exit, bool) {
 // watch waits for the end of a process and publishes it. It runs in a goroutine of its own.
 func (s *Service) watch(p *process) {
 	s.running.Go(func() {
-		exit, err := p.proc.Wait(s.life)
+		exit, err := s.awaitEnd(p)
 		if err != nil {
-			// Only the service's own end gives an error.
 			return
 		}
 		if starting := p.gate(true); starting != nil {
@@ -169,9 +194,23 @@ func (s *Service) watch(p *process) {
 	})
 }
 
-// awaitOthers waits until an init's exit may be published as the last of its container.
+// awaitEnd waits for the end of a process, or until it is given up. Only the service's own end makes an error.
+func (s *Service) awaitEnd(p *process) (vc.Exit, error) {
+	ctx, cancel := context.WithCancel(s.life)
+	defer cancel()
+	defer context.AfterFunc(p.awaited, cancel)()
+	exit, err := p.proc.Wait(ctx)
+	if err != nil && s.life.Err() == nil {
+		return vc.Exit{Status: statusLost, At: time.Now(), Err: errors.New("it has not ended with its container")}, nil
+	}
+	return exit, err
+}
+
+// awaitOthers waits until an init's exit may be published as the last of its container. It is the one place that keeps
+// this order. An exec that has not ended in time is given up, and its exit published with a status as if it was killed:
+// the order holds whatever the guest does.
 func (s *Service) awaitOthers(t *task) {
-	ctx, cancel := context.WithTimeout(s.life, lastExitTime)
+	ctx, cancel := context.WithTimeout(s.life, s.lastExitTime)
 	defer cancel()
 	t.mu.Lock()
 	t.ending = true
@@ -187,14 +226,23 @@ func (s *Service) awaitOthers(t *task) {
 			case <-ctx.Done():
 			}
 		}
-		if !p.wasStarted() {
-			continue
+		if p.wasStarted() {
+			select {
+			case <-p.exited:
+				continue
+			case <-p.gone:
+				continue
+			case <-ctx.Done():
+			}
 		}
-		select {
-		case <-p.exited:
-		case <-p.gone:
-		case <-ctx.Done():
+		// It never ran, or its time is up.
+		if p.abandon() {
 			log.G(s.life).WithFields(log.Fields{"container": t.id, "exec": p.execID}).Error("an exec outlives its container's init")
+			select {
+			case <-p.exited:
+			case <-p.gone:
+			case <-s.life.Done():
+			}
 		}
 	}
 	if t.pause {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	eventstypes "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -42,6 +43,8 @@ type Service struct {
 	life    context.Context
 	endLife context.CancelFunc
 	running sync.WaitGroup
+	// lastExitTime is the constant but in tests.
+	lastExitTime time.Duration
 
 	mu      sync.Mutex
 	tasks   map[string]*task
@@ -55,7 +58,7 @@ var _ taskapi.TTRPCTaskService = (*Service)(nil)
 // New makes the service. ctx carries the logger and values; Close ends the service.
 func New(ctx context.Context, c Config) *Service {
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
-	return &Service{Config: c, life: life, endLife: end, tasks: map[string]*task{}}
+	return &Service{Config: c, life: life, endLife: end, lastExitTime: lastExitTime, tasks: map[string]*task{}}
 }
 
 // Close stops the pod of tasks, waits until the exits are published, for as long as ctx allows, and ends the service's

@@ -354,36 +354,6 @@ func TestExitOfAProcessThatEndsAtOnce(t *testing.T) {
 	}
 }
 
-func TestInitExitIsTheLast(t *testing.T) {
-	f := newFixture(t)
-	f.create("p", pause("p"))
-	f.start("p", "")
-	for i := range 20 {
-		id := fmt.Sprintf("c%d", i)
-		f.create(id, member("p"))
-		f.start(id, "")
-		for j := range 5 {
-			x := fmt.Sprint(j)
-			f.exec(id, x)
-			f.start(id, x)
-		}
-		f.exec(id, "never")
-		c := f.pods.Last().Container(id)
-		go func() {
-			for j := range 5 {
-				c.ExecProcess(fmt.Sprint(j)).Exit(137)
-			}
-		}()
-		c.InitProcess().Exit(0)
-		f.wait(id, "")
-		events := f.events.events()
-		require.Equal(t, fmt.Sprintf("exit %s/%s 0", id, id), events[len(events)-1])
-		_, err := f.Start(t.Context(), &taskapi.StartRequest{ID: id, ExecID: "never"})
-		require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
-		f.remove(id, "")
-	}
-}
-
 func TestOOMWhileRunning(t *testing.T) {
 	f := newFixture(t)
 	f.create("c", nil)
