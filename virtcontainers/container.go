@@ -34,6 +34,8 @@ type Container struct {
 	// release runs it.
 	cleanup  undo
 	released sync.Once
+	// poststart are the hooks that run behind the init's start.
+	poststart poststart
 
 	mu       sync.Mutex
 	extra    map[string]*Process
@@ -434,6 +436,7 @@ func (c *Container) settle(ctx context.Context) {
 // work, the other waits for it.
 func (c *Container) release(ctx context.Context) {
 	c.released.Do(func() {
+		c.poststart.end()
 		for _, p := range append(c.execs(), c.init) {
 			if err := p.io.Close(); err != nil {
 				log.G(ctx).WithError(err).WithField("process", p.name()).Debug("close of stdio")

@@ -77,7 +77,7 @@ func (p *Process) name() string {
 	return p.container.id + "/" + p.execID
 }
 
-// Start lets the process run. A process that cannot be started is stopped with the status that a shell would give:
+// Start lets the process run. For an init it returns when the container's poststart hooks have run. A process that cannot be started is stopped with the status that a shell would give:
 // 127 for a command that is not there, 126 for one that cannot be executed.
 func (p *Process) Start(ctx context.Context) error {
 	if err := p.move(ProcessCreated, ProcessRunning); err != nil {
@@ -99,9 +99,11 @@ func (p *Process) Start(ctx context.Context) error {
 		return err
 	}
 	if p.execID != "" {
-		// The init's wait runs since its creation: it can be killed before it starts.
-		p.container.pod.goTracked(func(ctx context.Context) { p.watch(ctx) })
+		p.container.pod.goTracked(p.watch)
+		return nil
 	}
+	// The init's wait runs since its creation: it can be killed before it starts.
+	p.container.runPoststartHooks(ctx)
 	return nil
 }
 
