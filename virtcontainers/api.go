@@ -165,11 +165,3 @@ type ProcessState struct {
 	Exit  Exit
 	Stdio Stdio
 }
-
-// GuestPID is a process of a container.
-type GuestPID struct {
-	// PID in the guest's root pid namespace. It means nothing on the host.
-	PID uint32
-	// ExecID is set for the first process of an exec.
-	ExecID string
-}

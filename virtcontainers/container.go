@@ -368,27 +368,6 @@ func decodeStats(b []byte) (*stats.Metrics, error) {
 	return m, nil
 }
 
-// Pids lists the container's processes as the guest numbers them.
-func (c *Container) Pids(ctx context.Context) ([]GuestPID, error) {
-	g := c.pod.agent()
-	if g == nil {
-		return nil, c.pod.lostError()
-	}
-	resp, err := call(ctx, g, g.rpc.ListProcesses, &agentv1.ListProcessesRequest{ContainerId: c.id})
-	if err != nil {
-		return nil, err
-	}
-	pids := make([]GuestPID, 0, len(resp.GetProcesses()))
-	for _, p := range resp.GetProcesses() {
-		id := p.GetExecId()
-		if id != "" && !wire.ValidID(id) {
-			id = ""
-		}
-		pids = append(pids, GuestPID{PID: p.GetPid(), ExecID: id})
-	}
-	return pids, nil
-}
-
 // Delete removes a container whose init has exited, in the guest and on the host.
 func (c *Container) Delete(ctx context.Context) (Exit, error) {
 	state := c.init.State()

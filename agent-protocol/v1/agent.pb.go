@@ -2705,147 +2705,6 @@ func (x *ContainerStatsResponse) GetCgroup2Metrics() []byte {
 	return nil
 }
 
-type ListProcessesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ContainerId   string                 `protobuf:"bytes,1,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ListProcessesRequest) Reset() {
-	*x = ListProcessesRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ListProcessesRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ListProcessesRequest) ProtoMessage() {}
-
-func (x *ListProcessesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ListProcessesRequest.ProtoReflect.Descriptor instead.
-func (*ListProcessesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{44}
-}
-
-func (x *ListProcessesRequest) GetContainerId() string {
-	if x != nil {
-		return x.ContainerId
-	}
-	return ""
-}
-
-type ListProcessesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Processes     []*GuestProcess        `protobuf:"bytes,1,rep,name=processes,proto3" json:"processes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ListProcessesResponse) Reset() {
-	*x = ListProcessesResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ListProcessesResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ListProcessesResponse) ProtoMessage() {}
-
-func (x *ListProcessesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ListProcessesResponse.ProtoReflect.Descriptor instead.
-func (*ListProcessesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{45}
-}
-
-func (x *ListProcessesResponse) GetProcesses() []*GuestProcess {
-	if x != nil {
-		return x.Processes
-	}
-	return nil
-}
-
-type GuestProcess struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	Pid   uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
-	// Set if the process is the first of an exec.
-	ExecId        string `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *GuestProcess) Reset() {
-	*x = GuestProcess{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *GuestProcess) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*GuestProcess) ProtoMessage() {}
-
-func (x *GuestProcess) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use GuestProcess.ProtoReflect.Descriptor instead.
-func (*GuestProcess) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{46}
-}
-
-func (x *GuestProcess) GetPid() uint32 {
-	if x != nil {
-		return x.Pid
-	}
-	return 0
-}
-
-func (x *GuestProcess) GetExecId() string {
-	if x != nil {
-		return x.ExecId
-	}
-	return ""
-}
-
 type NextEventsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	After         uint64                 `protobuf:"varint,1,opt,name=after,proto3" json:"after,omitempty"`
@@ -2855,7 +2714,7 @@ type NextEventsRequest struct {
 
 func (x *NextEventsRequest) Reset() {
 	*x = NextEventsRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2867,7 +2726,7 @@ func (x *NextEventsRequest) String() string {
 func (*NextEventsRequest) ProtoMessage() {}
 
 func (x *NextEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2880,7 +2739,7 @@ func (x *NextEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextEventsRequest.ProtoReflect.Descriptor instead.
 func (*NextEventsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *NextEventsRequest) GetAfter() uint64 {
@@ -2899,7 +2758,7 @@ type NextEventsResponse struct {
 
 func (x *NextEventsResponse) Reset() {
 	*x = NextEventsResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2911,7 +2770,7 @@ func (x *NextEventsResponse) String() string {
 func (*NextEventsResponse) ProtoMessage() {}
 
 func (x *NextEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2924,7 +2783,7 @@ func (x *NextEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NextEventsResponse.ProtoReflect.Descriptor instead.
 func (*NextEventsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *NextEventsResponse) GetEvents() []*Event {
@@ -2949,7 +2808,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2961,7 +2820,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2974,7 +2833,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Event) GetSequence() uint64 {
@@ -3027,7 +2886,7 @@ type OOMKill struct {
 
 func (x *OOMKill) Reset() {
 	*x = OOMKill{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3039,7 +2898,7 @@ func (x *OOMKill) String() string {
 func (*OOMKill) ProtoMessage() {}
 
 func (x *OOMKill) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3052,7 +2911,7 @@ func (x *OOMKill) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OOMKill.ProtoReflect.Descriptor instead.
 func (*OOMKill) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *OOMKill) GetTotal() uint64 {
@@ -3070,7 +2929,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3082,7 +2941,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3095,7 +2954,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 type PingResponse struct {
@@ -3106,7 +2965,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3118,7 +2977,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3131,7 +2990,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 type SetClockRequest struct {
@@ -3143,7 +3002,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3155,7 +3014,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3168,7 +3027,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *SetClockRequest) GetUnixNanos() int64 {
@@ -3186,7 +3045,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3198,7 +3057,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3211,7 +3070,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 type MountSharedRequest struct {
@@ -3223,7 +3082,7 @@ type MountSharedRequest struct {
 
 func (x *MountSharedRequest) Reset() {
 	*x = MountSharedRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3235,7 +3094,7 @@ func (x *MountSharedRequest) String() string {
 func (*MountSharedRequest) ProtoMessage() {}
 
 func (x *MountSharedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3248,7 +3107,7 @@ func (x *MountSharedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountSharedRequest.ProtoReflect.Descriptor instead.
 func (*MountSharedRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *MountSharedRequest) GetTag() string {
@@ -3266,7 +3125,7 @@ type MountSharedResponse struct {
 
 func (x *MountSharedResponse) Reset() {
 	*x = MountSharedResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3278,7 +3137,7 @@ func (x *MountSharedResponse) String() string {
 func (*MountSharedResponse) ProtoMessage() {}
 
 func (x *MountSharedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3291,7 +3150,7 @@ func (x *MountSharedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountSharedResponse.ProtoReflect.Descriptor instead.
 func (*MountSharedResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 type SandboxStatsRequest struct {
@@ -3302,7 +3161,7 @@ type SandboxStatsRequest struct {
 
 func (x *SandboxStatsRequest) Reset() {
 	*x = SandboxStatsRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +3173,7 @@ func (x *SandboxStatsRequest) String() string {
 func (*SandboxStatsRequest) ProtoMessage() {}
 
 func (x *SandboxStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +3186,7 @@ func (x *SandboxStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatsRequest.ProtoReflect.Descriptor instead.
 func (*SandboxStatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 type SandboxStatsResponse struct {
@@ -3346,7 +3205,7 @@ type SandboxStatsResponse struct {
 
 func (x *SandboxStatsResponse) Reset() {
 	*x = SandboxStatsResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3358,7 +3217,7 @@ func (x *SandboxStatsResponse) String() string {
 func (*SandboxStatsResponse) ProtoMessage() {}
 
 func (x *SandboxStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3371,7 +3230,7 @@ func (x *SandboxStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatsResponse.ProtoReflect.Descriptor instead.
 func (*SandboxStatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *SandboxStatsResponse) GetCgroup2Metrics() []byte {
@@ -3418,7 +3277,7 @@ type UpdateNetworkRequest struct {
 
 func (x *UpdateNetworkRequest) Reset() {
 	*x = UpdateNetworkRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3430,7 +3289,7 @@ func (x *UpdateNetworkRequest) String() string {
 func (*UpdateNetworkRequest) ProtoMessage() {}
 
 func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3443,7 +3302,7 @@ func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *UpdateNetworkRequest) GetNetwork() *Network {
@@ -3461,7 +3320,7 @@ type UpdateNetworkResponse struct {
 
 func (x *UpdateNetworkResponse) Reset() {
 	*x = UpdateNetworkResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3473,7 +3332,7 @@ func (x *UpdateNetworkResponse) String() string {
 func (*UpdateNetworkResponse) ProtoMessage() {}
 
 func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3486,7 +3345,7 @@ func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type ShutdownRequest struct {
@@ -3497,7 +3356,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3509,7 +3368,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3522,7 +3381,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{61}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 type ShutdownResponse struct {
@@ -3533,7 +3392,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[62]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3545,7 +3404,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[62]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3558,7 +3417,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{62}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 var File_agent_protocol_v1_agent_proto protoreflect.FileDescriptor
@@ -3750,14 +3609,7 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x15ContainerStatsRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"A\n" +
 	"\x16ContainerStatsResponse\x12'\n" +
-	"\x0fcgroup2_metrics\x18\x01 \x01(\fR\x0ecgroup2Metrics\"9\n" +
-	"\x14ListProcessesRequest\x12!\n" +
-	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\"V\n" +
-	"\x15ListProcessesResponse\x12=\n" +
-	"\tprocesses\x18\x01 \x03(\v2\x1f.cloister.agent.v1.GuestProcessR\tprocesses\"9\n" +
-	"\fGuestProcess\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\")\n" +
+	"\x0fcgroup2_metrics\x18\x01 \x01(\fR\x0ecgroup2Metrics\")\n" +
 	"\x11NextEventsRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\"F\n" +
 	"\x12NextEventsResponse\x120\n" +
@@ -3789,7 +3641,7 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\anetwork\x18\x01 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\"\x17\n" +
 	"\x15UpdateNetworkResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xff\x0f\n" +
+	"\x10ShutdownResponse2\x9b\x0f\n" +
 	"\x05Agent\x12k\n" +
 	"\x10ConfigureSandbox\x12*.cloister.agent.v1.ConfigureSandboxRequest\x1a+.cloister.agent.v1.ConfigureSandboxResponse\x12h\n" +
 	"\x0fCreateContainer\x12).cloister.agent.v1.CreateContainerRequest\x1a*.cloister.agent.v1.CreateContainerResponse\x12b\n" +
@@ -3802,8 +3654,7 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x0ePauseContainer\x12(.cloister.agent.v1.PauseContainerRequest\x1a).cloister.agent.v1.PauseContainerResponse\x12h\n" +
 	"\x0fResumeContainer\x12).cloister.agent.v1.ResumeContainerRequest\x1a*.cloister.agent.v1.ResumeContainerResponse\x12h\n" +
 	"\x0fUpdateContainer\x12).cloister.agent.v1.UpdateContainerRequest\x1a*.cloister.agent.v1.UpdateContainerResponse\x12e\n" +
-	"\x0eContainerStats\x12(.cloister.agent.v1.ContainerStatsRequest\x1a).cloister.agent.v1.ContainerStatsResponse\x12b\n" +
-	"\rListProcesses\x12'.cloister.agent.v1.ListProcessesRequest\x1a(.cloister.agent.v1.ListProcessesResponse\x12Y\n" +
+	"\x0eContainerStats\x12(.cloister.agent.v1.ContainerStatsRequest\x1a).cloister.agent.v1.ContainerStatsResponse\x12Y\n" +
 	"\n" +
 	"NextEvents\x12$.cloister.agent.v1.NextEventsRequest\x1a%.cloister.agent.v1.NextEventsResponse\x12G\n" +
 	"\x04Ping\x12\x1e.cloister.agent.v1.PingRequest\x1a\x1f.cloister.agent.v1.PingResponse\x12S\n" +
@@ -3826,7 +3677,7 @@ func file_agent_protocol_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_protocol_v1_agent_proto_rawDescData
 }
 
-var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 64)
+var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*Hello)(nil),                    // 0: cloister.agent.v1.Hello
 	(*BootMark)(nil),                 // 1: cloister.agent.v1.BootMark
@@ -3872,31 +3723,28 @@ var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*UpdateContainerResponse)(nil),  // 41: cloister.agent.v1.UpdateContainerResponse
 	(*ContainerStatsRequest)(nil),    // 42: cloister.agent.v1.ContainerStatsRequest
 	(*ContainerStatsResponse)(nil),   // 43: cloister.agent.v1.ContainerStatsResponse
-	(*ListProcessesRequest)(nil),     // 44: cloister.agent.v1.ListProcessesRequest
-	(*ListProcessesResponse)(nil),    // 45: cloister.agent.v1.ListProcessesResponse
-	(*GuestProcess)(nil),             // 46: cloister.agent.v1.GuestProcess
-	(*NextEventsRequest)(nil),        // 47: cloister.agent.v1.NextEventsRequest
-	(*NextEventsResponse)(nil),       // 48: cloister.agent.v1.NextEventsResponse
-	(*Event)(nil),                    // 49: cloister.agent.v1.Event
-	(*OOMKill)(nil),                  // 50: cloister.agent.v1.OOMKill
-	(*PingRequest)(nil),              // 51: cloister.agent.v1.PingRequest
-	(*PingResponse)(nil),             // 52: cloister.agent.v1.PingResponse
-	(*SetClockRequest)(nil),          // 53: cloister.agent.v1.SetClockRequest
-	(*SetClockResponse)(nil),         // 54: cloister.agent.v1.SetClockResponse
-	(*MountSharedRequest)(nil),       // 55: cloister.agent.v1.MountSharedRequest
-	(*MountSharedResponse)(nil),      // 56: cloister.agent.v1.MountSharedResponse
-	(*SandboxStatsRequest)(nil),      // 57: cloister.agent.v1.SandboxStatsRequest
-	(*SandboxStatsResponse)(nil),     // 58: cloister.agent.v1.SandboxStatsResponse
-	(*UpdateNetworkRequest)(nil),     // 59: cloister.agent.v1.UpdateNetworkRequest
-	(*UpdateNetworkResponse)(nil),    // 60: cloister.agent.v1.UpdateNetworkResponse
-	(*ShutdownRequest)(nil),          // 61: cloister.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 62: cloister.agent.v1.ShutdownResponse
-	nil,                              // 63: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),    // 64: google.protobuf.Timestamp
+	(*NextEventsRequest)(nil),        // 44: cloister.agent.v1.NextEventsRequest
+	(*NextEventsResponse)(nil),       // 45: cloister.agent.v1.NextEventsResponse
+	(*Event)(nil),                    // 46: cloister.agent.v1.Event
+	(*OOMKill)(nil),                  // 47: cloister.agent.v1.OOMKill
+	(*PingRequest)(nil),              // 48: cloister.agent.v1.PingRequest
+	(*PingResponse)(nil),             // 49: cloister.agent.v1.PingResponse
+	(*SetClockRequest)(nil),          // 50: cloister.agent.v1.SetClockRequest
+	(*SetClockResponse)(nil),         // 51: cloister.agent.v1.SetClockResponse
+	(*MountSharedRequest)(nil),       // 52: cloister.agent.v1.MountSharedRequest
+	(*MountSharedResponse)(nil),      // 53: cloister.agent.v1.MountSharedResponse
+	(*SandboxStatsRequest)(nil),      // 54: cloister.agent.v1.SandboxStatsRequest
+	(*SandboxStatsResponse)(nil),     // 55: cloister.agent.v1.SandboxStatsResponse
+	(*UpdateNetworkRequest)(nil),     // 56: cloister.agent.v1.UpdateNetworkRequest
+	(*UpdateNetworkResponse)(nil),    // 57: cloister.agent.v1.UpdateNetworkResponse
+	(*ShutdownRequest)(nil),          // 58: cloister.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 59: cloister.agent.v1.ShutdownResponse
+	nil,                              // 60: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),    // 61: google.protobuf.Timestamp
 }
 var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	1,  // 0: cloister.agent.v1.Hello.boot_timeline:type_name -> cloister.agent.v1.BootMark
-	63, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	60, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 	5,  // 2: cloister.agent.v1.ConfigureSandboxRequest.network:type_name -> cloister.agent.v1.Network
 	6,  // 3: cloister.agent.v1.Network.interfaces:type_name -> cloister.agent.v1.Interface
 	7,  // 4: cloister.agent.v1.Network.routes:type_name -> cloister.agent.v1.Route
@@ -3913,58 +3761,55 @@ var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	19, // 15: cloister.agent.v1.Mount.scratch:type_name -> cloister.agent.v1.ScratchVolume
 	22, // 16: cloister.agent.v1.PutVolumeRequest.files:type_name -> cloister.agent.v1.VolumeFile
 	23, // 17: cloister.agent.v1.CreateProcessRequest.stdio:type_name -> cloister.agent.v1.Stdio
-	64, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
-	46, // 19: cloister.agent.v1.ListProcessesResponse.processes:type_name -> cloister.agent.v1.GuestProcess
-	49, // 20: cloister.agent.v1.NextEventsResponse.events:type_name -> cloister.agent.v1.Event
-	50, // 21: cloister.agent.v1.Event.oom:type_name -> cloister.agent.v1.OOMKill
-	5,  // 22: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
-	3,  // 23: cloister.agent.v1.Agent.ConfigureSandbox:input_type -> cloister.agent.v1.ConfigureSandboxRequest
-	9,  // 24: cloister.agent.v1.Agent.CreateContainer:input_type -> cloister.agent.v1.CreateContainerRequest
-	24, // 25: cloister.agent.v1.Agent.CreateProcess:input_type -> cloister.agent.v1.CreateProcessRequest
-	26, // 26: cloister.agent.v1.Agent.StartProcess:input_type -> cloister.agent.v1.StartProcessRequest
-	28, // 27: cloister.agent.v1.Agent.WaitProcess:input_type -> cloister.agent.v1.WaitProcessRequest
-	30, // 28: cloister.agent.v1.Agent.SignalProcess:input_type -> cloister.agent.v1.SignalProcessRequest
-	32, // 29: cloister.agent.v1.Agent.ResizeTerminal:input_type -> cloister.agent.v1.ResizeTerminalRequest
-	34, // 30: cloister.agent.v1.Agent.DeleteProcess:input_type -> cloister.agent.v1.DeleteProcessRequest
-	36, // 31: cloister.agent.v1.Agent.PauseContainer:input_type -> cloister.agent.v1.PauseContainerRequest
-	38, // 32: cloister.agent.v1.Agent.ResumeContainer:input_type -> cloister.agent.v1.ResumeContainerRequest
-	40, // 33: cloister.agent.v1.Agent.UpdateContainer:input_type -> cloister.agent.v1.UpdateContainerRequest
-	42, // 34: cloister.agent.v1.Agent.ContainerStats:input_type -> cloister.agent.v1.ContainerStatsRequest
-	44, // 35: cloister.agent.v1.Agent.ListProcesses:input_type -> cloister.agent.v1.ListProcessesRequest
-	47, // 36: cloister.agent.v1.Agent.NextEvents:input_type -> cloister.agent.v1.NextEventsRequest
-	51, // 37: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
-	53, // 38: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
-	55, // 39: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
-	20, // 40: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
-	57, // 41: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
-	59, // 42: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
-	61, // 43: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
-	4,  // 44: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
-	10, // 45: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
-	25, // 46: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
-	27, // 47: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
-	29, // 48: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
-	31, // 49: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
-	33, // 50: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
-	35, // 51: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
-	37, // 52: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
-	39, // 53: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
-	41, // 54: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
-	43, // 55: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
-	45, // 56: cloister.agent.v1.Agent.ListProcesses:output_type -> cloister.agent.v1.ListProcessesResponse
-	48, // 57: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
-	52, // 58: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
-	54, // 59: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
-	56, // 60: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
-	21, // 61: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
-	58, // 62: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
-	60, // 63: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
-	62, // 64: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
-	44, // [44:65] is the sub-list for method output_type
-	23, // [23:44] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	61, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	46, // 19: cloister.agent.v1.NextEventsResponse.events:type_name -> cloister.agent.v1.Event
+	47, // 20: cloister.agent.v1.Event.oom:type_name -> cloister.agent.v1.OOMKill
+	5,  // 21: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
+	3,  // 22: cloister.agent.v1.Agent.ConfigureSandbox:input_type -> cloister.agent.v1.ConfigureSandboxRequest
+	9,  // 23: cloister.agent.v1.Agent.CreateContainer:input_type -> cloister.agent.v1.CreateContainerRequest
+	24, // 24: cloister.agent.v1.Agent.CreateProcess:input_type -> cloister.agent.v1.CreateProcessRequest
+	26, // 25: cloister.agent.v1.Agent.StartProcess:input_type -> cloister.agent.v1.StartProcessRequest
+	28, // 26: cloister.agent.v1.Agent.WaitProcess:input_type -> cloister.agent.v1.WaitProcessRequest
+	30, // 27: cloister.agent.v1.Agent.SignalProcess:input_type -> cloister.agent.v1.SignalProcessRequest
+	32, // 28: cloister.agent.v1.Agent.ResizeTerminal:input_type -> cloister.agent.v1.ResizeTerminalRequest
+	34, // 29: cloister.agent.v1.Agent.DeleteProcess:input_type -> cloister.agent.v1.DeleteProcessRequest
+	36, // 30: cloister.agent.v1.Agent.PauseContainer:input_type -> cloister.agent.v1.PauseContainerRequest
+	38, // 31: cloister.agent.v1.Agent.ResumeContainer:input_type -> cloister.agent.v1.ResumeContainerRequest
+	40, // 32: cloister.agent.v1.Agent.UpdateContainer:input_type -> cloister.agent.v1.UpdateContainerRequest
+	42, // 33: cloister.agent.v1.Agent.ContainerStats:input_type -> cloister.agent.v1.ContainerStatsRequest
+	44, // 34: cloister.agent.v1.Agent.NextEvents:input_type -> cloister.agent.v1.NextEventsRequest
+	48, // 35: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
+	50, // 36: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
+	52, // 37: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
+	20, // 38: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
+	54, // 39: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
+	56, // 40: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
+	58, // 41: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
+	4,  // 42: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
+	10, // 43: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
+	25, // 44: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
+	27, // 45: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
+	29, // 46: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
+	31, // 47: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
+	33, // 48: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
+	35, // 49: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
+	37, // 50: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
+	39, // 51: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
+	41, // 52: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
+	43, // 53: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
+	45, // 54: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
+	49, // 55: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
+	51, // 56: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
+	53, // 57: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
+	21, // 58: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
+	55, // 59: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
+	57, // 60: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
+	59, // 61: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
+	42, // [42:62] is the sub-list for method output_type
+	22, // [22:42] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_agent_protocol_v1_agent_proto_init() }
@@ -3980,7 +3825,7 @@ func file_agent_protocol_v1_agent_proto_init() {
 		(*Mount_Volume)(nil),
 		(*Mount_Scratch)(nil),
 	}
-	file_agent_protocol_v1_agent_proto_msgTypes[49].OneofWrappers = []any{
+	file_agent_protocol_v1_agent_proto_msgTypes[46].OneofWrappers = []any{
 		(*Event_Oom)(nil),
 	}
 	type x struct{}
@@ -3989,7 +3834,7 @@ func file_agent_protocol_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_v1_agent_proto_rawDesc), len(file_agent_protocol_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   64,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

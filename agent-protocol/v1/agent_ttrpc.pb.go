@@ -20,7 +20,6 @@ type AgentService interface {
 	ResumeContainer(context.Context, *ResumeContainerRequest) (*ResumeContainerResponse, error)
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*UpdateContainerResponse, error)
 	ContainerStats(context.Context, *ContainerStatsRequest) (*ContainerStatsResponse, error)
-	ListProcesses(context.Context, *ListProcessesRequest) (*ListProcessesResponse, error)
 	NextEvents(context.Context, *NextEventsRequest) (*NextEventsResponse, error)
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
 	SetClock(context.Context, *SetClockRequest) (*SetClockResponse, error)
@@ -117,13 +116,6 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.ContainerStats(ctx, &req)
-			},
-			"ListProcesses": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
-				var req ListProcessesRequest
-				if err := unmarshal(&req); err != nil {
-					return nil, err
-				}
-				return svc.ListProcesses(ctx, &req)
 			},
 			"NextEvents": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req NextEventsRequest
@@ -286,14 +278,6 @@ func (c *agentClient) UpdateContainer(ctx context.Context, req *UpdateContainerR
 func (c *agentClient) ContainerStats(ctx context.Context, req *ContainerStatsRequest) (*ContainerStatsResponse, error) {
 	var resp ContainerStatsResponse
 	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "ContainerStats", req, &resp); err != nil {
-		return nil, err
-	}
-	return &resp, nil
-}
-
-func (c *agentClient) ListProcesses(ctx context.Context, req *ListProcessesRequest) (*ListProcessesResponse, error) {
-	var resp ListProcessesResponse
-	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "ListProcesses", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -448,30 +448,6 @@ func (c *container) delete(ctx context.Context) (released []string, err error) {
 	return released, nil
 }
 
-// processes lists the pids in the container's cgroup.
-func (c *container) processes() ([]*agentv1.GuestProcess, error) {
-	if s := c.currentState(); s == stateStopped || s == stateDeleting {
-		return nil, nil
-	}
-	pids, err := c.lc.Processes()
-	if err != nil {
-		return nil, fmt.Errorf("list the processes of container %q: %w", c.id, err)
-	}
-	execs := map[int]string{}
-	c.mu.Lock()
-	for id, p := range c.execs {
-		if p.state == processRunning {
-			execs[p.pid] = id
-		}
-	}
-	c.mu.Unlock()
-	out := make([]*agentv1.GuestProcess, 0, len(pids))
-	for _, pid := range pids {
-		out = append(out, &agentv1.GuestProcess{Pid: uint32(pid), ExecId: execs[pid]})
-	}
-	return out, nil
-}
-
 // checkOOM tells of OOM kills that have not been told of yet.
 func (c *container) checkOOM() {
 	c.oomMu.Lock()

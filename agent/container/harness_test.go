@@ -259,6 +259,16 @@ func (b *bench) exec(id, execID string, p *specs.Process, stdio *agentv1.Stdio) 
 	return err
 }
 
+// pids lists the processes in a container's cgroup.
+func (b *bench) pids(id string) []int {
+	b.t.Helper()
+	c, err := b.m.get(id)
+	require.NoError(b.t, err)
+	pids, err := c.lc.Processes()
+	require.NoError(b.t, err)
+	return pids
+}
+
 func (b *bench) wait(id, execID string) *agentv1.WaitProcessResponse {
 	b.t.Helper()
 	r, err := b.m.Wait(ctx(b.t), id, execID)

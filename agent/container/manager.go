@@ -330,15 +330,6 @@ func (m *Manager) PodStats() (*stats.Metrics, error) {
 	return sum, nil
 }
 
-// Processes lists the pids in a container.
-func (m *Manager) Processes(id string) ([]*agentv1.GuestProcess, error) {
-	c, err := m.get(id)
-	if err != nil {
-		return nil, err
-	}
-	return c.processes()
-}
-
 // NextEvents waits for events with a sequence number above after.
 func (m *Manager) NextEvents(ctx context.Context, after uint64) ([]*agentv1.Event, error) {
 	return m.events.next(ctx, after)

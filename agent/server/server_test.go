@@ -357,9 +357,6 @@ func TestContainer(t *testing.T) {
 		r, _ := waiter.WaitProcess(ctx(t), &agentv1.WaitProcessRequest{ContainerId: "c"})
 		exit <- r
 	}()
-	list, err := h.client.ListProcesses(ctx(t), &agentv1.ListProcessesRequest{ContainerId: "c"})
-	require.NoError(t, err)
-	require.Len(t, list.GetProcesses(), 1)
 	_, err = stdin.Write([]byte("this\n"))
 	require.NoError(t, err)
 	text, err := io.ReadAll(stdout)

@@ -174,14 +174,6 @@ func (s *service) ContainerStats(_ context.Context, r *agentv1.ContainerStatsReq
 	return &agentv1.ContainerStatsResponse{Cgroup2Metrics: raw}, nil
 }
 
-func (s *service) ListProcesses(_ context.Context, r *agentv1.ListProcessesRequest) (*agentv1.ListProcessesResponse, error) {
-	list, err := s.manager.Processes(r.GetContainerId())
-	if err != nil {
-		return nil, err
-	}
-	return &agentv1.ListProcessesResponse{Processes: list}, nil
-}
-
 func (s *service) NextEvents(ctx context.Context, r *agentv1.NextEventsRequest) (*agentv1.NextEventsResponse, error) {
 	events, err := s.manager.NextEvents(ctx, r.GetAfter())
 	if err != nil {
