@@ -59,12 +59,6 @@ type TableMaker interface {
 	ACPITables(context.Context, Document) (ACPITables, string, error)
 }
 
-// ACPITables are the blobs that a VMM hands to the firmware (QEMU's fw_cfg files etc/table-loader, etc/acpi/rsdp and
-// etc/acpi/tables).
-type ACPITables struct {
-	Loader, RSDP, Tables []byte
-}
-
 // Capabilities is what a VMM's binary can do, as far as others than its driver must know.
 type Capabilities struct {
 	// Binary is the path, Version what the binary says of itself, Details are further words; all for people.

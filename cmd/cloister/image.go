@@ -21,7 +21,7 @@ import (
 )
 
 func imageCommand() *cobra.Command {
-	se := group(&cobra.Command{Use: "se", Short: "Images for IBM Secure Execution"}, seBuildCommand(), seInspectCommand(), seRequestCommand())
+	se := group(&cobra.Command{Use: "se", Short: "Images for IBM Secure Execution"}, seBuildCommand(), seInspectCommand(), seRequestCommand(), seVerifyCommand())
 	return group(&cobra.Command{Use: "image", Short: "Make and look into sealed boot images"}, se)
 }
 

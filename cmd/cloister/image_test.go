@@ -16,6 +16,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,6 +25,7 @@ import (
 
 	"github.com/cloister-project/cloister/tee/initdata"
 	"github.com/cloister-project/cloister/tee/se/attest"
+	"github.com/cloister-project/cloister/tee/se/hostkey"
 	"github.com/cloister-project/cloister/tee/se/image"
 	"github.com/cloister-project/cloister/virtcontainers/dryrun"
 )
@@ -231,4 +233,74 @@ func TestSEAttestRequest(t *testing.T) {
 	status, _, stderr = cloister(t, args...)
 	assert.Equal(t, exitNo, status)
 	assert.Contains(t, stderr, "--force")
+}
+
+// answer plays the machine: it opens the request with the host's key and answers as the hardware would.
+func (b *bench) answer(t *testing.T, user []byte) {
+	t.Helper()
+	content, err := os.ReadFile(b.path("request"))
+	require.NoError(t, err)
+	exchange, err := attest.ParseExchange(content)
+	require.NoError(t, err)
+	request, err := attest.ParseRequest(exchange.Request)
+	require.NoError(t, err)
+	host, err := b.key.ECDH()
+	require.NoError(t, err)
+	secret, err := request.Open(host)
+	require.NoError(t, err)
+	hash, err := hostkey.Hash(host.PublicKey())
+	require.NoError(t, err)
+	info, err := image.InspectFile(b.path("se.img"))
+	require.NoError(t, err)
+	cuid := [attest.CUIDSize]byte{1, 2, 3}
+	exchange.User, exchange.CUID, exchange.Additional = user, &cuid, append(hash[:], hash[:]...)
+	measurement := attest.Measure(secret.Key, &secret.Nonce, attest.Measured{
+		Header: info.Header(), CUID: cuid, User: user, Additional: exchange.Additional,
+	})
+	exchange.Measurement = measurement[:]
+	content, err = exchange.Marshal()
+	require.NoError(t, err)
+	b.write(t, "answer", content)
+}
+
+func TestSEAttestVerify(t *testing.T) {
+	b := newBench(t)
+	status, _, stderr := cloister(t, b.build("--initdata", b.path("initdata.toml"))...)
+	require.Equal(t, exitOK, status, stderr)
+	request := []string{"image", "se", "attest-request", "-k", b.path("host.crt"), "--no-verify", "-o", b.path("request"), "--secret", b.path("secret")}
+	status, _, stderr = cloister(t, request...)
+	require.Equal(t, exitOK, status, stderr)
+	doc, err := initdata.Parse([]byte(testInitdata))
+	require.NoError(t, err)
+	user := attest.UserData(doc.Digest())
+	b.answer(t, user[:])
+
+	verify := []string{"image", "se", "attest-verify", b.path("answer"), "--secret", b.path("secret"), "--image", b.path("se.img")}
+	status, stdout, stderr := cloister(t, append(verify, "--initdata", b.path("initdata.toml"))...)
+	require.Equal(t, exitOK, status, stderr)
+	assert.Contains(t, stdout, "the answer is good")
+	assert.Contains(t, stdout, hex.EncodeToString(user[:]))
+	status, stdout, stderr = cloister(t, append(verify, "--json")...)
+	require.Equal(t, exitOK, status, stderr)
+	assert.True(t, json.Valid([]byte(stdout)))
+
+	// Another document, another image, another secret, no answer at all.
+	b.write(t, "other.toml", []byte(strings.Replace(testInitdata, "x", "y", 1)))
+	status, _, stderr = cloister(t, append(verify, "--initdata", b.path("other.toml"))...)
+	assert.Equal(t, exitNo, status)
+	assert.Contains(t, stderr, "not the digest of")
+	status, _, stderr = cloister(t, append(b.build(), "--force")...)
+	require.Equal(t, exitOK, status, stderr)
+	status, stdout, stderr = cloister(t, verify...)
+	assert.Equal(t, exitNo, status)
+	assert.Empty(t, stdout)
+	assert.Contains(t, stderr, "the measurement is not that of this image")
+	b.write(t, "answer", []byte("no answer"))
+	for _, bad := range [][]string{verify, {"image", "se", "attest-verify", b.path("gone"), "--secret", b.path("secret"), "--image", b.path("se.img")}} {
+		status, _, stderr = cloister(t, bad...)
+		assert.Equal(t, exitNo, status)
+		assert.NotEmpty(t, stderr)
+	}
+	status, _, _ = cloister(t, "image", "se", "attest-verify", b.path("answer"))
+	assert.Equal(t, exitUsage, status)
 }

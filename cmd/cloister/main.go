@@ -51,7 +51,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(checkCommand(), planCommand(), measureCommand(), imageCommand(), configCommand())
+	root.AddCommand(checkCommand(), planCommand(), measureCommand(), evidenceCommand(), imageCommand(), configCommand())
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.PersistentPreRunE = noEmptyFlags
 	root.SetHelpCommand(helpCommand())

@@ -64,7 +64,9 @@ func number(n uint64) string { return hex.EncodeToString(binary.LittleEndian.App
 
 func ofReport(r *snpreport.Report) *Evidence {
 	e := &Evidence{Platform: tee.SNP}
-	add := func(name, value, note string) { e.Values = append(e.Values, tee.Value{Name: name, Hex: value, Note: note}) }
+	add := func(name, value, note string) {
+		e.Values = append(e.Values, tee.Value{Name: name, Hex: value, Note: note})
+	}
 	add("snp.launch_digest", hex.EncodeToString(r.Measurement[:]), "MEASUREMENT")
 	add("snp.host_data", hex.EncodeToString(r.HostData[:]), "the initdata's digest")
 	add("snp.policy", number(r.Policy), snp.Policy(r.Policy).String())
@@ -94,7 +96,9 @@ func ofReport(r *snpreport.Report) *Evidence {
 
 func ofQuote(q *tdx.Quote) *Evidence {
 	e := &Evidence{Platform: tee.TDX, differences: q.Compare}
-	add := func(name, value, note string) { e.Values = append(e.Values, tee.Value{Name: name, Hex: value, Note: note}) }
+	add := func(name, value, note string) {
+		e.Values = append(e.Values, tee.Value{Name: name, Hex: value, Note: note})
+	}
 	add("tdx.mrtd", q.MRTD.String(), "")
 	for i, r := range q.RTMR {
 		add(fmt.Sprintf("tdx.rtmr%d", i), r.String(), "")

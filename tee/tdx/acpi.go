@@ -5,7 +5,6 @@ package tdx
 import (
 	"encoding/binary"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
@@ -23,51 +22,20 @@ import (
 // patches, which were not merged, do: their tables tell a TD of edge-triggered interrupts only.
 type ACPI hypervisor.ACPITables
 
-// Files of a folder with the blobs.
-const (
-	fileLoader = "table-loader"
-	fileRSDP   = "rsdp"
-	fileTables = "tables"
-	// maxACPI bounds one blob; QEMU pads tables to 128 KiB at least and limits them to 2 MiB.
-	maxACPI = 4 << 20
-)
+// maxACPI bounds one blob; QEMU pads tables to 128 KiB at least and limits them to 2 MiB.
+const maxACPI = 4 << 20
 
 // ReadACPI reads a folder with the files table-loader, rsdp and tables, the blobs without any change.
 func ReadACPI(dir string) (*ACPI, error) {
 	var a ACPI
-	for _, f := range a.files() {
-		b, _, err := firmware.ReadFile(filepath.Join(dir, f.name), maxACPI)
+	for _, blob := range (*hypervisor.ACPITables)(&a).Blobs() {
+		content, _, err := firmware.ReadFile(filepath.Join(dir, blob.Name), maxACPI)
 		if err != nil {
 			return nil, fmt.Errorf("ACPI blobs: %w", err)
 		}
-		*f.blob = b
+		*blob.Content = content
 	}
 	return &a, a.check()
-}
-
-// ACPIFolder names the folder of a VM's blobs among those of VMs of other sizes.
-func ACPIFolder(vcpus int) string { return fmt.Sprintf("vcpus-%d", vcpus) }
-
-// Write makes a folder that ReadACPI reads.
-func (a *ACPI) Write(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	for _, f := range a.files() {
-		if err := os.WriteFile(filepath.Join(dir, f.name), *f.blob, 0o644); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-type acpiFile struct {
-	name string
-	blob *[]byte
-}
-
-func (a *ACPI) files() []acpiFile {
-	return []acpiFile{{fileLoader, &a.Loader}, {fileRSDP, &a.RSDP}, {fileTables, &a.Tables}}
 }
 
 func (a *ACPI) events() []Event {

@@ -61,7 +61,7 @@ type Config struct {
 	// MROwner and MROwnerConfig are 48 bytes in hexadecimal digits, or empty for zeros.
 	MROwner, MROwnerConfig string
 	// ACPI is a folder with the ACPI blobs of the VM to be measured (see ReadACPI); empty: RTMR0 is not predicted. Only
-	// Measure looks at it. Where it has a folder ACPIFolder(n), that one is taken for a VM with n virtual CPUs.
+	// Measure looks at it. Where it has a folder hypervisor.ACPIDirectory(n), that one is taken for a VM with n virtual CPUs.
 	ACPI string
 	// Tables makes the ACPI blobs of a VM that is measured, and says in a few words how, as hypervisor.TableMaker does; nil:
 	// those of ACPI are taken. It is called for firmware only of which RTMR0 can be predicted with them.

@@ -152,7 +152,7 @@ func (p *Platform) acpi(ctx context.Context, doc hypervisor.Document) (a *ACPI, 
 	case dir == "":
 		return nil, "", nil
 	default:
-		if sized := filepath.Join(dir, ACPIFolder(doc.CPU.Count)); isFolder(sized) {
+		if sized := filepath.Join(dir, hypervisor.ACPIDirectory(doc.CPU.Count)); isFolder(sized) {
 			dir = sized
 		}
 		if a, err = ReadACPI(dir); err != nil {

@@ -273,7 +273,7 @@ func values(t *testing.T, r *tee.ReferenceValues) map[string]tee.Value {
 func TestMeasure(t *testing.T) {
 	cfg := testConfig(t, driversOld)
 	cfg.ACPI = t.TempDir()
-	require.NoError(t, testACPI(2).Write(cfg.ACPI))
+	require.NoError(t, (*hypervisor.ACPITables)(testACPI(2)).Write(cfg.ACPI))
 	p := mustNew(t, cfg)
 	doc := testDocument(t)
 	_, err := p.Measure(context.Background(), doc)

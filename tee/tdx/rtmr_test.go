@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee/firmware"
 )
 
@@ -149,7 +150,7 @@ func TestACPI(t *testing.T) {
 		require.Equal(t, n, got)
 	}
 	dir := t.TempDir() + "/acpi"
-	require.NoError(t, testACPI(2).Write(dir))
+	require.NoError(t, (*hypervisor.ACPITables)(testACPI(2)).Write(dir))
 	got, err := ReadACPI(dir)
 	require.NoError(t, err)
 	require.Equal(t, testACPI(2), got)
@@ -163,7 +164,7 @@ func TestACPI(t *testing.T) {
 	} {
 		a := testACPI(2)
 		break1(a)
-		require.NoError(t, a.Write(dir))
+		require.NoError(t, (*hypervisor.ACPITables)(a).Write(dir))
 		_, err := ReadACPI(dir)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, name)
 		require.ErrorContains(t, err, name)

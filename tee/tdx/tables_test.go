@@ -46,7 +46,7 @@ func TestTablesMade(t *testing.T) {
 	cfg := testConfig(t, driversOld)
 	cfg.ACPI = t.TempDir()
 	for _, n := range []int{1, 3} {
-		require.NoError(t, testACPI(n).Write(filepath.Join(cfg.ACPI, ACPIFolder(n))))
+		require.NoError(t, (*hypervisor.ACPITables)(testACPI(n)).Write(filepath.Join(cfg.ACPI, hypervisor.ACPIDirectory(n))))
 	}
 	p := mustNew(t, cfg)
 	doc := testDocument(t)

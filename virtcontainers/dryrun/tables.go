@@ -13,7 +13,6 @@ import (
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee/platform"
-	"github.com/cloister-project/cloister/tee/tdx"
 )
 
 // Tables says where the ACPI tables come from that TDX measures in RTMR0. The zero value: nowhere.
@@ -89,8 +88,8 @@ func (m *tableMaker) make(ctx context.Context, doc hypervisor.Document) (tables 
 	}
 	kept := ""
 	if m.tables.Out != "" {
-		dir := filepath.Join(m.tables.Out, tdx.ACPIFolder(doc.CPU.Count))
-		if err := (*tdx.ACPI)(&tables).Write(dir); err != nil {
+		dir := filepath.Join(m.tables.Out, hypervisor.ACPIDirectory(doc.CPU.Count))
+		if err := tables.Write(dir); err != nil {
 			return tables, "", fmt.Errorf("keep the ACPI tables: %w", err)
 		}
 		kept = ", kept in " + dir
