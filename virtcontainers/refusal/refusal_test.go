@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package refusal
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+)
+
+func TestReasons(t *testing.T) {
+	require.NoError(t, Of(nil))
+	err := Of([]string{"a device", "a socket"})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+	require.EqualError(t, err, "this asks for what a VM cannot give:\n  - a device\n  - a socket")
+
+	reasons, other := Reasons(fmt.Errorf("container c: %w", err))
+	require.NoError(t, other)
+	require.Equal(t, []string{"a device", "a socket"}, reasons)
+
+	fault := errors.New("no process")
+	reasons, other = Reasons(fault)
+	require.Equal(t, fault, other)
+	require.Empty(t, reasons)
+	reasons, other = Reasons(nil)
+	require.NoError(t, other)
+	require.Empty(t, reasons)
+}
