@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ocispec
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/virtcontainers/refusal"
+)
+
+// podNamespace stands for the path of a namespace on the host; for the guest only the fact that there is one counts.
+const podNamespace = "pod"
+
+// guestDevices are the device nodes that a container may ask for: the standard set, which the guest makes itself.
+// Devices of the host mean nothing in a VM.
+var guestDevices = []string{
+	"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/console", "/dev/ptmx", fuse,
+}
+
+// fuse is the one device that the guest makes only for containers that ask for it.
+const fuse = "/dev/fuse"
+
+// Container returns a container's specification for the guest, in JSON and without mounts. What it asks for and cannot
+// have is a *refusal.Error that lists all of it.
+func Container(spec *specs.Spec) ([]byte, error) {
+	if spec == nil || spec.Process == nil {
+		return nil, fmt.Errorf("the OCI specification has no process: %w", errdefs.ErrInvalidArgument)
+	}
+	out := &specs.Spec{
+		Version:  spec.Version,
+		Process:  process(spec.Process),
+		Hostname: spec.Hostname,
+		Root:     &specs.Root{Path: "rootfs"},
+		Linux:    &specs.Linux{},
+	}
+	if spec.Root != nil {
+		out.Root.Readonly = spec.Root.Readonly
+	}
+	if l := spec.Linux; l != nil {
+		out.Linux = &specs.Linux{
+			UIDMappings:       l.UIDMappings,
+			GIDMappings:       l.GIDMappings,
+			Sysctl:            l.Sysctl,
+			Resources:         resources(l.Resources),
+			Namespaces:        namespaces(l.Namespaces),
+			Seccomp:           l.Seccomp,
+			RootfsPropagation: l.RootfsPropagation,
+			MaskedPaths:       l.MaskedPaths,
+			ReadonlyPaths:     l.ReadonlyPaths,
+		}
+		var refused []string
+		out.Linux.Devices, refused = devices(l.Devices)
+		if len(refused) > 0 {
+			return nil, refusal.Of([]string{fmt.Sprintf("host devices %s: a VM has none of the host's devices; remove them, "+
+				"or for privileged pods set privileged_without_host_devices = true for this runtime in containerd's configuration",
+				abbreviate(refused, 8))})
+		}
+	}
+	b, err := json.Marshal(out)
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > wire.MaxSpec {
+		return nil, fmt.Errorf("the OCI specification has %d bytes, the limit is %d (is the environment very large?): %w",
+			len(b), wire.MaxSpec, errdefs.ErrInvalidArgument)
+	}
+	return b, nil
+}
+
+// Process returns a process's specification for the guest, in JSON.
+func Process(p *specs.Process) ([]byte, error) { return json.Marshal(process(p)) }
+
+// Resources returns limits for the guest, in JSON.
+func Resources(r *specs.LinuxResources) ([]byte, error) { return json.Marshal(resources(r)) }
+
+// namespaces leaves out the network's, since the guest's own is the pod's, and the host's paths.
+func namespaces(list []specs.LinuxNamespace) []specs.LinuxNamespace {
+	var out []specs.LinuxNamespace
+	for _, ns := range list {
+		if ns.Type == specs.NetworkNamespace {
+			continue
+		}
+		if ns.Path != "" {
+			ns.Path = podNamespace
+		}
+		out = append(out, ns)
+	}
+	return out
+}
+
+// devices returns those that the guest is asked for, and the paths of those that are refused. Of the standard set the
+// guest makes all but one unasked.
+func devices(list []specs.LinuxDevice) (asked []specs.LinuxDevice, refused []string) {
+	for _, d := range list {
+		switch path := filepath.Clean(d.Path); {
+		case !slices.Contains(guestDevices, path):
+			refused = append(refused, d.Path)
+		case d.Path == fuse:
+			asked = append(asked, d)
+		}
+	}
+	return asked, refused
+}
+
+func abbreviate(list []string, most int) string {
+	if len(list) <= most {
+		return strings.Join(list, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(list[:most], ", "), len(list)-most)
+}
+
+// process leaves out what belongs to the host's own security modules and scheduler.
+func process(p *specs.Process) *specs.Process {
+	if p == nil {
+		return nil
+	}
+	return &specs.Process{
+		Terminal:        p.Terminal,
+		ConsoleSize:     p.ConsoleSize,
+		User:            p.User,
+		Args:            p.Args,
+		Env:             p.Env,
+		Cwd:             p.Cwd,
+		Capabilities:    p.Capabilities,
+		Rlimits:         p.Rlimits,
+		NoNewPrivileges: p.NoNewPrivileges,
+		OOMScoreAdj:     p.OOMScoreAdj,
+	}
+}
+
+// resources leaves out what names devices, cards or NUMA nodes of the host.
+func resources(r *specs.LinuxResources) *specs.LinuxResources {
+	if r == nil {
+		return nil
+	}
+	out := &specs.LinuxResources{Pids: r.Pids, Unified: r.Unified, Devices: r.Devices}
+	if r.Memory != nil {
+		m := *r.Memory
+		out.Memory = &m
+	}
+	if r.CPU != nil {
+		c := *r.CPU
+		// CPU numbers are the host's.
+		c.Cpus, c.Mems = "", ""
+		out.CPU = &c
+	}
+	return out
+}
