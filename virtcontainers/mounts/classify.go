@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package mounts
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/virtcontainers/volumes"
+)
+
+// Kind says what becomes of a mount; see the package comment.
+type Kind int
+
+// Kinds.
+const (
+	Refused Kind = iota
+	GuestFilesystem
+	PodShm
+	CgroupView
+	PodFile
+	Live
+	Copied
+	Part
+	Scratch
+	TerminationLog
+	ImageVolume
+)
+
+// kindNames are for people.
+var kindNames = [...]string{
+	"refused", "guest file system", "pod's shared memory", "cgroup view", "pod file", "live", "copied", "part of a volume", "guest memory",
+	"termination log", "volume of the image",
+}
+
+func (k Kind) String() string { return kindNames[k] }
+
+// Mount is one mount of a container, with what becomes of it.
+type Mount struct {
+	Kind        Kind
+	Destination string
+	// Source is the path on the host; unused with kinds that take nothing from there. A PodFile without one is written from
+	// the pod's configuration.
+	Source string
+	// Options for the guest.
+	Options []string
+	// Filesystem is the type of a GuestFilesystem.
+	Filesystem string
+	// Volume is the source taken apart, with the kinds from Copied on.
+	Volume volumes.Path
+	// ReadonlyRoot says of an ImageVolume that the container's root filesystem is read-only.
+	ReadonlyRoot bool
+	// Reason is why a mount is Refused.
+	Reason string
+}
+
+func (m Mount) refuse(reason string) Mount {
+	m.Kind, m.Reason = Refused, reason
+	return m
+}
+
+const (
+	// podShm is where containers that share the pod's ipc namespace have its shared memory.
+	podShm = "/dev/shm"
+	// cgroupRoot is the host's cgroup tree; a container sees its guest's.
+	cgroupRoot = "/sys/fs/cgroup"
+)
+
+// podFiles are the files that containerd and nerdctl make for each container. They are small and copied: programs in
+// the guest may rewrite them as they may in any container.
+var podFiles = []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
+
+// guestFilesystems are what the guest's kernel provides without anything from the host.
+var guestFilesystems = []string{"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "ramfs"}
+
+// Plan classifies all mounts of a container, in order. With own it adds the pod's files that the container does not bring
+// mounts of its own for, and makes the private /dev/shm that every specification begins with the pod's, if the container
+// shares the pod's ipc namespace. It touches nothing.
+func Plan(spec *specs.Spec, s Sharing, own bool) []Mount {
+	readonly := spec.Root != nil && spec.Root.Readonly
+	shm := own && spec.Linux != nil && slices.ContainsFunc(spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+		return ns.Type == specs.IPCNamespace && ns.Path != ""
+	})
+	var all []Mount
+	taken := map[string]bool{}
+	for _, m := range spec.Mounts {
+		destination := filepath.Clean(m.Destination)
+		taken[destination] = true
+		if shm && destination == podShm && m.Type == "tmpfs" && m.Source == "shm" {
+			all = append(all, Mount{Kind: PodShm, Destination: podShm, Options: []string{"nosuid", "noexec", "nodev", "rw"}})
+			continue
+		}
+		planned := Classify(m, s)
+		planned.ReadonlyRoot = planned.Kind == ImageVolume && readonly
+		all = append(all, planned)
+	}
+	if !own {
+		return all
+	}
+	access := "rw"
+	if readonly {
+		access = "ro"
+	}
+	for _, destination := range podFiles {
+		if !taken[destination] {
+			all = append(all, Mount{Kind: PodFile, Destination: destination, Options: []string{"rprivate", access}})
+		}
+	}
+	return all
+}
+
+// Refusals returns why mounts of a container cannot be had, all of them; none if they can.
+func Refusals(all []Mount) []string {
+	var reasons []string
+	for _, m := range all {
+		if m.Kind == Refused {
+			reasons = append(reasons, m.Reason)
+		}
+	}
+	if len(all) > wire.MaxMounts {
+		reasons = append(reasons, fmt.Sprintf("%d mounts; the limit is %d", len(all), wire.MaxMounts))
+	}
+	return reasons
+}
+
+// Classify says what becomes of one mount in a VM that shares so much with the host, as far as the words tell. It touches
+// nothing.
+func Classify(m specs.Mount, s Sharing) Mount {
+	out := Mount{Destination: m.Destination, Source: m.Source, Options: guestOptions(m.Options)}
+	if fault := malformed(m); fault != "" {
+		return out.refuse(fmt.Sprintf("mount of %s (type %q) at %s: %s", m.Source, m.Type, m.Destination, fault))
+	}
+	source, destination := filepath.Clean(m.Source), filepath.Clean(m.Destination)
+	switch {
+	case !isBind(m):
+		out.Kind, out.Filesystem = GuestFilesystem, m.Type
+	case destination == podShm:
+		out.Kind = PodShm
+	case source == cgroupRoot || strings.HasPrefix(source, cgroupRoot+"/"):
+		out.Kind = CgroupView
+	case slices.Contains(podFiles, destination):
+		out.Kind = PodFile
+	case s.Live():
+		out.Kind = Live
+	default:
+		return out.apart(s)
+	}
+	return out
+}
+
+// apart classifies a bind mount for a VM that shares nothing with the host: small volumes are copied, empty ones are made
+// in the guest's memory, and everything else is refused.
+func (m Mount) apart(s Sharing) Mount {
+	const instead = "bring the data in the image, a ConfigMap, a Secret or an emptyDir, or fetch it over the network"
+	m.Volume = volumes.Parse(m.Source)
+	switch p := m.Volume; p.Kind {
+	case volumes.Copied:
+		m.Kind = Copied
+	case volumes.SubPath:
+		m.Kind = Part
+	case volumes.TerminationLog:
+		m.Kind = TerminationLog
+	case volumes.ImageVolume:
+		m.Kind = ImageVolume
+	case volumes.Scratch:
+		if p.Rest != "" {
+			return m.refuse(fmt.Sprintf("%s at %s, a part of the emptyDir %s: it is in the guest's memory as a whole and the host has "+
+				"none of its folders; mount the whole volume", m.Source, m.Destination, p.Volume))
+		}
+		m.Kind = Scratch
+	case volumes.Foreign:
+		return m.refuse(fmt.Sprintf("volume %s (%s) at %s, from %s: %s; %s",
+			p.Volume, p.Plugin, m.Destination, m.Source, s.Reason(), instead))
+	default:
+		return m.refuse(fmt.Sprintf("bind mount of %s at %s (hostPath): %s; %s", m.Source, m.Destination, s.Reason(), instead))
+	}
+	return m
+}
+
+// isBind reports whether a mount brings a file or directory of the host.
+func isBind(m specs.Mount) bool {
+	return m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind")
+}
+
+// malformed returns what is wrong with a mount in any VM, empty if nothing is.
+func malformed(m specs.Mount) string {
+	switch {
+	case !filepath.IsAbs(m.Destination):
+		return "the destination is not an absolute path"
+	case isBind(m):
+		if !filepath.IsAbs(m.Source) {
+			return "the source is not an absolute path"
+		}
+		if slices.Contains(m.Options, "rshared") || slices.Contains(m.Options, "shared") {
+			return "mounts made in a VM cannot propagate to the host (Bidirectional propagation); use HostToContainer or None"
+		}
+	case !slices.Contains(guestFilesystems, m.Type):
+		return "this type of mount is not known; known are bind and " + strings.Join(guestFilesystems, ", ")
+	}
+	return ""
+}
+
+// guestOptions leaves out the words that only say where a mount comes from.
+func guestOptions(options []string) []string {
+	return slices.DeleteFunc(slices.Clone(options), func(o string) bool {
+		return o == "bind" || o == "rbind" || o == "loop"
+	})
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package mounts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/virtcontainers/volumes"
+)
+
+// readOnly returns the options with ro in place of rw.
+func readOnly(options []string) []string {
+	return append(slices.DeleteFunc(slices.Clone(options), func(o string) bool { return o == "rw" || o == "ro" }), "ro")
+}
+
+// copied brings a volume into the guest, and mounts it or one file of it.
+func (s *Set) copied(ctx context.Context, m Mount) (*agentv1.Mount_Volume, error) {
+	where := m.Volume
+	name, snapshot, err := s.volumes.Mount(ctx, where.Dir())
+	if err != nil {
+		return nil, err
+	}
+	if where.Rest != "" && !slices.ContainsFunc(snapshot.Files, func(f volumes.File) bool { return f.Path == where.Rest }) {
+		return nil, refused("%s at %s: there is no such file in the volume; mount the volume, or one of its files",
+			filepath.Join(where.Dir(), where.Rest), m.Destination)
+	}
+	return &agentv1.Mount_Volume{Volume: &agentv1.PodVolume{Name: name, Path: where.Rest}}, nil
+}
+
+// part mounts a part of a volume, as it is now: the kubelet does not change it either once it is mounted.
+func (s *Set) part(ctx context.Context, m Mount, g *agentv1.Mount) error {
+	info, err := os.Stat(m.Source)
+	if err != nil {
+		return fmt.Errorf("mount at %s: %w", m.Destination, err)
+	}
+	if !info.IsDir() {
+		g.Source, err = file(readFileCopy(m))
+		return err
+	}
+	name, _, err := s.volumes.MountOnce(ctx, m.Source)
+	if err != nil {
+		return err
+	}
+	g.Source = &agentv1.Mount_Volume{Volume: &agentv1.PodVolume{Name: name}}
+	return nil
+}
+
+// scratch names an emptyDir in the guest: the guest makes it in its memory, whatever its medium is on the host.
+func (s *Set) scratch(m Mount) (*agentv1.Mount_Scratch, error) {
+	v, err := scratch(m, s.cfg.MemoryBytes)
+	if err != nil {
+		return nil, err
+	}
+	if v.Name, err = s.volumes.Scratch(m.Source); err != nil {
+		return nil, err
+	}
+	return &agentv1.Mount_Scratch{Scratch: v}, nil
+}
+
+// scratch describes an emptyDir in a VM with so much memory. A limit that the kubelet put on a file system in memory goes
+// along; that of a directory on the node's disk shows nowhere.
+func scratch(m Mount, memory uint64) (*agentv1.ScratchVolume, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(m.Source, &st); err != nil {
+		return nil, fmt.Errorf("emptyDir %s at %s: %w", m.Source, m.Destination, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return nil, refused("emptyDir %s at %s is not a folder", m.Source, m.Destination)
+	}
+	size, err := scratchSize(m, st.Dev)
+	if err != nil {
+		return nil, err
+	}
+	if size >= memory {
+		size = 0 // the guest could not keep it
+	}
+	return &agentv1.ScratchVolume{SizeBytes: size, Mode: st.Mode & 0o7777, Uid: st.Uid, Gid: st.Gid}, nil
+}
+
+// scratchSize is the limit of the file system that the directory is the root of; 0 if there is none.
+func scratchSize(m Mount, dev uint64) (uint64, error) {
+	var (
+		fs     unix.Statfs_t
+		parent unix.Stat_t
+	)
+	if err := errors.Join(unix.Statfs(m.Source, &fs), unix.Lstat(filepath.Dir(m.Source), &parent)); err != nil {
+		return 0, fmt.Errorf("emptyDir %s: %w", m.Source, err)
+	}
+	switch {
+	case parent.Dev == dev:
+		return 0, nil
+	case fs.Type == unix.HUGETLBFS_MAGIC:
+		return 0, refused("emptyDir %s at %s is in huge pages of the host, which a confidential VM does not have; use medium Memory",
+			m.Source, m.Destination)
+	case fs.Type != unix.TMPFS_MAGIC:
+		return 0, nil
+	}
+	return fs.Blocks * uint64(fs.Bsize), nil
+}
+
+// imageVolume is a VOLUME of the image, for which containerd made a directory with the image's files in it. The guest has
+// these in the container's root filesystem, which is as private and as short-lived, and nothing is to be mounted; where
+// there are none, it makes an empty directory in its memory, which goes with the container.
+func imageVolume(m Mount, g *agentv1.Mount) (*agentv1.Mount, error) {
+	empty, err := emptyImageVolume(m)
+	if err != nil || empty == nil {
+		return nil, err
+	}
+	// Not a scratch volume: these stay until the pod ends, and a container that is made anew would add one each time.
+	g.Source = filesystem("tmpfs")
+	g.Options = append(slices.Clone(g.Options), "nosuid", "nodev",
+		fmt.Sprintf("mode=%04o", empty.Mode&0o7777), fmt.Sprintf("uid=%d", empty.Uid), fmt.Sprintf("gid=%d", empty.Gid))
+	return g, nil
+}
+
+// emptyImageVolume describes the directory of a VOLUME in which the image has no files; nil if it has.
+func emptyImageVolume(m Mount) (*unix.Stat_t, error) {
+	d, err := os.Open(m.Source)
+	if err != nil {
+		return nil, fmt.Errorf("volume of the image at %s: %w", m.Destination, err)
+	}
+	defer d.Close()
+	_, err = d.Readdirnames(1)
+	switch {
+	case errors.Is(err, io.EOF):
+		var st unix.Stat_t
+		if err := unix.Fstat(int(d.Fd()), &st); err != nil {
+			return nil, fmt.Errorf("volume of the image at %s: %w", m.Destination, err)
+		}
+		return &st, nil
+	case err != nil:
+		return nil, fmt.Errorf("volume of the image at %s: %w", m.Destination, err)
+	case m.ReadonlyRoot:
+		return nil, refused("volume of the image at %s, in a container with a read-only root filesystem: a confidential VM has its "+
+			"files in the root filesystem alone; mount an emptyDir there, or let the root filesystem be written", m.Destination)
+	}
+	return nil, nil
+}
+
+// emptyCopy is a file with the mode and owner of the host's, and nothing in it.
+func emptyCopy(m Mount) (*agentv1.FileCopy, error) {
+	file, err := readFileCopy(m)
+	if err != nil {
+		return nil, err
+	}
+	file.Content = nil
+	return file, nil
+}
+
+// readFileCopy reads a small file of the host.
+func readFileCopy(m Mount) (*agentv1.FileCopy, error) {
+	f, err := os.OpenFile(m.Source, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("mount at %s: %w", m.Destination, err)
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fmt.Errorf("mount at %s: %s is not a regular file: %w", m.Destination, m.Source, errdefs.ErrInvalidArgument)
+	}
+	content, err := io.ReadAll(io.LimitReader(f, wire.MaxFileCopy+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(content) > wire.MaxFileCopy {
+		return nil, fmt.Errorf("mount at %s: %s is larger than %d bytes: %w",
+			m.Destination, m.Source, wire.MaxFileCopy, errdefs.ErrInvalidArgument)
+	}
+	return &agentv1.FileCopy{Content: content, Mode: st.Mode & 0o777, Uid: st.Uid, Gid: st.Gid}, nil
+}
