@@ -11,7 +11,11 @@ import (
 
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor/vsock"
+	"github.com/cloister-project/cloister/virtcontainers/refusal"
 )
+
+// RefusedError lists everything that a pod or container asks for and cannot have in a VM.
+type RefusedError = refusal.Error
 
 // NetworkMode says where a pod's network comes from.
 type NetworkMode int
@@ -31,7 +35,7 @@ type PodConfig struct {
 	// ID of the sandbox and its containerd namespace.
 	ID        string
 	Namespace string
-	// Bundle is containerd's folder for the sandbox; hooks get it as their bundle.
+	// Bundle is containerd's directory for the sandbox; hooks get it as their bundle.
 	Bundle string
 	// Config of the node, annotations already applied.
 	Config *configs.Config
@@ -79,9 +83,10 @@ type PodState string
 
 // Pod states.
 const (
-	PodCreated PodState = "created"
-	PodReady   PodState = "ready"
-	PodStopped PodState = "stopped"
+	PodCreated  PodState = "created"
+	PodStarting PodState = "starting"
+	PodReady    PodState = "ready"
+	PodStopped  PodState = "stopped"
 )
 
 // PodInfo is a snapshot of a pod.

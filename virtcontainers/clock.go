@@ -9,7 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
-	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/virtcontainers/guest"
 )
 
 // clockInterval is how often the guest's clock is compared with the host's. A VM that stood still (the host slept,
@@ -17,7 +17,7 @@ import (
 const clockInterval = 30 * time.Second
 
 // keepClock keeps the guest's wall clock in step until ctx ends.
-func (p *Pod) keepClock(ctx context.Context, g *guest) {
+func (p *Pod) keepClock(ctx context.Context, g *guest.Client) {
 	tick := time.NewTicker(clockInterval)
 	defer tick.Stop()
 	for {
@@ -26,7 +26,7 @@ func (p *Pod) keepClock(ctx context.Context, g *guest) {
 			return
 		case <-tick.C:
 		}
-		_, err := call(ctx, g, g.rpc.SetClock, &agentv1.SetClockRequest{UnixNanos: time.Now().UnixNano()})
+		err := g.SetClock(ctx, time.Now())
 		if err != nil && ctx.Err() == nil && !errdefs.IsUnavailable(err) {
 			log.G(ctx).WithError(err).WithField("sandbox", p.cfg.ID).Warn("set the guest's clock")
 		}

@@ -4,22 +4,22 @@ package virtcontainers
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"path/filepath"
 	"sync"
 	"time"
 
 	"github.com/containerd/cgroups/v3/cgroup2/stats"
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/virtcontainers/guest"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
+	"github.com/cloister-project/cloister/virtcontainers/ocispec"
+	"github.com/cloister-project/cloister/virtcontainers/rootfs"
 )
 
 // Container is one container of a pod.
@@ -39,14 +39,13 @@ type Container struct {
 
 	mu       sync.Mutex
 	extra    map[string]*Process
-	paused   bool
 	oomKills uint64
 }
 
 // ID of the container.
 func (c *Container) ID() string { return c.id }
 
-// Bundle is containerd's folder for the container.
+// Bundle is containerd's directory for the container.
 func (c *Container) Bundle() string { return c.bundle }
 
 // Init is the container's first process.
@@ -84,13 +83,7 @@ func (c *Container) forget(p *Process) {
 	}
 }
 
-func (c *Container) isPaused() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.paused
-}
-
-// noteOOM tells the pod's owner of strikes of the OOM killer that it has not heard of, whichever way they came.
+// noteOOM reports to the pod's owner strikes of the OOM killer that it has not heard of, whichever way they came.
 func (c *Container) noteOOM(total uint64) {
 	c.mu.Lock()
 	news := total > c.oomKills
@@ -104,126 +97,103 @@ func (c *Container) noteOOM(total uint64) {
 }
 
 // CreateContainer makes a container in a pod that is ready. On an error nothing of it is left, and cfg.IO is closed.
-func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (_ *Container, err error) {
+func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (*Container, error) {
+	if !wire.ValidID(cfg.ID) {
+		_ = cfg.IO.Close()
+		return nil, fmt.Errorf("container id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
+	}
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.Config.Timeouts.CreateContainer)
 	defer cancel()
+	// The pod's end gives up what is under way.
+	defer context.AfterFunc(p.life, cancel)()
+	c, err := p.createContainer(ctx, cfg)
+	if err != nil {
+		_ = cfg.IO.Close()
+		return nil, fmt.Errorf("container %s: %w", cfg.ID, err)
+	}
+	return c, nil
+}
+
+func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (*Container, error) {
+	plan, err := planContainer(cfg.Spec, p.cfg, p.sharing)
+	if err != nil {
+		return nil, err
+	}
 	c := &Container{
 		id: cfg.ID, bundle: cfg.Bundle, spec: cfg.Spec, pod: p,
 		extra:   map[string]*Process{},
 		cleanup: undo{budget: p.cfg.Config.Timeouts.Cleanup},
 	}
 	c.init = newProcess(c, "", cfg.Stdio, cfg.IO)
-	inserted := false
-	defer func() {
-		if err != nil {
-			c.cleanup.run(ctx)
-			_ = cfg.IO.Close()
-		}
-		if inserted {
-			p.creates.Done()
-		}
-	}()
-	// The pod's end gives up what is under way.
-	defer context.AfterFunc(p.life, cancel)()
-	if !wire.ValidID(cfg.ID) {
-		return nil, fmt.Errorf("container id %q is not 1 to 128 of [A-Za-z0-9_.-]: %w", cfg.ID, errdefs.ErrInvalidArgument)
-	}
-	plan, err := planWhole(cfg.Spec, p.cfg, apart(p.cfg.Config))
+	r, err := p.insert(c)
 	if err != nil {
-		return nil, fmt.Errorf("container %s: %w", cfg.ID, err)
-	}
-	g := p.agent()
-	if g == nil {
-		return nil, p.lostError()
-	}
-	if err := p.insert(c); err != nil {
 		return nil, err
 	}
-	inserted = true
+	defer p.creates.Done()
 	c.cleanup.add(func(context.Context) { p.removeContainer(c) })
-
-	req := &agentv1.CreateContainerRequest{ContainerId: c.id, Spec: plan.spec}
-	if req.Rootfs, err = p.attachRootfs(ctx, c, cfg.Rootfs); err != nil {
-		return nil, fmt.Errorf("root filesystem of container %s: %w", c.id, err)
-	}
-	if req.Mounts, err = p.attachMounts(ctx, c, plan.mounts); err != nil {
-		return nil, fmt.Errorf("mounts of container %s: %w", c.id, err)
-	}
-	if !cfg.HooksDone {
-		if err := p.runCreateHooks(ctx, c); err != nil {
-			return nil, err
-		}
-	}
-	conns, stdio, err := g.openStdio(ctx, cfg.Stdio)
-	if err != nil {
+	if err := c.create(ctx, r, plan, cfg); err != nil {
+		c.cleanup.run(ctx)
 		return nil, err
 	}
-	c.cleanup.add(func(context.Context) { conns.close() })
-	req.Stdio = stdio
-	if _, err := callLong(ctx, g.rpc.CreateContainer, req); err != nil {
-		return nil, err
-	}
-	if ctx.Err() != nil {
-		// The caller has gone; the agent has made a container that nobody will delete.
-		deleteInGuest(ctx, g, c)
-		return nil, ctx.Err()
-	}
-	// From here on the streams belong to the relays.
-	cfg.IO.Attach(conns.stdin, conns.stdout, conns.stderr)
-	p.goTracked(c.init.watch)
 	return c, nil
 }
 
-// planWhole is planContainer with a look at the host's files, so that all that is refused is told at once.
-func planWhole(spec *specs.Spec, pod PodConfig, apart string) (*containerPlan, error) {
-	plan, err := planContainer(spec, pod, apart)
-	look := unshareable
-	if apart != "" {
-		look = func(m specs.Mount) string { return refusePart(m, apart) }
-	}
-	if err := withUnshareable(err, spec, look); err != nil {
-		return nil, err
-	}
-	return plan, nil
-}
-
-// withUnshareable adds to what the specification alone shows to be impossible what a look at the host's files shows.
-func withUnshareable(err error, spec *specs.Spec, look func(specs.Mount) string) error {
-	var refused *RefusedError
-	if err != nil && !errors.As(err, &refused) {
+// create makes a container that has its place in the pod. What an error leaves is taken back by cleanup.
+func (c *Container) create(ctx context.Context, r *running, plan *containerPlan, cfg ContainerConfig) error {
+	ctx = log.WithLogger(ctx, log.G(ctx).WithField("container", c.id))
+	req := &agentv1.CreateContainerRequest{ContainerId: c.id, Spec: plan.spec}
+	root, err := c.resolveRootfs(ctx, cfg.Rootfs)
+	if err != nil {
 		return err
 	}
-	var reasons []string
-	if refused != nil {
-		reasons = refused.Reasons
+	writable := uint64(c.pod.cfg.Config.Rootfs.WritableLayerMaxMiB) << 20
+	if req.Rootfs, err = r.disks.Attach(ctx, root, writable, c.cleanup.add); err != nil {
+		return fmt.Errorf("root filesystem: %w", err)
 	}
-	for _, m := range spec.Mounts {
-		if isLive(m) && filepath.IsAbs(m.Source) {
-			if reason := look(m); reason != "" {
-				reasons = append(reasons, reason)
-			}
+	if req.Mounts, err = r.mounts.Attach(ctx, plan.mounts, c.cleanup.add); err != nil {
+		return fmt.Errorf("mounts: %w", err)
+	}
+	if !cfg.HooksDone {
+		if err := c.runCreateHooks(ctx); err != nil {
+			return err
 		}
 	}
-	if len(reasons) == 0 {
-		return nil
+	var streams *guest.Streams
+	if streams, req.Stdio, err = r.guest.OpenStdio(ctx, guest.Stdio(cfg.Stdio)); err != nil {
+		return err
 	}
-	return &RefusedError{Reasons: reasons}
+	c.cleanup.add(func(context.Context) { streams.Close() })
+	if err := r.guest.CreateContainer(ctx, req); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		// The caller has gone; the agent has made a container that nobody will delete.
+		if err := r.guest.DiscardContainer(context.WithoutCancel(ctx), c.id); err != nil {
+			log.G(ctx).WithError(err).Warn("delete of a cancelled container in the guest")
+		}
+		return ctx.Err()
+	}
+	// From here on the streams belong to the relays.
+	cfg.IO.Attach(streams.Stdin, streams.Stdout, streams.Stderr)
+	c.pod.goTracked(c.init.watch)
+	return nil
 }
 
-// deleteInGuest removes a container that its maker does not want after all.
-func deleteInGuest(ctx context.Context, g *guest, c *Container) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), g.timeout)
-	defer cancel()
-	id := c.id
-	if _, err := g.rpc.SignalProcess(ctx, &agentv1.SignalProcessRequest{ContainerId: id, Signal: 9, All: true}); err == nil {
-		_, _ = g.rpc.WaitProcess(ctx, &agentv1.WaitProcessRequest{ContainerId: id})
+// resolveRootfs makes images of the snapshotter's mounts.
+func (c *Container) resolveRootfs(ctx context.Context, mounts []*types.Mount) (*rootfs.Rootfs, error) {
+	root, err := c.pod.rootfs.Resolve(ctx, mounts)
+	if err != nil {
+		return nil, err
 	}
-	if _, err := g.rpc.DeleteProcess(ctx, &agentv1.DeleteProcessRequest{ContainerId: id}); err != nil {
-		log.G(ctx).WithError(err).WithField("container", id).Warn("delete of a cancelled container in the guest")
-	}
+	c.cleanup.add(func(ctx context.Context) {
+		if err := root.Release(); err != nil {
+			log.G(ctx).WithError(err).Warn("release layer images")
+		}
+	})
+	return root, nil
 }
 
-func (p *Pod) runCreateHooks(ctx context.Context, c *Container) error {
+func (c *Container) runCreateHooks(ctx context.Context) error {
 	h := c.spec.Hooks
 	if h == nil {
 		return nil
@@ -231,7 +201,7 @@ func (p *Pod) runCreateHooks(ctx context.Context, c *Container) error {
 	if err := hooks.Validate(h); err != nil {
 		return err
 	}
-	state := hookState(c.id, c.bundle, int(p.vmPID()), c.spec.Annotations)
+	state := hookState(c.id, c.bundle, int(c.pod.vmPID()), c.spec.Annotations)
 	if err := hooks.CreateRuntime(ctx, h, state); err != nil {
 		return err
 	}
@@ -262,30 +232,28 @@ func (c *Container) Exec(ctx context.Context, cfg ExecConfig) (_ *Process, err e
 		return nil, fmt.Errorf("container %s has stopped: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	g := c.pod.agent()
-	if g == nil {
-		return nil, c.pod.lostError()
+	if err := g.Err(); err != nil {
+		return nil, err
 	}
-	process, err := json.Marshal(guestProcess(cfg.Process))
+	process, err := ocispec.Process(cfg.Process)
 	if err != nil {
 		return nil, err
 	}
 	if err := c.reserve(p); err != nil {
 		return nil, err
 	}
-	conns, stdio, err := g.openStdio(ctx, cfg.Stdio)
+	streams, stdio, err := g.OpenStdio(ctx, guest.Stdio(cfg.Stdio))
 	if err == nil {
-		_, err = call(ctx, g, g.rpc.CreateProcess, &agentv1.CreateProcessRequest{
-			ContainerId: c.id, ExecId: cfg.ID, Process: process, Stdio: stdio,
-		})
+		err = g.CreateProcess(ctx, &agentv1.CreateProcessRequest{ContainerId: c.id, ExecId: cfg.ID, Process: process, Stdio: stdio})
 		if err != nil {
-			conns.close()
+			streams.Close()
 		}
 	}
 	if err != nil {
 		c.forget(p)
 		return nil, err
 	}
-	cfg.IO.Attach(conns.stdin, conns.stdout, conns.stderr)
+	cfg.IO.Attach(streams.Stdin, streams.Stdout, streams.Stderr)
 	return p, nil
 }
 
@@ -304,68 +272,43 @@ func (c *Container) reserve(p *Process) error {
 
 // Pause freezes the container's processes.
 func (c *Container) Pause(ctx context.Context) error {
-	return c.freeze(ctx, true)
+	if err := c.pod.agent().PauseContainer(ctx, c.id); err != nil {
+		return err
+	}
+	c.moveAll(ProcessRunning, ProcessPaused)
+	return nil
 }
 
 // Resume lets them run on.
 func (c *Container) Resume(ctx context.Context) error {
-	return c.freeze(ctx, false)
-}
-
-func (c *Container) freeze(ctx context.Context, pause bool) error {
-	g := c.pod.agent()
-	if g == nil {
-		return c.pod.lostError()
-	}
-	var err error
-	if pause {
-		_, err = call(ctx, g, g.rpc.PauseContainer, &agentv1.PauseContainerRequest{ContainerId: c.id})
-	} else {
-		_, err = call(ctx, g, g.rpc.ResumeContainer, &agentv1.ResumeContainerRequest{ContainerId: c.id})
-	}
-	if err != nil {
+	if err := c.pod.agent().ResumeContainer(ctx, c.id); err != nil {
 		return err
 	}
-	c.mu.Lock()
-	c.paused = pause
-	c.mu.Unlock()
+	c.moveAll(ProcessPaused, ProcessRunning)
 	return nil
+}
+
+// moveAll moves those of the container's processes that are in the first state. Others have ended meanwhile, or were never
+// started.
+func (c *Container) moveAll(from, to ProcessStatus) {
+	for _, p := range append(c.execs(), c.init) {
+		_ = p.move(from, to)
+	}
 }
 
 // Update changes the container's resource limits in the guest. Limits above what the VM has are accepted: the VM's own
 // size bounds them.
 func (c *Container) Update(ctx context.Context, r *specs.LinuxResources) error {
-	g := c.pod.agent()
-	if g == nil {
-		return c.pod.lostError()
-	}
-	resources, err := json.Marshal(guestResources(r))
+	resources, err := ocispec.Resources(r)
 	if err != nil {
 		return err
 	}
-	_, err = call(ctx, g, g.rpc.UpdateContainer, &agentv1.UpdateContainerRequest{ContainerId: c.id, Resources: resources})
-	return err
+	return c.pod.agent().UpdateContainer(ctx, c.id, resources)
 }
 
 // Stats reads the container's cgroup in the guest; it works until Delete.
 func (c *Container) Stats(ctx context.Context) (*stats.Metrics, error) {
-	g := c.pod.agent()
-	if g == nil {
-		return nil, c.pod.lostError()
-	}
-	resp, err := call(ctx, g, g.rpc.ContainerStats, &agentv1.ContainerStatsRequest{ContainerId: c.id})
-	if err != nil {
-		return nil, err
-	}
-	return decodeStats(resp.GetCgroup2Metrics())
-}
-
-func decodeStats(b []byte) (*stats.Metrics, error) {
-	m := &stats.Metrics{}
-	if err := proto.Unmarshal(b, m); err != nil {
-		return nil, fmt.Errorf("the agent's metrics: %w", err)
-	}
-	return m, nil
+	return c.pod.agent().ContainerStats(ctx, c.id)
 }
 
 // Delete removes a container whose init has exited, in the guest and on the host.
@@ -383,17 +326,18 @@ func (c *Container) Delete(ctx context.Context) (Exit, error) {
 	if err != nil {
 		return Exit{}, err
 	}
-	if g := c.pod.agent(); g != nil {
-		ctx, cancel := context.WithTimeout(ctx, c.pod.cfg.Config.Timeouts.Cleanup)
-		_, err := callLong(ctx, g.rpc.DeleteProcess, &agentv1.DeleteProcessRequest{ContainerId: c.id})
-		cancel()
-		if err != nil && !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
-			return Exit{}, err
-		}
+	if err := c.deleteInGuest(ctx); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
+		return Exit{}, err
 	}
 	c.settle(ctx)
 	c.release(ctx)
 	return exit, nil
+}
+
+func (c *Container) deleteInGuest(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, c.pod.cfg.Config.Timeouts.Cleanup)
+	defer cancel()
+	return c.pod.agent().DeleteContainer(ctx, c.id)
 }
 
 // settle waits until the further processes, which have ended with the container, have delivered their output. Those that

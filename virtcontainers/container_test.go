@@ -4,153 +4,167 @@ package virtcontainers
 
 import (
 	"context"
-	"sync"
+	"fmt"
+	"io/fs"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
 
-	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
-	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor/vsock"
 )
 
-// fakeAgent answers what the tests of one container need; a call that it does not know panics.
-type fakeAgent struct {
-	agentv1.AgentService
-
-	// start, where set, is the answer to StartProcess.
-	start error
-
-	mu    sync.Mutex
-	exits map[string]chan uint32
-	calls []string
+// recordedIO counts what is done with a process's stdio.
+type recordedIO struct {
+	noIO
+	attached, closed int
+	stdout           vsock.Conn
 }
 
-func (a *fakeAgent) note(call string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.calls = append(a.calls, call)
+func (r *recordedIO) Attach(_, stdout, _ vsock.Conn) {
+	r.attached++
+	r.stdout = stdout
 }
 
-// exit is where a test tells the status of a process.
-func (a *fakeAgent) exit(execID string) chan uint32 {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.exits == nil {
-		a.exits = map[string]chan uint32{}
-	}
-	if a.exits[execID] == nil {
-		a.exits[execID] = make(chan uint32, 1)
-	}
-	return a.exits[execID]
+func (r *recordedIO) Close() error {
+	r.closed++
+	return nil
 }
 
-func (a *fakeAgent) StartProcess(context.Context, *agentv1.StartProcessRequest) (*agentv1.StartProcessResponse, error) {
-	a.note("start")
-	return &agentv1.StartProcessResponse{}, a.start
-}
-
-func (a *fakeAgent) WaitProcess(ctx context.Context, r *agentv1.WaitProcessRequest) (*agentv1.WaitProcessResponse, error) {
-	select {
-	case status := <-a.exit(r.GetExecId()):
-		return &agentv1.WaitProcessResponse{ExitStatus: status}, nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
+func containerConfig(id string, io ProcessIO) ContainerConfig {
+	return ContainerConfig{
+		ID: id, Rootfs: noLayers, Stdio: Stdio{Stdout: true}, IO: io,
+		Spec: &specs.Spec{
+			Process: &specs.Process{Args: []string{"sh"}},
+			Mounts:  []specs.Mount{{Type: "proc", Source: "proc", Destination: "/proc"}},
+		},
 	}
 }
 
-func (a *fakeAgent) DeleteProcess(_ context.Context, r *agentv1.DeleteProcessRequest) (*agentv1.DeleteProcessResponse, error) {
-	a.note("delete")
-	return &agentv1.DeleteProcessResponse{}, nil
-}
-
-// fakeContainer is a container in a pod that is ready, with an agent of the test's. Its init has been created.
-func fakeContainer(t *testing.T, agent agentv1.AgentService, spec *specs.Spec) *Container {
-	t.Helper()
-	life, endLife := context.WithCancel(t.Context())
-	pod := &Pod{
-		cfg:   PodConfig{ID: "p", Config: &configs.Config{Timeouts: configs.Timeouts{CreateContainer: time.Minute, Cleanup: time.Minute}}},
-		life:  life,
-		state: PodReady, endLife: endLife,
-		guest:      &guest{rpc: agent, waits: agent, timeout: time.Minute},
-		containers: map[string]*Container{},
-		ending:     make(chan struct{}), done: make(chan struct{}),
-		cleanup: undo{budget: time.Minute},
-	}
-	c := &Container{id: "c", bundle: t.TempDir(), spec: spec, pod: pod, extra: map[string]*Process{}, cleanup: undo{budget: time.Minute}}
-	c.init = newProcess(c, "", Stdio{}, noIO{})
-	pod.containers["c"] = c
-	pod.goTracked(c.init.watch)
-	t.Cleanup(func() {
-		endLife()
-		pod.tracked.Wait()
-	})
-	return c
-}
-
-// exec adds a process that has been created in the guest.
-func (c *Container) fakeExec(t *testing.T, id string) *Process {
-	t.Helper()
-	p := newProcess(c, id, Stdio{}, noIO{})
-	require.NoError(t, c.reserve(p))
-	return p
-}
-
-// Exits are known as the guest reports them: an init's is not held back for those of others, of which a hostile guest may
-// say nothing.
-func TestExitOfAnInitThatIsReportedFirst(t *testing.T) {
+func TestCreateContainer(t *testing.T) {
 	agent := &fakeAgent{}
-	c := fakeContainer(t, agent, &specs.Spec{})
-	require.NoError(t, c.init.Start(t.Context()))
-	x, idle := c.fakeExec(t, "x"), c.fakeExec(t, "idle")
-	require.NoError(t, x.Start(t.Context()))
-	released := false
-	c.cleanup.add(func(context.Context) { released = true })
+	p := readyPod(t, agent)
+	io := &recordedIO{}
+	c, err := p.CreateContainer(t.Context(), containerConfig("c", io))
+	require.NoError(t, err)
+	require.Equal(t, 1, io.attached)
+	require.NotNil(t, io.stdout)
+	require.Len(t, agent.created, 1)
+	req := agent.created[0]
+	require.Equal(t, "c", req.GetContainerId())
+	require.Contains(t, string(req.GetSpec()), `"args":["sh"]`)
+	require.EqualValues(t, 1<<30, req.GetRootfs().GetWritableBytes())
+	require.Equal(t, "proc", req.GetMounts()[0].GetFilesystem().GetType())
+	require.NotEmpty(t, req.GetStdio().GetStdout())
+	require.Empty(t, req.GetStdio().GetStdin())
 
-	_, err := c.Delete(t.Context())
-	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition, "it runs")
-	agent.exit("") <- 7
-	exit, err := c.init.Wait(t.Context())
-	require.NoError(t, err)
-	require.EqualValues(t, 7, exit.Status)
-	require.Equal(t, ProcessRunning, x.State().Status)
+	again := &recordedIO{}
+	_, err = p.CreateContainer(t.Context(), containerConfig("c", again))
+	require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
+	require.Equal(t, 1, again.closed)
 
-	// Its removal does not wait for ever either, and ends what the guest is silent about.
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
-	defer cancel()
-	exit, err = c.Delete(ctx)
+	// The states of its process.
+	require.Equal(t, ProcessCreated, c.Init().State().Status)
+	require.NoError(t, c.Pause(t.Context()))
+	require.Equal(t, ProcessCreated, c.Init().State().Status, "what never ran is not paused")
+	require.NoError(t, c.Init().Start(t.Context()))
+	require.ErrorIs(t, c.Init().Start(t.Context()), errdefs.ErrFailedPrecondition)
+	require.NoError(t, c.Pause(t.Context()))
+	require.Equal(t, ProcessPaused, c.Init().State().Status)
+	require.EqualValues(t, 4711, c.Init().State().PID)
+	_, err = c.Delete(t.Context())
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.NoError(t, c.Resume(t.Context()))
+	require.Equal(t, ProcessRunning, c.Init().State().Status)
+	require.NoError(t, c.Init().Kill(t.Context(), 9, true))
+	exit, err := c.Delete(waitFor(t, c))
 	require.NoError(t, err)
-	require.EqualValues(t, 7, exit.Status)
-	require.True(t, released)
-	exit, err = x.Wait(t.Context())
-	require.NoError(t, err)
-	require.EqualValues(t, statusLost, exit.Status)
-	require.ErrorContains(t, exit.Err, "does not report the end of process c/x")
-	require.Equal(t, ProcessCreated, idle.State().Status)
-	require.Equal(t, []string{"start", "start", "delete"}, agent.calls)
+	require.EqualValues(t, 137, exit.Status)
+	require.Equal(t, []string{"c"}, agent.deleted)
+	require.Empty(t, p.Containers())
+	require.Equal(t, 1, io.closed)
 }
 
-// What a process wrote is delivered before its container is given back.
-func TestDeleteWaitsForTheOutputOfOthers(t *testing.T) {
+// waitFor returns when the container's init has ended.
+func waitFor(t *testing.T, c *Container) context.Context {
+	t.Helper()
+	_, err := c.Init().Wait(t.Context())
+	require.NoError(t, err)
+	return t.Context()
+}
+
+// Of a container that cannot be made nothing is left, whoever says so.
+func TestCreateContainerThatFails(t *testing.T) {
 	agent := &fakeAgent{}
-	c := fakeContainer(t, agent, &specs.Spec{})
-	require.NoError(t, c.init.Start(t.Context()))
-	x := c.fakeExec(t, "x")
-	require.NoError(t, x.Start(t.Context()))
-	agent.exit("") <- 0
-	_, err := c.init.Wait(t.Context())
-	require.NoError(t, err)
-	c.cleanup.add(func(context.Context) { require.Equal(t, ProcessStopped, x.State().Status) })
-	deleted := make(chan error, 1)
-	go func() {
-		_, err := c.Delete(t.Context())
-		deleted <- err
-	}()
-	agent.exit("x") <- 5
-	require.NoError(t, <-deleted)
-	exit, err := x.Wait(t.Context())
-	require.NoError(t, err)
-	require.EqualValues(t, 5, exit.Status)
+	p := readyPod(t, agent)
+	for _, tc := range []struct {
+		name   string
+		change func(*ContainerConfig)
+		kind   error
+		want   string
+	}{
+		{"id", func(c *ContainerConfig) { c.ID = "../c" }, errdefs.ErrInvalidArgument, `container id "../c"`},
+		{"refused", func(c *ContainerConfig) {
+			c.Spec.Linux = &specs.Linux{Devices: []specs.LinuxDevice{{Path: "/dev/kvm"}}}
+			c.Spec.Mounts = append(c.Spec.Mounts, bind("/dev/null", "/n"), bind("/srv", "/s", "rshared"))
+		}, errdefs.ErrInvalidArgument, "container c: this asks for what a VM cannot give:\n  - host devices /dev/kvm"},
+		{"root filesystem", func(c *ContainerConfig) { c.Rootfs = nil }, errdefs.ErrInvalidArgument, "container c: root filesystem"},
+		{"mounts", func(c *ContainerConfig) { c.Spec.Mounts = append(c.Spec.Mounts, bind("/nowhere", "/n")) }, fs.ErrNotExist,
+			"container c: mounts: bind mount of /nowhere at /n"},
+		{"hooks", func(c *ContainerConfig) {
+			c.Spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/nowhere"}}}
+		}, nil, "/nowhere"},
+		{"guest", func(*ContainerConfig) {
+			agent.mu.Lock()
+			agent.refuse = errgrpc.ToGRPC(fmt.Errorf("no such program: %w", errdefs.ErrNotFound))
+			agent.mu.Unlock()
+		}, errdefs.ErrNotFound, "container c: no such program"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			io := &recordedIO{}
+			cfg := containerConfig("c", io)
+			tc.change(&cfg)
+			_, err := p.CreateContainer(t.Context(), cfg)
+			require.ErrorContains(t, err, tc.want)
+			if tc.kind != nil {
+				require.ErrorIs(t, err, tc.kind)
+			}
+			require.Equal(t, 1, io.closed)
+			require.Zero(t, io.attached)
+			require.Empty(t, p.Containers())
+		})
+	}
+}
+
+// A caller that goes while the guest makes the container leaves none here.
+func TestCreateContainerThatIsGivenUp(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	agent := &fakeAgent{}
+	p := readyPod(t, agent)
+	agent.creating = cancel
+	_, err := p.CreateContainer(ctx, containerConfig("c", &recordedIO{}))
+	require.ErrorContains(t, err, context.Canceled.Error())
+	require.Empty(t, p.Containers())
+}
+
+// The pod's end gives up what is under way, and waits for it.
+func TestStopWhileAContainerIsMade(t *testing.T) {
+	agent := &fakeAgent{}
+	p := readyPod(t, agent)
+	stopped := make(chan error, 1)
+	agent.creating = func() {
+		go func() { stopped <- p.Stop(context.Background()) }()
+		<-p.life.Done()
+	}
+	io := &recordedIO{}
+	_, err := p.CreateContainer(t.Context(), containerConfig("c", io))
+	require.Error(t, err)
+	require.NoError(t, <-stopped)
+	require.Equal(t, 1, io.closed)
+	require.Empty(t, p.Containers())
+	_, err = p.CreateContainer(t.Context(), containerConfig("d", io))
+	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+	require.ErrorContains(t, err, "has been stopped")
 }

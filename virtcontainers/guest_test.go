@@ -4,122 +4,252 @@ package virtcontainers
 
 import (
 	"context"
-	"errors"
+	"io"
 	"net"
-	"strings"
+	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
-	"github.com/containerd/errdefs"
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/ttrpc"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/protoadapt"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/vsock"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/virtcontainers/guest"
+	"github.com/cloister-project/cloister/virtcontainers/network"
+	"github.com/cloister-project/cloister/virtcontainers/rootfs"
 )
 
-// What a guest puts into an error reaches people's terminals, and must not keep the shim busy.
-func TestGuestError(t *testing.T) {
-	hostile := status.New(codes.NotFound, "\x1b[2Jno such\nthing\u009b"+strings.Repeat("x", 1<<20))
-	for range 4 { // each is a detail of the next
-		nested, err := status.New(codes.NotFound, hostile.Message()).WithDetails(protoadapt.MessageV1Of(hostile.Proto()))
-		require.NoError(t, err)
-		hostile = nested
+// fakeAgent is an agent whose processes run until they are signalled.
+type fakeAgent struct {
+	agentv1.AgentService
+
+	mu      sync.Mutex
+	created []*agentv1.CreateContainerRequest
+	deleted []string
+	// refuse is the fault of CreateContainer; creating is called in it.
+	refuse   error
+	creating func()
+	ended    map[string]chan struct{}
+}
+
+func (a *fakeAgent) end(id string) chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.ended == nil {
+		a.ended = map[string]chan struct{}{}
 	}
-	err := guestError(hostile.Err())
-	require.ErrorIs(t, err, errdefs.ErrNotFound)
-	require.True(t, strings.HasPrefix(err.Error(), "?[2Jno such\nthing?xxx"), "%.40q", err.Error())
-	require.Less(t, len(err.Error()), 2*maxGuestError)
-
-	require.ErrorIs(t, guestError(ttrpc.ErrClosed), errdefs.ErrUnavailable)
-	require.ErrorContains(t, guestError(errors.New("of this side")), "of this side")
-	require.ErrorIs(t, guestError(status.Error(codes.FailedPrecondition, "größer")), errdefs.ErrFailedPrecondition)
-	require.ErrorContains(t, guestError(status.Error(codes.FailedPrecondition, "größer")), "größer")
-}
-
-func TestHandshake(t *testing.T) {
-	for _, tc := range []struct {
-		name  string
-		major uint32
-		want  string
-	}{{"same version", wire.Major, ""}, {"other version", wire.Major + 1, "install shim and guest image of the same release"}} {
-		t.Run(tc.name, func(t *testing.T) {
-			host, agent := net.Pipe()
-			defer host.Close()
-			defer agent.Close()
-			replies := make(chan *agentv1.HelloReply, 1)
-			go func() {
-				_ = wire.WriteFrame(agent, &agentv1.Hello{ProtocolMajor: tc.major, AgentVersion: "v9"})
-				reply := &agentv1.HelloReply{}
-				_ = wire.ReadFrame(agent, reply)
-				replies <- reply
-			}()
-			hello, err := shakeHands(host, func(*agentv1.Hello) error { return nil })
-			reply := <-replies
-			if tc.want == "" {
-				require.NoError(t, err)
-				require.Equal(t, "v9", hello.GetAgentVersion())
-				require.Empty(t, reply.GetError())
-				require.InDelta(t, time.Now().UnixNano(), reply.GetUnixNanos(), float64(time.Minute))
-				return
-			}
-			require.ErrorContains(t, err, tc.want)
-			require.Contains(t, reply.GetError(), tc.want, "the agent must be told as well")
-		})
+	if a.ended[id] == nil {
+		a.ended[id] = make(chan struct{})
 	}
+	return a.ended[id]
 }
 
-func TestAcceptEndsWithTheContext(t *testing.T) {
-	l, err := net.Listen("unix", t.TempDir()+"/s")
-	require.NoError(t, err)
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	_, err = acceptContext(ctx, l)
-	require.ErrorIs(t, err, context.Canceled)
+func (a *fakeAgent) CreateContainer(_ context.Context, r *agentv1.CreateContainerRequest) (*agentv1.CreateContainerResponse, error) {
+	a.mu.Lock()
+	a.created = append(a.created, r)
+	refuse, creating := a.refuse, a.creating
+	a.mu.Unlock()
+	if creating != nil {
+		creating()
+	}
+	return &agentv1.CreateContainerResponse{}, refuse
 }
 
-func TestPrintable(t *testing.T) {
-	require.Equal(t, "6.12??-?x", printable("6.12\x1b\n =x"))
-	require.Len(t, printable(string(make([]byte, 4096))), 128)
+func (a *fakeAgent) StartProcess(context.Context, *agentv1.StartProcessRequest) (*agentv1.StartProcessResponse, error) {
+	return &agentv1.StartProcessResponse{}, nil
 }
 
-// A guest that refuses to run says why; what it says is quoted within bounds, and waits for no answer.
-func TestHandshakeWithAGuestThatRefuses(t *testing.T) {
-	for _, tc := range []struct{ words, want string }{
-		{"the initdata disk holds another document", "the guest refuses to run: the initdata disk holds another document"},
-		{"two\nlines\x1b[31m", "the guest refuses to run: two lines?[31m"},
-		{strings.Repeat("x", wire.MaxFrame/2), "the guest refuses to run: " + strings.Repeat("x", maxSentence) + "..."},
-	} {
-		host, agent := net.Pipe()
-		go func() {
-			_ = wire.WriteFrame(agent, &agentv1.Hello{ProtocolMajor: wire.Major + 1, Refusal: tc.words})
-			_ = agent.Close()
-		}()
-		_, err := shakeHands(host, func(*agentv1.Hello) error { return nil })
-		require.EqualError(t, err, tc.want)
-		require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
-		require.NoError(t, host.Close())
+func (a *fakeAgent) PauseContainer(context.Context, *agentv1.PauseContainerRequest) (*agentv1.PauseContainerResponse, error) {
+	return &agentv1.PauseContainerResponse{}, nil
+}
+
+func (a *fakeAgent) ResumeContainer(context.Context, *agentv1.ResumeContainerRequest) (*agentv1.ResumeContainerResponse, error) {
+	return &agentv1.ResumeContainerResponse{}, nil
+}
+
+func (a *fakeAgent) WaitProcess(ctx context.Context, r *agentv1.WaitProcessRequest) (*agentv1.WaitProcessResponse, error) {
+	select {
+	case <-a.end(r.GetContainerId()):
+		return &agentv1.WaitProcessResponse{ExitStatus: statusLost}, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 }
 
-// What the host does not like of a guest's Hello is told to both.
-func TestHandshakeWithAnotherLaunch(t *testing.T) {
-	host, agent := net.Pipe()
-	defer host.Close()
-	replies := make(chan *agentv1.HelloReply, 1)
+func (a *fakeAgent) SignalProcess(_ context.Context, r *agentv1.SignalProcessRequest) (*agentv1.SignalProcessResponse, error) {
+	ended := a.end(r.GetContainerId())
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	select {
+	case <-ended:
+	default:
+		close(ended)
+	}
+	return &agentv1.SignalProcessResponse{}, nil
+}
+
+func (a *fakeAgent) DeleteProcess(_ context.Context, r *agentv1.DeleteProcessRequest) (*agentv1.DeleteProcessResponse, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.deleted = append(a.deleted, r.GetContainerId())
+	return &agentv1.DeleteProcessResponse{}, nil
+}
+
+func (a *fakeAgent) Shutdown(context.Context, *agentv1.ShutdownRequest) (*agentv1.ShutdownResponse, error) {
+	return &agentv1.ShutdownResponse{}, nil
+}
+
+func (a *fakeAgent) NextEvents(ctx context.Context, _ *agentv1.NextEventsRequest) (*agentv1.NextEventsResponse, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// fakeVM is a VM that is there until it is stopped.
+type fakeVM struct {
+	hypervisor.VM
+	stop sync.Once
+	done chan struct{}
+}
+
+func (v *fakeVM) PID() int              { return 4711 }
+func (v *fakeVM) Done() <-chan struct{} { return v.done }
+func (v *fakeVM) Stop(context.Context) error {
+	v.stop.Do(func() { close(v.done) })
+	return nil
+}
+func (v *fakeVM) Exit() hypervisor.Exit { return hypervisor.Exit{Reason: hypervisor.ExitStopped} }
+
+// connections is a listener of those that it is given, and a transport that gives it the guest's ends.
+type connections struct {
+	vsock.Transport
+	address  string
+	accepted chan net.Conn
+	closing  sync.Once
+	closed   chan struct{}
+}
+
+func (c *connections) Accept() (net.Conn, error) {
+	select {
+	case conn := <-c.accepted:
+		return conn, nil
+	case <-c.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (c *connections) Close() error {
+	c.closing.Do(func() { close(c.closed) })
+	return nil
+}
+
+func (c *connections) Addr() net.Addr { return &net.UnixAddr{Name: c.address} }
+
+// Dial connects to the agent's service, or to a stream that takes what is written.
+func (c *connections) Dial(_ context.Context, port uint32) (vsock.Conn, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: c.address})
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: c.address})
+	if err != nil {
+		return nil, err
+	}
+	other, err := l.Accept()
+	if err != nil {
+		return nil, err
+	}
+	if port == wire.RPCPort {
+		c.accepted <- other
+		return conn, nil
+	}
 	go func() {
-		defer agent.Close()
-		_ = wire.WriteFrame(agent, &agentv1.Hello{ProtocolMajor: wire.Major, Tee: "snp"})
-		reply := &agentv1.HelloReply{}
-		_ = wire.ReadFrame(agent, reply)
-		replies <- reply
+		defer other.Close()
+		if _, err := wire.ReadStreamHeader(other); err == nil {
+			_, _ = other.Write([]byte{wire.StreamAccepted})
+			_, _ = io.Copy(io.Discard, other)
+		}
 	}()
-	_, err := shakeHands(host, testPlan(t, testConfig(tee.None)).CheckHello)
-	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
-	require.ErrorContains(t, err, `guest says "snp"`)
-	require.Contains(t, (<-replies).GetError(), `guest says "snp"`)
+	return conn, nil
+}
+
+func connect(t *testing.T, agent agentv1.AgentService) *guest.Client {
+	t.Helper()
+	dir := t.TempDir()
+	c := &connections{address: filepath.Join(dir, "rpc"), accepted: make(chan net.Conn, 2), closed: make(chan struct{})}
+	server, err := ttrpc.NewServer()
+	require.NoError(t, err)
+	agentv1.RegisterAgentService(server, agent)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(context.Background(), c) }()
+	t.Cleanup(func() {
+		_ = server.Close()
+		_ = c.Close()
+		<-served
+	})
+	ready, err := net.Listen("unix", filepath.Join(dir, "ready"))
+	require.NoError(t, err)
+	go func() {
+		conn, err := net.Dial("unix", filepath.Join(dir, "ready"))
+		if err == nil && wire.WriteFrame(conn, &agentv1.Hello{ProtocolMajor: wire.Major, AgentVersion: "v1"}) == nil &&
+			wire.ReadFrame(conn, &agentv1.HelloReply{}) == nil {
+			c.accepted <- conn
+		}
+	}()
+	client, err := guest.Accept(t.Context(), c, ready, time.Minute, func(*agentv1.Hello) error { return nil })
+	require.NoError(t, err)
+	t.Cleanup(client.Close)
+	return client
+}
+
+// startedPod is a pod as Start leaves it, before it is ready.
+func startedPod(t *testing.T, agent agentv1.AgentService) (*Pod, *running) {
+	t.Helper()
+	timeouts := configs.Timeouts{CreateContainer: time.Minute, Cleanup: time.Minute, Stop: time.Minute, Hotplug: time.Minute}
+	cache, err := rootfs.OpenCache(t.TempDir(), 1<<20)
+	require.NoError(t, err)
+	cfg := testConfig(tee.None)
+	cfg.Timeouts = timeouts
+	plan := testPlan(t, cfg)
+	life, endLife := context.WithCancel(context.Background())
+	p := &Pod{
+		cfg: PodConfig{ID: "p", Config: cfg}, plan: plan, sharing: plan.Sharing(), rootfs: cache,
+		created: time.Now(), life: life, endLife: endLife, ending: make(chan struct{}), done: make(chan struct{}),
+		cleanup: undo{budget: time.Minute}, state: PodStarting, containers: map[string]*Container{},
+	}
+	r := &running{
+		vm: &fakeVM{done: make(chan struct{})}, guest: connect(t, agent), network: &network.Network{},
+		document: &hypervisor.Document{CPU: hypervisor.CPU{Count: 1}, Memory: hypervisor.Memory{Bytes: 1 << 30}},
+	}
+	r.mark("start")
+	p.attachable(r)
+	return p, r
+}
+
+// readyPod is a pod that is ready, without the goroutines that watch it.
+func readyPod(t *testing.T, agent agentv1.AgentService) *Pod {
+	t.Helper()
+	p, r := startedPod(t, agent)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.running = r
+	require.NoError(t, p.moveLocked(PodReady))
+	t.Cleanup(func() { require.NoError(t, p.Stop(context.Background())) })
+	return p
+}
+
+// noLayers is a root filesystem of the guest's own alone, as the erofs snapshotter asks for it.
+var noLayers = []*types.Mount{
+	{Type: "mkfs/ext4", Source: "/rw.img", Options: []string{"X-containerd.mkfs.size=1GiB", "rw", "loop"}},
+	{
+		Type: "format/mkdir/bind", Source: "{{ mount 0 }}/upper",
+		Options: []string{"X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "rw", "rbind"},
+	},
 }

@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
-	"strings"
 	"sync"
 	"time"
 
@@ -16,42 +14,24 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/configs"
-	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
-	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
-	"github.com/cloister-project/cloister/virtcontainers/network"
+	"github.com/cloister-project/cloister/virtcontainers/mounts"
+	"github.com/cloister-project/cloister/virtcontainers/refusal"
 	"github.com/cloister-project/cloister/virtcontainers/rootfs"
-	"github.com/cloister-project/cloister/virtcontainers/share"
 	"github.com/cloister-project/cloister/virtcontainers/vmplan"
-	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
 // Pod is one pod: a VM, its agent and the containers in it.
 type Pod struct {
+	// These are fixed by NewPod.
 	cfg      PodConfig
 	created  time.Time
 	stateDir string
 	rootfs   *rootfs.Cache
-	disks    disks
 	plan     *vmplan.Plan
-	// volumes are those that a confidential guest has in place of the host's.
-	volumes *volumes.Set
-
-	// shareTurn is held (one element) while share is made; share is written under it and read by its owner, or after
-	// all users have gone.
-	shareTurn chan struct{}
-	share     *share.Share
-
-	// cgroup and vmmPID are written by Start alone, net and doc under mu.
-	cgroup *hostcgroup.Group
-	vmmPID int
-	net    *network.Network
-	doc    *hypervisor.Document
-	// measured is the launch measurement's predicted main value, under mu.
-	measured string
+	sharing  mounts.Sharing
 
 	// life ends when the pod does; tracked goroutines run on it.
 	life    context.Context
@@ -59,28 +39,20 @@ type Pod struct {
 	tracked sync.WaitGroup
 	// creates are the calls of CreateContainer that have inserted their container; the pod's end waits for them.
 	creates sync.WaitGroup
-
+	// cleanup is filled by Start, and run by the pod's end after it.
+	cleanup undo
 	// ending is closed with the first reason to end, done when everything is released.
 	endOnce sync.Once
 	ending  chan struct{}
 	done    chan struct{}
-	cleanup undo
 
-	mu         sync.Mutex
-	state      PodState
-	starting   bool
-	vm         hypervisor.VM
-	guest      *guest
+	// mu guards what follows.
+	mu    sync.Mutex
+	state PodState
+	// running is set once, when Start has made everything, and nil before; what it points to does not change.
+	running    *running
 	containers map[string]*Container
 	exit       Exit
-	orderly    bool
-	timeline   []timelineMark
-}
-
-// timelineMark is a step of the pod's start on the host.
-type timelineMark struct {
-	name string
-	at   time.Time
 }
 
 // NewPod checks what can be checked without touching anything.
@@ -97,13 +69,13 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 		return nil, err
 	}
 	life, endLife := context.WithCancel(context.WithoutCancel(ctx))
-	p := &Pod{
+	return &Pod{
 		cfg:        cfg,
 		created:    time.Now(),
 		stateDir:   plan.StateDir(),
 		rootfs:     cache,
 		plan:       plan,
-		shareTurn:  make(chan struct{}, 1),
+		sharing:    plan.Sharing(),
 		life:       life,
 		endLife:    endLife,
 		ending:     make(chan struct{}),
@@ -111,9 +83,7 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 		cleanup:    undo{budget: cfg.Config.Timeouts.Cleanup},
 		state:      PodCreated,
 		containers: map[string]*Container{},
-	}
-	p.volumes = volumes.NewSet(p.putVolume, p.goTracked)
-	return p, nil
+	}, nil
 }
 
 // checkPod checks what a pod's configuration asks for, its only container's specification included where that is known.
@@ -133,35 +103,26 @@ func checkPod(cfg PodConfig, vm vmplan.Pod) (*vmplan.Plan, error) {
 		return nil, err
 	}
 	if cfg.Only != nil {
-		_, err := planWhole(cfg.Only, cfg, apart(cfg.Config))
-		more, other := refusedBy(err)
+		_, err := planContainer(cfg.Only, cfg, vmplan.SharingOf(cfg.Config))
+		more, other := refusal.Reasons(err)
 		if other != nil {
 			return nil, other
 		}
 		reasons = append(reasons, more...)
 	}
-	switch {
-	case len(reasons) > 0:
+	if len(reasons) > 0 {
 		for _, f := range faults {
 			reasons = append(reasons, f.String())
 		}
-		return nil, &RefusedError{Reasons: reasons}
-	case len(faults) > 0:
+		return nil, refusal.Of(reasons)
+	}
+	if len(faults) > 0 {
 		return nil, faults
 	}
 	return plan, nil
 }
 
-// refusedBy takes the reasons out of a RefusedError; any other error it gives back.
-func refusedBy(err error) ([]string, error) {
-	var refused *RefusedError
-	if errors.As(err, &refused) {
-		return refused.Reasons, nil
-	}
-	return nil, err
-}
-
-// refuseHost tells what a pod can have of the host only in a container.
+// refuseHost returns what a pod asks of the host and only a container can have.
 func refuseHost(cfg PodConfig) []string {
 	var reasons []string
 	for _, one := range []struct {
@@ -182,130 +143,55 @@ func refuseHost(cfg PodConfig) []string {
 // Info is a snapshot of the pod.
 func (p *Pod) Info() PodInfo {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	info := PodInfo{ID: p.cfg.ID, State: p.state, CreatedAt: p.created, Extra: map[string]string{}}
-	if p.vm != nil {
-		info.PID = uint32(p.vm.PID())
-	}
-	if p.doc != nil {
-		info.Extra["hypervisor"] = p.plan.Driver().Kind()
-		info.Extra["accelerator"] = string(p.doc.Accelerator)
-		info.Extra["vsock"] = string(p.doc.Vsock.Kind)
-		info.Extra["vcpus"] = fmt.Sprint(p.doc.CPU.Count)
-		info.Extra["memoryMiB"] = fmt.Sprint(p.doc.Memory.Bytes >> 20)
-		// Said outright so that nobody takes a VM for a confidential one.
-		info.Extra["tee"] = p.plan.Describe(p.doc)
-		if digest := p.plan.InitdataDigest(); digest != "" {
-			info.Extra["initdata"] = digest
-		}
-		if p.measured != "" {
-			info.Extra["launchMeasurement"] = p.measured
-		}
-	}
-	if p.guest != nil {
-		info.Extra["guestKernel"] = printable(p.guest.hello.GetKernelRelease())
-		info.Extra["guestBootID"] = printable(p.guest.hello.GetBootId())
-		info.Extra["agentVersion"] = printable(p.guest.hello.GetAgentVersion())
-	}
-	if len(p.timeline) > 0 {
-		info.Extra["bootTimeline"] = p.bootTimeline()
+	state, r := p.state, p.running
+	p.mu.Unlock()
+	info := PodInfo{ID: p.cfg.ID, State: state, CreatedAt: p.created, Extra: map[string]string{}}
+	if r != nil {
+		info.PID = uint32(r.vm.PID())
+		info.Extra = r.describe(p.plan)
 	}
 	return info
 }
 
-// bootTimeline is "name=milliseconds" pairs: the host's steps since the start of the pod, then the guest's since the
-// start of its kernel with the prefix "guest:".
-func (p *Pod) bootTimeline() string {
-	var b strings.Builder
-	for _, m := range p.timeline[1:] {
-		fmt.Fprintf(&b, "%s=%d ", m.name, m.at.Sub(p.timeline[0].at).Milliseconds())
-	}
-	if p.guest != nil {
-		for _, m := range p.guest.hello.GetBootTimeline() {
-			fmt.Fprintf(&b, "guest:%s=%d ", printable(m.GetName()), m.GetMicros()/1000)
-		}
-	}
-	return strings.TrimSpace(b.String())
-}
-
-// printable makes a short, harmless word of what a guest says.
-func printable(s string) string {
-	if len(s) > 128 {
-		s = s[:128]
-	}
-	return strings.Map(func(r rune) rune {
-		switch {
-		case r == ' ':
-			return '-'
-		case r < ' ' || r > '~' || r == '=':
-			return '?'
-		}
-		return r
-	}, s)
-}
-
-func (p *Pod) mark(name string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.timeline = append(p.timeline, timelineMark{name, time.Now()})
-}
-
-// agent is the guest's connection while the pod is ready, else nil.
-func (p *Pod) agent() *guest {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.state != PodReady {
-		return nil
-	}
-	return p.guest
-}
-
-func (p *Pod) machine() hypervisor.VM {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.state != PodReady {
-		return nil
-	}
-	return p.vm
-}
-
+// vmPID is the VMM's; 0 before Start.
 func (p *Pod) vmPID() uint32 {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.vm == nil {
+	r := p.running
+	p.mu.Unlock()
+	if r == nil {
 		return 0
 	}
-	return uint32(p.vm.PID())
+	return uint32(r.vm.PID())
 }
 
-// lostError tells why there is no guest to talk to.
+// moveLocked changes the pod's state. The caller holds mu.
+func (p *Pod) moveLocked(to PodState) error {
+	if err := checkMove(podMoves, p.state, to); err != nil {
+		return fmt.Errorf("sandbox %s: %w", p.cfg.ID, err)
+	}
+	p.state = to
+	return nil
+}
+
+// lostError is why there is no guest to talk to.
 func (p *Pod) lostError() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.lostLocked()
+}
+
+func (p *Pod) lostLocked() error {
 	switch {
 	case p.state == PodCreated:
 		return fmt.Errorf("sandbox %s has not been started: %w", p.cfg.ID, errdefs.ErrFailedPrecondition)
+	case p.state == PodStarting:
+		return fmt.Errorf("sandbox %s is starting: %w", p.cfg.ID, errdefs.ErrFailedPrecondition)
 	case p.exit.Err != nil:
 		// One kind only: whatever ended the pod, for the caller it is not there.
 		return fmt.Errorf("sandbox %s has ended: %v: %w", p.cfg.ID, p.exit.Err, errdefs.ErrUnavailable)
 	default:
 		return fmt.Errorf("sandbox %s has been stopped: %w", p.cfg.ID, errdefs.ErrUnavailable)
 	}
-}
-
-func (p *Pod) addresses() []netip.Addr {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.net == nil {
-		return nil
-	}
-	var addrs []netip.Addr
-	for _, i := range p.net.Interfaces {
-		for _, a := range i.Addresses {
-			addrs = append(addrs, a.Addr())
-		}
-	}
-	return addrs
 }
 
 // goTracked runs f on the pod's life; the pod's end waits for it.
@@ -335,21 +221,23 @@ func (p *Pod) Containers() []*Container {
 	return all
 }
 
-func (p *Pod) insert(c *Container) error {
+// insert gives a container its place in a pod that is ready. Whoever inserted one calls creates.Done once it is made, or
+// nothing of it is left.
+func (p *Pod) insert(c *Container) (*running, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.state != PodReady {
-		return fmt.Errorf("sandbox %s is %s: %w", p.cfg.ID, p.state, errdefs.ErrFailedPrecondition)
+		return nil, p.lostLocked()
 	}
 	if _, ok := p.containers[c.id]; ok {
-		return fmt.Errorf("container %s: %w", c.id, errdefs.ErrAlreadyExists)
+		return nil, fmt.Errorf("in sandbox %s: %w", p.cfg.ID, errdefs.ErrAlreadyExists)
 	}
 	if len(p.containers) >= wire.MaxContainers {
-		return fmt.Errorf("sandbox %s has %d containers: %w", p.cfg.ID, len(p.containers), errdefs.ErrResourceExhausted)
+		return nil, fmt.Errorf("sandbox %s has %d containers: %w", p.cfg.ID, len(p.containers), errdefs.ErrResourceExhausted)
 	}
 	p.containers[c.id] = c
 	p.creates.Add(1)
-	return nil
+	return p.running, nil
 }
 
 func (p *Pod) removeContainer(c *Container) {
@@ -361,38 +249,22 @@ func (p *Pod) removeContainer(c *Container) {
 }
 
 // Ping asks the agent for a sign of life.
-func (p *Pod) Ping(ctx context.Context) error {
-	g := p.agent()
-	if g == nil {
-		return p.lostError()
-	}
-	_, err := call(ctx, g, g.rpc.Ping, &agentv1.PingRequest{})
-	return err
-}
+func (p *Pod) Ping(ctx context.Context) error { return p.agent().Ping(ctx) }
 
 // Stats sums up the guest.
-func (p *Pod) Stats(ctx context.Context) (*stats.Metrics, error) {
-	g := p.agent()
-	if g == nil {
-		return nil, p.lostError()
-	}
-	resp, err := call(ctx, g, g.rpc.SandboxStats, &agentv1.SandboxStatsRequest{})
-	if err != nil {
-		return nil, err
-	}
-	return decodeStats(resp.GetCgroup2Metrics())
-}
+func (p *Pod) Stats(ctx context.Context) (*stats.Metrics, error) { return p.agent().SandboxStats(ctx) }
 
 // Update changes the pod's limits. The VM's size is fixed at its start, so that limits within it are accepted (the
 // containers' own cgroups enforce them) and others refused.
 func (p *Pod) Update(_ context.Context, r *specs.LinuxResources) error {
-	if p.agent() == nil {
-		return p.lostError()
+	now, err := p.ready()
+	if err != nil {
+		return err
 	}
-	want := vmplan.SizeVM(p.cfg.Config.Sizing, r)
-	if want.VCPUs > p.doc.CPU.Count || want.MemoryBytes > p.doc.Memory.Bytes {
+	doc, want := now.document, vmplan.SizeVM(p.cfg.Config.Sizing, r)
+	if want.VCPUs > doc.CPU.Count || want.MemoryBytes > doc.Memory.Bytes {
 		return fmt.Errorf("the pod's new limits need %d CPUs and %d MiB, its VM was started with %d and %d and does not grow: "+
-			"make the pod anew: %w", want.VCPUs, want.MemoryBytes>>20, p.doc.CPU.Count, p.doc.Memory.Bytes>>20, errdefs.ErrNotImplemented)
+			"make the pod anew: %w", want.VCPUs, want.MemoryBytes>>20, doc.CPU.Count, doc.Memory.Bytes>>20, errdefs.ErrNotImplemented)
 	}
 	return nil
 }
@@ -400,7 +272,7 @@ func (p *Pod) Update(_ context.Context, r *specs.LinuxResources) error {
 // Done is closed when the pod has ended and everything that it held is released.
 func (p *Pod) Done() <-chan struct{} { return p.done }
 
-// Exit tells how the pod ended; valid after Done.
+// Exit returns how the pod ended; valid after Done.
 func (p *Pod) Exit() Exit {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -410,16 +282,23 @@ func (p *Pod) Exit() Exit {
 // Stop ends the pod: containers, guest, VMM, and all that it holds on the host. Idempotent; it returns when the pod
 // has ended, or ctx has (the end goes on then).
 func (p *Pod) Stop(ctx context.Context) error {
-	p.mu.Lock()
-	if p.starting {
-		// Start sees ending and undoes itself; it then comes to the end below.
-		p.mu.Unlock()
-		p.endOnce.Do(func() { close(p.ending) })
-		return p.waitDone(ctx)
+	if !p.interruptStart() {
+		p.end(Exit{At: time.Now()}, true)
 	}
-	p.mu.Unlock()
-	p.end(Exit{At: time.Now()}, true)
 	return p.waitDone(ctx)
+}
+
+// interruptStart makes a Start that is under way undo itself; it then comes to the pod's end. It reports whether there is
+// one.
+func (p *Pod) interruptStart() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != PodStarting {
+		return false
+	}
+	// Start looks at ending under mu before the pod gets ready.
+	p.endOnce.Do(func() { close(p.ending) })
+	return true
 }
 
 func (p *Pod) waitDone(ctx context.Context) error {
@@ -435,39 +314,25 @@ func (p *Pod) waitDone(ctx context.Context) error {
 func (p *Pod) end(exit Exit, orderly bool) {
 	p.endOnce.Do(func() { close(p.ending) })
 	p.mu.Lock()
-	if p.state == PodStopped {
+	if p.moveLocked(PodStopped) != nil {
 		p.mu.Unlock()
-		return
+		return // it has ended
 	}
-	p.state = PodStopped
-	p.exit, p.orderly = exit, orderly
-	vm, g := p.vm, p.guest
+	p.exit = exit
+	r := p.running
 	p.mu.Unlock()
-	go p.finish(vm, g, orderly)
+	go p.finish(r, orderly)
 }
 
 // finish releases everything. It runs once.
-func (p *Pod) finish(vm hypervisor.VM, g *guest, orderly bool) {
+func (p *Pod) finish(r *running, orderly bool) {
 	ctx := log.WithLogger(context.Background(), log.G(p.life).WithField("sandbox", p.cfg.ID))
-	if vm != nil {
-		ctx, cancel := context.WithTimeout(ctx, p.cfg.Config.Timeouts.Stop)
-		if orderly && g != nil {
-			// The guest syncs and powers off; a guest that does not is killed when the time is up.
-			if _, err := callLong(ctx, g.rpc.Shutdown, &agentv1.ShutdownRequest{}); err != nil && !errdefs.IsUnavailable(err) {
-				log.G(ctx).WithError(err).Warn("the guest does not shut down by itself")
-				cancel()
-			}
-		} else {
-			cancel()
-		}
-		if err := vm.Stop(ctx); err != nil && !errors.Is(err, context.Canceled) {
-			log.G(ctx).WithError(err).Warn("stop of the VM")
-		}
-		cancel()
+	if r != nil {
+		p.stopVM(ctx, r, orderly)
 	}
 	p.endLife()
-	if g != nil {
-		g.close()
+	if r != nil {
+		r.guest.Close()
 	}
 	p.creates.Wait()
 	var all sync.WaitGroup
@@ -476,7 +341,27 @@ func (p *Pod) finish(vm hypervisor.VM, g *guest, orderly bool) {
 	}
 	all.Wait()
 	p.tracked.Wait()
-	p.closeShare(ctx)
+	if r != nil {
+		r.mounts.Close(ctx)
+	}
 	p.cleanup.run(ctx)
 	close(p.done)
+}
+
+// stopVM ends the VM: in order, which the guest has some time for, or at once.
+func (p *Pod) stopVM(ctx context.Context, r *running, orderly bool) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.Config.Timeouts.Stop)
+	defer cancel()
+	if orderly {
+		// The guest syncs and powers off; a guest that does not is killed when the time is up.
+		if err := r.guest.Shutdown(ctx); err != nil && !errdefs.IsUnavailable(err) {
+			log.G(ctx).WithError(err).Warn("the guest does not shut down by itself")
+			cancel()
+		}
+	} else {
+		cancel()
+	}
+	if err := r.vm.Stop(ctx); err != nil && !errors.Is(err, context.Canceled) {
+		log.G(ctx).WithError(err).Warn("stop of the VM")
+	}
 }

@@ -18,6 +18,7 @@ import (
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/virtcontainers/guest"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
 	"github.com/cloister-project/cloister/virtcontainers/network"
@@ -26,51 +27,60 @@ import (
 
 // Start boots the VM and returns when its agent is ready. A failed Start leaves nothing; the pod is stopped then.
 func (p *Pod) Start(ctx context.Context) error {
-	p.mu.Lock()
-	if p.state != PodCreated || p.starting {
-		state := p.state
-		p.mu.Unlock()
-		if state == PodStopped {
-			return p.lostError()
-		}
-		return fmt.Errorf("sandbox %s is %s already: %w", p.cfg.ID, state, errdefs.ErrFailedPrecondition)
+	if err := p.beginStart(); err != nil {
+		return err
 	}
-	p.starting = true
-	p.mu.Unlock()
-
 	ctx = log.WithLogger(ctx, log.G(ctx).WithField("sandbox", p.cfg.ID))
-	p.mark("start")
-	vm, g, err := p.start(ctx)
-
-	p.mu.Lock()
-	p.starting = false
-	select {
-	case <-p.ending:
-		if err == nil {
-			err = fmt.Errorf("sandbox %s was stopped while it started: %w", p.cfg.ID, errdefs.ErrUnavailable)
-		}
-	default:
+	r, err := p.start(ctx)
+	if ended := p.endStart(r); err == nil {
+		err = ended
 	}
-	p.vm, p.guest = vm, g
-	if err == nil {
-		p.state = PodReady
-	}
-	p.mu.Unlock()
 	if err != nil {
 		p.end(Exit{Status: statusLost, At: time.Now(), Err: err}, false)
 		<-p.done
 		return err
 	}
-	p.goTracked(func(ctx context.Context) { p.watchGuest(ctx, vm, g) })
-	p.goTracked(func(ctx context.Context) { p.keepClock(ctx, g) })
-	go p.watchVM(vm)
 	info := p.Info()
 	ready := log.G(ctx).WithField("timeline", info.Extra["bootTimeline"]).WithField("tee", info.Extra["tee"])
-	if p.plan.HostCanRead(p.doc) {
+	if p.plan.HostCanRead(r.document) {
 		ready.Warn("sandbox ready, with the rules of a confidential VM and NO PROTECTION")
 	} else {
 		ready.Info("sandbox ready")
 	}
+	return nil
+}
+
+// beginStart keeps a second Start away.
+func (p *Pod) beginStart() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state == PodStopped {
+		return p.lostLocked()
+	}
+	return p.moveLocked(PodStarting)
+}
+
+// endStart publishes what Start made and makes the pod ready, unless somebody stopped it meanwhile. r is nil when Start
+// has failed; the pod's end comes next then.
+func (p *Pod) endStart(r *running) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.running = r
+	if r == nil {
+		return nil
+	}
+	select {
+	case <-p.ending:
+		return fmt.Errorf("sandbox %s was stopped while it started: %w", p.cfg.ID, errdefs.ErrUnavailable)
+	default:
+	}
+	if err := p.moveLocked(PodReady); err != nil {
+		return err
+	}
+	// Begun before anybody can end the pod: its end waits for them.
+	p.goTracked(func(ctx context.Context) { p.watchGuest(ctx, r) })
+	p.goTracked(func(ctx context.Context) { p.keepClock(ctx, r.guest) })
+	go p.watchVM(r.vm)
 	return nil
 }
 
@@ -90,19 +100,18 @@ func (p *Pod) watchVM(vm hypervisor.VM) {
 const connectionGrace = 5 * time.Second
 
 // watchGuest handles the guest's events. A guest that cannot be talked to any more is of no use: it ends the pod.
-func (p *Pod) watchGuest(ctx context.Context, vm hypervisor.VM, g *guest) {
-	err := g.watchEvents(ctx, p.handleEvent)
+func (p *Pod) watchGuest(ctx context.Context, r *running) {
+	err := r.guest.WatchEvents(ctx, p.handleEvent)
 	if err == nil {
 		return
 	}
 	timer := time.NewTimer(connectionGrace)
 	defer timer.Stop()
 	select {
-	case <-vm.Done(): // the cause; its end tells more
+	case <-r.vm.Done(): // the cause; its end says more
 	case <-ctx.Done():
 	case <-timer.C:
-		log.G(ctx).WithError(err).WithField("sandbox", p.cfg.ID).Error("the sandbox ends")
-		p.end(Exit{Status: statusLost, At: time.Now(), Err: err}, false)
+		p.lostGuest(err)
 	}
 }
 
@@ -117,7 +126,9 @@ func (p *Pod) handleEvent(e *agentv1.Event) {
 }
 
 // start does the work of Start. What it made is undone by the pod's end, whether it returns an error or not.
-func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
+func (p *Pod) start(ctx context.Context) (*running, error) {
+	r := &running{}
+	r.mark("start")
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stop := make(chan struct{})
@@ -132,10 +143,10 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 
 	// What the host lacks for the platform is told before anything is made.
 	if err := p.plan.Probe(ctx); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if err := p.makeStateDir(); err != nil {
-		return nil, nil, err
+	if err := p.makeStateDir(r); err != nil {
+		return nil, err
 	}
 	// The kernel is unpacked (once a node) while the network is made.
 	var (
@@ -148,72 +159,66 @@ func (p *Pod) start(ctx context.Context) (hypervisor.VM, *guest, error) {
 		return err
 	})
 	work.Go(func() (err error) {
-		netns, err = p.makeNetwork(ctx)
+		netns, err = p.makeNetwork(ctx, r)
 		return err
 	})
 	if err := work.Wait(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	p.mark("prepared")
+	r.mark("prepared")
 	host, vhost, err := p.plan.Host(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	host.Kernel = kernel
 	// Measured boot files are hashed meanwhile. What cannot be predicted is not started.
-	var (
-		doc  *hypervisor.Document
-		last errgroup.Group
-	)
-	last.Go(func() (err error) {
-		doc, err = p.prepareDocument(ctx, host)
-		return err
-	})
-	last.Go(func() error { return p.makeCgroup(ctx) })
+	var last errgroup.Group
+	last.Go(func() error { return p.prepareDocument(ctx, r, host) })
+	last.Go(func() error { return p.makeCgroup(ctx, r) })
 	if err := last.Wait(); err != nil {
 		closeFile(vhost)
-		return nil, nil, err
+		return nil, err
 	}
 	resources := hypervisor.Resources{VhostVsock: vhost, NetNS: netns, StateDir: p.stateDir}
-	if err := p.networkFiles(&resources, host.VhostNet); err != nil {
+	if err := networkFiles(r.network, &resources, host.VhostNet); err != nil {
 		resources.Close()
-		return nil, nil, err
+		return nil, err
 	}
 	resources.OnStart = func(pid int) error {
-		p.vmmPID = pid
-		if err := p.saveRecord(); err != nil {
+		r.vmmPID = pid
+		if err := p.saveRecord(r); err != nil {
 			return err
 		}
-		return p.cgroup.AddProcess(ctx, pid)
+		return r.cgroup.AddProcess(ctx, pid)
 	}
-	vm, err := p.plan.Driver().Start(ctx, *doc, resources)
+	r.vm, err = p.plan.Driver().Start(ctx, *r.document, resources)
 	if errors.Is(err, unix.ENOSPC) {
 		err = fmt.Errorf("the file system of state.dir = %q is full: make room there, or set the key: %w", p.cfg.Config.State.Dir, err)
 	}
 	if err != nil {
-		return nil, nil, p.plan.Explain(err)
+		return nil, p.plan.Explain(err)
 	}
-	p.mark("vmm")
-	g, err := p.boot(ctx, vm)
-	if err != nil {
-		vm.Kill()
-		var refusal *guestRefusal
+	r.mark("vmm")
+	if err := p.boot(ctx, r); err != nil {
+		r.vm.Kill()
+		var refusal *guest.RefusalError
 		if errors.As(err, &refusal) {
 			// The guest ends itself after it; its own words say more.
-		} else if exit := vm.Exit(); p.plan.Platform().Explain(exit) != "" || exit.Reason != hypervisor.ExitStopped {
+		} else if exit := r.vm.Exit(); p.plan.Platform().Explain(exit) != "" || exit.Reason != hypervisor.ExitStopped {
 			// The VM's own end says more than the call that failed because of it.
 			err = fmt.Errorf("start of the guest: %w", p.plan.Explain(exit))
 		} else if errors.Is(err, context.DeadlineExceeded) {
 			err = fmt.Errorf("the guest's agent was not ready after %v (timeouts.boot); the last lines of the guest's console:\n%s\n%w",
 				p.cfg.Config.Timeouts.Boot, exit.Console, err)
 		}
-		return nil, nil, err
+		return nil, err
 	}
-	return vm, g, nil
+	p.attachable(r)
+	return r, nil
 }
 
 // boot lets the guest run and waits for its agent.
-func (p *Pod) boot(ctx context.Context, vm hypervisor.VM) (*guest, error) {
+func (p *Pod) boot(ctx context.Context, r *running) error {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.Config.Timeouts.Boot)
 	defer cancel()
 	// A VM that dies ends the wait at once.
@@ -221,41 +226,42 @@ func (p *Pod) boot(ctx context.Context, vm hypervisor.VM) (*guest, error) {
 	defer giveUp()
 	go func() {
 		select {
-		case <-vm.Done():
+		case <-r.vm.Done():
 			giveUp()
 		case <-gone.Done():
 		}
 	}()
-	ready, err := vm.Vsock().Listen(wire.ReadyPort(p.doc.Vsock.CID))
+	ready, err := r.vm.Vsock().Listen(wire.ReadyPort(r.document.Vsock.CID))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := vm.Boot(gone); err != nil {
+	if err := r.vm.Boot(gone); err != nil {
 		_ = ready.Close()
-		return nil, err
+		return err
 	}
-	g, err := acceptGuest(gone, vm.Vsock(), ready, p.cfg.Config.Timeouts.RPC, p.plan.CheckHello)
+	client, err := guest.Accept(gone, r.vm.Vsock(), ready, p.cfg.Config.Timeouts.RPC, p.plan.CheckHello)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, ctx.Err()
+			return ctx.Err()
 		}
-		return nil, err
+		return err
 	}
-	p.mark("agent")
-	if _, err := call(gone, g, g.rpc.ConfigureSandbox, p.sandboxRequest()); err != nil {
-		g.close()
-		return nil, fmt.Errorf("configure the guest: %w", err)
+	r.mark("agent")
+	if err := client.ConfigureSandbox(gone, p.sandboxRequest(r.network)); err != nil {
+		client.Close()
+		return fmt.Errorf("configure the guest: %w", err)
 	}
-	p.mark("ready")
-	return g, nil
+	r.mark("ready")
+	r.guest = client
+	return nil
 }
 
-func (p *Pod) sandboxRequest() *agentv1.ConfigureSandboxRequest {
+func (p *Pod) sandboxRequest(n *network.Network) *agentv1.ConfigureSandboxRequest {
 	return &agentv1.ConfigureSandboxRequest{
 		SandboxId:          p.cfg.ID,
 		Hostname:           p.cfg.Hostname,
 		Sysctls:            p.cfg.Sysctls,
-		Network:            guestNetwork(p.net),
+		Network:            guestNetwork(n),
 		SharedPidNamespace: p.cfg.SharePID,
 		ShmBytes:           p.cfg.ShmBytes,
 	}
@@ -263,27 +269,21 @@ func (p *Pod) sandboxRequest() *agentv1.ConfigureSandboxRequest {
 
 // prepareDocument describes the VM, with what its platform adds, writes initdata's disk, and keeps for Info what the
 // launch is predicted to be measured as.
-func (p *Pod) prepareDocument(ctx context.Context, host vmplan.Host) (*hypervisor.Document, error) {
-	doc := p.plan.Document(p.nics(), host)
+func (p *Pod) prepareDocument(ctx context.Context, r *running, host vmplan.Host) (err error) {
+	r.document = p.plan.Document(nics(r.network), host)
 	if err := p.plan.WriteInitdata(); err != nil {
-		return nil, err
+		return err
 	}
-	measured, err := p.plan.Prepare(ctx, doc)
-	if err != nil {
-		return nil, err
-	}
-	p.mu.Lock()
-	p.doc, p.measured = doc, measured
-	p.mu.Unlock()
-	return doc, nil
+	r.measured, err = p.plan.Prepare(ctx, r.document)
+	return err
 }
 
 // nics are the pod's interfaces as the VM has them.
-func (p *Pod) nics() (nics []hypervisor.NIC) {
-	for i, ifc := range p.net.Interfaces {
-		nics = append(nics, hypervisor.NIC{ID: nicID(i), MAC: ifc.MAC.String(), MTU: ifc.MTU})
+func nics(n *network.Network) (all []hypervisor.NIC) {
+	for i, ifc := range n.Interfaces {
+		all = append(all, hypervisor.NIC{ID: nicID(i), MAC: ifc.MAC.String(), MTU: ifc.MTU})
 	}
-	return nics
+	return all
 }
 
 func closeFile(f *os.File) {
@@ -292,7 +292,7 @@ func closeFile(f *os.File) {
 	}
 }
 
-func (p *Pod) makeStateDir() error {
+func (p *Pod) makeStateDir(r *running) error {
 	if err := os.MkdirAll(filepath.Dir(p.stateDir), 0o711); err != nil {
 		return fmt.Errorf("state folder (state.dir): %w", err)
 	}
@@ -309,12 +309,12 @@ func (p *Pod) makeStateDir() error {
 		}
 		removeRecord(p.cfg.Bundle)
 	})
-	return p.saveRecord()
+	return p.saveRecord(r)
 }
 
 // makeNetwork opens or makes the pod's network namespace, runs the hooks that fill it, and connects its interfaces to
 // taps. The namespace's file stays open until the pod's end.
-func (p *Pod) makeNetwork(ctx context.Context) (*os.File, error) {
+func (p *Pod) makeNetwork(ctx context.Context, r *running) (*os.File, error) {
 	var (
 		ns  *os.File
 		err error
@@ -348,9 +348,7 @@ func (p *Pod) makeNetwork(ctx context.Context) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.mu.Lock()
-	p.net = attached
-	p.mu.Unlock()
+	r.network = attached
 	p.cleanup.add(func(ctx context.Context) {
 		if err := attached.Close(); err != nil {
 			log.G(ctx).WithError(err).Warn("disconnect the pod's network")
@@ -360,9 +358,9 @@ func (p *Pod) makeNetwork(ctx context.Context) (*os.File, error) {
 }
 
 // networkFiles adds duplicates of the taps' files for the driver, which closes what it gets, and vhost-net where it is used.
-func (p *Pod) networkFiles(res *hypervisor.Resources, vhostNet bool) error {
+func networkFiles(n *network.Network, res *hypervisor.Resources, vhostNet bool) error {
 	res.Taps, res.VhostNet = map[string]*os.File{}, map[string]*os.File{}
-	for i, ifc := range p.net.Interfaces {
+	for i, ifc := range n.Interfaces {
 		fd, err := unix.FcntlInt(ifc.Tap.Fd(), unix.F_DUPFD_CLOEXEC, 3)
 		if err != nil {
 			return fmt.Errorf("duplicate the tap of %s: %w", ifc.HostName, err)
@@ -379,7 +377,7 @@ func (p *Pod) networkFiles(res *hypervisor.Resources, vhostNet bool) error {
 	return nil
 }
 
-func (p *Pod) makeCgroup(ctx context.Context) error {
+func (p *Pod) makeCgroup(ctx context.Context, r *running) error {
 	path, err := hostcgroup.Path(p.cfg.CgroupsPath, p.cfg.ID)
 	if p.cfg.CgroupsPath == "" {
 		path, err = hostcgroup.Parent(p.cfg.CgroupParent, p.cfg.ID)
@@ -391,13 +389,13 @@ func (p *Pod) makeCgroup(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("host cgroup of the VMM: %w", err)
 	}
-	p.cgroup = group
+	r.cgroup = group
 	p.cleanup.add(func(ctx context.Context) {
 		if err := group.Delete(ctx); err != nil {
 			log.G(ctx).WithError(err).Warn("remove the VMM's cgroup")
 		}
 	})
-	return p.saveRecord()
+	return p.saveRecord(r)
 }
 
 func nicID(i int) string { return fmt.Sprintf("net%d", i) }

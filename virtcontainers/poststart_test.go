@@ -15,14 +15,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
-	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 )
-
-// pidVM is a VM of which only the pid is asked.
-type pidVM struct{ hypervisor.VM }
-
-func (pidVM) PID() int { return 4711 }
 
 // sh is a hook that runs a shell script, in the container's bundle.
 func sh(script string) specs.Hook {
@@ -43,7 +37,7 @@ func words(t *testing.T, c *Container) string {
 }
 
 func TestPoststartHooks(t *testing.T) {
-	agent := &fakeAgent{}
+	agent := &scriptedAgent{}
 	c := fakeContainer(t, agent, withHooks(&specs.Hooks{
 		CreateRuntime: []specs.Hook{sh("echo create >> words")},
 		Poststart: []specs.Hook{
@@ -51,7 +45,6 @@ func TestPoststartHooks(t *testing.T) {
 		},
 		Poststop: []specs.Hook{sh("echo stop >> words")},
 	}))
-	c.pod.vm = pidVM{}
 	require.NoError(t, c.init.Start(t.Context()), "failures are logged")
 	require.Equal(t, "one\ntwo\nthree\n", words(t, c), "they have run when Start returns")
 	b, err := os.ReadFile(filepath.Join(c.bundle, "state"))
@@ -70,7 +63,7 @@ func TestPoststartHooks(t *testing.T) {
 }
 
 func TestNoPoststartHooksWithoutAStart(t *testing.T) {
-	agent := &fakeAgent{start: errors.New("no such file")}
+	agent := &scriptedAgent{start: errors.New("no such file")}
 	c := fakeContainer(t, agent, withHooks(&specs.Hooks{Poststart: []specs.Hook{sh("echo one >> words")}}))
 	require.Error(t, c.init.Start(t.Context()))
 	require.Empty(t, words(t, c))
@@ -81,7 +74,7 @@ func TestNoPoststartHooksWithoutAStart(t *testing.T) {
 
 // A container that has ended has been started: its hooks run to their end, without its exit being held back from others.
 func TestPoststartHooksOfAContainerThatEnds(t *testing.T) {
-	agent := &fakeAgent{}
+	agent := &scriptedAgent{}
 	c := fakeContainer(t, agent, withHooks(&specs.Hooks{Poststart: []specs.Hook{sh("echo begun > begun; read x < go; echo end >> words")}}))
 	gate := filepath.Join(c.bundle, "go")
 	require.NoError(t, unix.Mkfifo(gate, 0o600))
@@ -106,7 +99,7 @@ func TestPoststartHookThatHangs(t *testing.T) {
 		"the VM is lost":    func(c *Container, _ context.CancelFunc) { c.abandon(context.Background()) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			agent := &fakeAgent{}
+			agent := &scriptedAgent{}
 			h := &specs.Hooks{
 				Poststart: []specs.Hook{sh("echo begun > begun; exec sleep 600"), sh("echo next >> words")},
 				Poststop:  []specs.Hook{sh("echo stop >> words")},
@@ -132,7 +125,7 @@ func TestPoststartHookThatHangs(t *testing.T) {
 }
 
 func TestNoPoststartHooksBehindTheEnd(t *testing.T) {
-	c := fakeContainer(t, &fakeAgent{}, withHooks(&specs.Hooks{Poststart: []specs.Hook{sh("echo one >> words")}}))
+	c := fakeContainer(t, &scriptedAgent{}, withHooks(&specs.Hooks{Poststart: []specs.Hook{sh("echo one >> words")}}))
 	c.release(t.Context())
 	require.NoError(t, c.init.Start(t.Context()))
 	require.Empty(t, words(t, c))

@@ -13,7 +13,7 @@ import (
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/virtcontainers/guest"
 )
 
 // drainTime bounds the wait for a process's last output to be delivered to whoever reads it. A reader that has gone
@@ -52,22 +52,32 @@ func (p *Process) ID() string { return p.execID }
 func (p *Process) State() ProcessState {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	status := p.status
-	if status == ProcessRunning && p.container.isPaused() {
-		status = ProcessPaused
-	}
-	return ProcessState{Status: status, PID: p.container.pod.vmPID(), Exit: p.exit, Stdio: p.stdio}
+	return ProcessState{Status: p.status, PID: p.container.pod.vmPID(), Exit: p.exit, Stdio: p.stdio}
 }
 
-// move changes the state from one to another; ErrFailedPrecondition when it is not in the first.
+// move changes the state from one to another; errdefs.ErrFailedPrecondition when the process is not in the first, or there
+// is no such move.
 func (p *Process) move(from, to ProcessStatus) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.status != from {
 		return fmt.Errorf("process %s is %s, not %s: %w", p.name(), p.status, from, errdefs.ErrFailedPrecondition)
 	}
+	return p.moveLocked(to)
+}
+
+// moveLocked changes the state. The caller holds mu.
+func (p *Process) moveLocked(to ProcessStatus) error {
+	if err := checkMove(processMoves, p.status, to); err != nil {
+		return fmt.Errorf("process %s: %w", p.name(), err)
+	}
 	p.status = to
 	return nil
+}
+
+// ref names the process in its guest.
+func (p *Process) ref() guest.Process {
+	return guest.Process{Container: p.container.id, Exec: p.execID}
 }
 
 func (p *Process) name() string {
@@ -77,20 +87,20 @@ func (p *Process) name() string {
 	return p.container.id + "/" + p.execID
 }
 
-// Start lets the process run. For an init it returns when the container's poststart hooks have run. A process that cannot be started is stopped with the status that a shell would give:
-// 127 for a command that is not there, 126 for one that cannot be executed.
+// Start lets the process run. For an init it returns when the container's poststart hooks have run. A process that cannot
+// be started is stopped with the status that a shell would give: 127 for a command that is not there, 126 for one that
+// cannot be executed.
 func (p *Process) Start(ctx context.Context) error {
 	if err := p.move(ProcessCreated, ProcessRunning); err != nil {
 		return err
 	}
 	g := p.container.pod.agent()
-	if g == nil {
-		return p.container.pod.lostError()
+	if err := g.Err(); err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.container.pod.cfg.Config.Timeouts.CreateContainer)
 	defer cancel()
-	_, err := callLong(ctx, g.rpc.StartProcess, &agentv1.StartProcessRequest{ContainerId: p.container.id, ExecId: p.execID})
-	if err != nil {
+	if err := g.StartProcess(ctx, p.ref()); err != nil {
 		if p.execID != "" {
 			p.finish(Exit{Status: failedStartStatus(err), At: time.Now(), Err: err}, 0, 0)
 			return err
@@ -117,11 +127,11 @@ func failedStartStatus(err error) uint32 {
 // watch waits for the process's end in the guest, or the guest's own.
 func (p *Process) watch(ctx context.Context) {
 	g := p.container.pod.agent()
-	if g == nil {
+	if g.Err() != nil {
 		p.lost()
 		return
 	}
-	resp, err := callLong(ctx, g.waits.WaitProcess, &agentv1.WaitProcessRequest{ContainerId: p.container.id, ExecId: p.execID})
+	resp, err := g.WaitProcess(ctx, p.ref())
 	if err != nil {
 		if errdefs.IsUnavailable(err) || ctx.Err() != nil {
 			return // the guest is gone, and the pod's end gives the exit
@@ -129,9 +139,7 @@ func (p *Process) watch(ctx context.Context) {
 		// The agent lost sight of the process. Somebody waits for its exit, so it is ended for certain.
 		err = fmt.Errorf("the guest lost process %s: %w", p.name(), err)
 		log.G(ctx).WithError(err).Warn("end it")
-		_, _ = call(ctx, g, g.rpc.SignalProcess, &agentv1.SignalProcessRequest{
-			ContainerId: p.container.id, ExecId: p.execID, Signal: 9, All: p.execID == "",
-		})
+		_ = g.SignalProcess(ctx, p.ref(), 9, p.execID == "")
 		p.finish(Exit{Status: statusLost, At: time.Now(), Err: err}, 0, 0)
 		return
 	}
@@ -158,11 +166,10 @@ func (p *Process) lost() {
 // exit.
 func (p *Process) finish(exit Exit, stdoutBytes, stderrBytes uint64) {
 	p.mu.Lock()
-	if p.status == ProcessStopped {
+	if p.moveLocked(ProcessStopped) != nil {
 		p.mu.Unlock()
-		return
+		return // it has ended
 	}
-	p.status = ProcessStopped
 	p.exit = exit
 	p.mu.Unlock()
 
@@ -197,13 +204,10 @@ func (p *Process) Kill(ctx context.Context, signal uint32, all bool) error {
 		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
 	}
 	g := p.container.pod.agent()
-	if g == nil {
+	if g.Err() != nil {
 		return fmt.Errorf("process already finished: %w", errdefs.ErrNotFound)
 	}
-	_, err := call(ctx, g, g.rpc.SignalProcess, &agentv1.SignalProcessRequest{
-		ContainerId: p.container.id, ExecId: p.execID, Signal: signal, All: all,
-	})
-	return err
+	return g.SignalProcess(ctx, p.ref(), signal, all)
 }
 
 // Resize sets the terminal's size, kept until the start where that is still to come.
@@ -211,14 +215,7 @@ func (p *Process) Resize(ctx context.Context, width, height uint32) error {
 	if !p.stdio.Terminal {
 		return fmt.Errorf("process %s has no terminal: %w", p.name(), errdefs.ErrFailedPrecondition)
 	}
-	g := p.container.pod.agent()
-	if g == nil {
-		return p.container.pod.lostError()
-	}
-	_, err := call(ctx, g, g.rpc.ResizeTerminal, &agentv1.ResizeTerminalRequest{
-		ContainerId: p.container.id, ExecId: p.execID, Width: width, Height: height,
-	})
-	return err
+	return p.container.pod.agent().ResizeTerminal(ctx, p.ref(), width, height)
 }
 
 // Delete forgets a further process. One that runs gives ErrFailedPrecondition; one that never started can go.
@@ -233,11 +230,8 @@ func (p *Process) Delete(ctx context.Context) (Exit, error) {
 	case ProcessCreated:
 		state.Exit = Exit{Status: 0, At: time.Now()}
 	}
-	if g := p.container.pod.agent(); g != nil {
-		_, err := call(ctx, g, g.rpc.DeleteProcess, &agentv1.DeleteProcessRequest{ContainerId: p.container.id, ExecId: p.execID})
-		if err != nil && !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
-			return Exit{}, err
-		}
+	if err := p.container.pod.agent().DeleteProcess(ctx, p.ref()); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
+		return Exit{}, err
 	}
 	p.container.forget(p)
 	if err := p.io.Close(); err != nil {

@@ -40,16 +40,16 @@ type processRef struct {
 	Start uint64 `json:"start,string"`
 }
 
-// saveRecord writes the pod's record by atomic rename.
-func (p *Pod) saveRecord() error {
+// saveRecord writes what Start has made so far into the pod's record, by atomic rename.
+func (p *Pod) saveRecord(made *running) error {
 	r := record{ID: p.cfg.ID, StateDir: p.stateDir, Hooks: p.cfg.Hooks}
 	if p.cfg.Network == NetworkPath {
 		r.NetNSPath = p.cfg.NetNSPath
 	}
-	if p.cgroup != nil {
-		r.Cgroup = p.cgroup.Path()
+	if made.cgroup != nil {
+		r.Cgroup = made.cgroup.Path()
 	}
-	if pid := p.vmmPID; pid != 0 {
+	if pid := made.vmmPID; pid != 0 {
 		ref, err := procid.Of(pid)
 		if err != nil {
 			return err

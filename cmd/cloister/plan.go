@@ -10,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	vc "github.com/cloister-project/cloister/virtcontainers"
 	"github.com/cloister-project/cloister/virtcontainers/dryrun"
 )
 
@@ -81,7 +80,7 @@ func printPlan(w io.Writer, p *dryrun.PodPlan) error {
 	}
 	for _, v := range p.Volumes {
 		detail := v.Detail
-		if v.Becomes == vc.MountRefused {
+		if v.Becomes == dryrun.Refused {
 			detail = "see below"
 		}
 		out.line("  %-20s %-22s %-13s %s", v.Name, v.Kind, v.Becomes, detail)

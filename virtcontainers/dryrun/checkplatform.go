@@ -51,7 +51,7 @@ func checkPlatform(ctx context.Context, node *configs.Config, name tee.Name) Pla
 	}
 	add(found...)
 	add(checkVsock(plan))
-	if can, _ := vmplan.SharesFolders(cfg); can {
+	if plan.Sharing().Live() {
 		add(checkVirtiofsd(cfg)...)
 	}
 	for _, f := range host {

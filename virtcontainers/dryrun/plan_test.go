@@ -16,7 +16,6 @@ import (
 
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
-	vc "github.com/cloister-project/cloister/virtcontainers"
 	"github.com/cloister-project/cloister/virtcontainers/dryrun/manifest"
 )
 
@@ -167,7 +166,7 @@ func TestVolumes(t *testing.T) {
 		for _, v := range plan.Volumes {
 			got = append(got, v.Name+" "+string(v.Becomes))
 			assert.NotContains(t, v.Detail, kubeletPod)
-			if v.Becomes == vc.MountRefused {
+			if v.Becomes == Refused {
 				found := false
 				for _, r := range plan.Refused {
 					found = found || strings.Contains(r, v.Detail)

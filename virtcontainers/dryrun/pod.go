@@ -15,6 +15,7 @@ import (
 	"github.com/cloister-project/cloister/tee"
 	vc "github.com/cloister-project/cloister/virtcontainers"
 	"github.com/cloister-project/cloister/virtcontainers/dryrun/manifest"
+	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
@@ -122,33 +123,29 @@ func specMount(v manifest.Volume, m manifest.VolumeMount) specs.Mount {
 
 // Volume says what becomes of a volume.
 type Volume struct {
-	Name string `json:"name"`
-	Kind string `json:"kind"`
-	// Becomes is an outcome of package virtcontainers, or Unused.
-	Becomes vc.Outcome `json:"becomes"`
-	Detail  string     `json:"detail"`
+	Name    string  `json:"name"`
+	Kind    string  `json:"kind"`
+	Becomes Outcome `json:"becomes"`
+	Detail  string  `json:"detail"`
 }
-
-// Unused is what becomes of a volume that no container mounts.
-const Unused vc.Outcome = "nothing"
 
 // volumesOf says what becomes of each volume. One that several containers mount is refused if one of them is refused it.
 func volumesOf(cfg *configs.Config, s manifest.Spec) []Volume {
-	mounts := make(map[string][]specs.Mount)
+	sharing, mounted := vmplan.SharingOf(cfg), make(map[string][]specs.Mount)
 	for _, m := range mountsOf(s) {
 		if m.known {
-			mounts[m.of.Name] = append(mounts[m.of.Name], m.spec)
+			mounted[m.of.Name] = append(mounted[m.of.Name], m.spec)
 		}
 	}
 	plans := []Volume{}
 	for _, v := range s.Volumes {
 		p := Volume{Name: v.Name(), Kind: v.Kind(), Becomes: Unused, Detail: "no container mounts it"}
-		for i, m := range mounts[v.Name()] {
-			becomes, detail := vc.MountOutcome(cfg, m)
-			if i == 0 || becomes == vc.MountRefused {
+		for i, m := range mounted[v.Name()] {
+			becomes, detail := outcomeOf(m, sharing)
+			if i == 0 || becomes == Refused {
 				p.Becomes, p.Detail = becomes, shorten(detail)
 			}
-			if becomes == vc.MountRefused {
+			if becomes == Refused {
 				break
 			}
 		}

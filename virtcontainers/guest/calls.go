@@ -79,12 +79,6 @@ func (c *Client) UpdateContainer(ctx context.Context, id string, resources []byt
 	return err
 }
 
-// ListProcesses lists a container's processes.
-func (c *Client) ListProcesses(ctx context.Context, id string) ([]*agentv1.GuestProcess, error) {
-	resp, err := call(ctx, c, agentv1.AgentService.ListProcesses, &agentv1.ListProcessesRequest{ContainerId: id})
-	return resp.GetProcesses(), err
-}
-
 // CreateProcess adds a further process to a container; it runs from its start on.
 func (c *Client) CreateProcess(ctx context.Context, req *agentv1.CreateProcessRequest) error {
 	_, err := call(ctx, c, agentv1.AgentService.CreateProcess, req)

@@ -194,8 +194,6 @@ func TestLost(t *testing.T) {
 	require.Equal(t, gone, c.DiscardContainer(t.Context(), "c"))
 	_, err := c.WaitProcess(t.Context(), Process{Container: "c"})
 	require.Equal(t, gone, err)
-	_, err = c.ListProcesses(t.Context(), "c")
-	require.Equal(t, gone, err)
 	_, err = c.ContainerStats(t.Context(), "c")
 	require.Equal(t, gone, err)
 	_, _, err = c.OpenStdio(t.Context(), Stdio{Stdout: true})

@@ -30,7 +30,7 @@ func (p *Plan) Document(nics []hypervisor.NIC, host Host) *hypervisor.Document {
 	if image := p.platform.SealedImage(); image != "" {
 		doc.Boot = hypervisor.Boot{Kernel: image, Sealed: true}
 	}
-	if can, _ := SharesFolders(p.cfg); can {
+	if p.Sharing().Live() {
 		doc.SharedFolders = p.cfg.Sizing.HotplugPorts
 	}
 	if p.initdata != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/tee/initdata"
 	"github.com/cloister-project/cloister/tee/platform"
+	"github.com/cloister-project/cloister/virtcontainers/mounts"
 )
 
 // Pod is what a plan is made from.
@@ -94,16 +95,12 @@ func (p *Plan) StateDir() string {
 	return filepath.Join(p.cfg.State.Dir, hex.EncodeToString(sum[:8]))
 }
 
-// SharesFolders reports whether a configuration's VMs can share live folders with the host; where they cannot, why says so
-// for people.
-func SharesFolders(cfg *configs.Config) (can bool, why string) {
-	switch arch := cfg.Architecture(); {
-	case tee.Name(cfg.TEE.Platform).Confidential():
-		return false, "the host could read and change it, and a confidential VM shares no files with the host"
-	case arch != configs.ArchAMD64:
-		return false, fmt.Sprintf("a VM of architecture %s shares no files with the host yet", arch)
-	}
-	return true, ""
+// Sharing is what the launch lets the VM share with the host.
+func (p *Plan) Sharing() mounts.Sharing { return SharingOf(p.cfg) }
+
+// SharingOf is Sharing for a configuration of which there is no plan, since its settings are at fault.
+func SharingOf(cfg *configs.Config) mounts.Sharing {
+	return mounts.SharingOf(tee.Name(cfg.TEE.Platform), hypervisor.Architecture(cfg.Architecture()))
 }
 
 // CheckFiles looks at the files that every pod needs: the kernel and the initrd, or the sealed image that holds both; what
