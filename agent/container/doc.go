@@ -49,9 +49,9 @@
 // # Trust
 //
 // The host is hostile: requests go through an allow-list (package agent/ocispec) that copies field by field what the
-// guest means to do, refuses what it will not do, and drops what describes the host. The container's processes are hostile too: the agent's executable is sealed before it runs in a
-// container (libcontainer's exeseal), and the agent reads nothing from a container but its pipes, its terminal and its
-// cgroup files.
+// guest means to do, refuses what it will not do, and drops what describes the host. The container's processes are
+// hostile too: the agent's executable is sealed before it runs in a container (libcontainer's exeseal), and the agent
+// reads nothing from a container but its pipes, its terminal and its cgroup files.
 //
 // # Locks
 //
