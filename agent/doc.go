@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package agent is the guest's side of Cloister: PID 1 of the micro-VM, inside the trust boundary. It has no code of its
-// own; its rooms are
+// own; its packages are
 //
 //	boot       brings the guest up and takes it down
 //	launch     how the guest was launched, and whether that holds

@@ -61,16 +61,17 @@ func annotationTable() map[string]annotation {
 		AnnotationPrefix + "timeouts.create-container":     {key: "timeouts.create_container", value: asText},
 		AnnotationInitdata:                                 {set: initdataAnnotation, max: maxInitdataBytes},
 		AnnotationKataInitdata:                             {set: initdataAnnotation, max: maxInitdataBytes},
-		AnnotationPrefix + "hypervisor.kernel-params": {key: "hypervisor.kernel_params", fixed: true, value: func(c *Config, s string) (any, *problem) {
-			var all []any
-			for _, p := range c.Hypervisor.KernelParams {
-				all = append(all, p)
-			}
-			for _, p := range strings.Fields(s) {
-				all = append(all, p)
-			}
-			return all, nil
-		}},
+		AnnotationPrefix + "hypervisor.kernel-params": {key: "hypervisor.kernel_params", fixed: true,
+			value: func(c *Config, s string) (any, *problem) {
+				var all []any
+				for _, p := range c.Hypervisor.KernelParams {
+					all = append(all, p)
+				}
+				for _, p := range strings.Fields(s) {
+					all = append(all, p)
+				}
+				return all, nil
+			}},
 	}
 }
 
@@ -93,7 +94,7 @@ func AnnotationKeys() []string {
 	return slices.Sorted(maps.Keys(annotationTable()))
 }
 
-// ApplyAnnotations gives a copy of c that the pod's annotations changed. Only keys that annotations.allowed lists have
+// ApplyAnnotations returns a copy of c that the pod's annotations changed. Only keys that annotations.allowed lists have
 // an effect; all others, known or not, have none: IgnoredAnnotations tells them for the log. A bad value of a listed
 // key is a fault, and so is initdata of a confidential pod that is not listed; the error is of type Faults and has all of them.
 func (c *Config) ApplyAnnotations(pod map[string]string) (*Config, error) {
@@ -134,8 +135,9 @@ func (c *Config) missedInitdata(pod map[string]string) Faults {
 		if !given || !c.TEE.confidential() || slices.Contains(c.Annotations.Allowed, name) || value == c.TEE.InitdataAnnotation {
 			continue
 		}
-		faults = append(faults, Fault{File: annotationsFile, Key: name, Reason: "is not allowed on this node, and the pod is not to run without it",
-			Fix: "add the key to annotations.allowed in the node's configuration, or remove the annotation"})
+		faults = append(faults, Fault{File: annotationsFile, Key: name,
+			Reason: "is not allowed on this node, and the pod is not to run without it",
+			Fix:    "add the key to annotations.allowed in the node's configuration, or remove the annotation"})
 	}
 	return faults
 }

@@ -73,7 +73,7 @@ const (
 type TEE struct {
 	// Platform is a name of package tee/abi: none, sample, snp, tdx, se.
 	Platform string
-	// FirmwareDescriptors are the folders of QEMU's firmware descriptors, the first one with a fitting one counts.
+	// FirmwareDescriptors are the directories of QEMU's firmware descriptors, the first one with a fitting one counts.
 	FirmwareDescriptors []string
 	// Initdata is the path of an initdata document for pods without one of their own; empty: none.
 	Initdata string
@@ -137,7 +137,7 @@ type Sizing struct {
 	// MaxVCPUs and MaxMemoryMiB bound a VM, hotplug included; 0: as much as the host has.
 	MaxVCPUs     int
 	MaxMemoryMiB int
-	// HotplugPorts is the number of PCIe root ports made at boot for shared folders, which come later.
+	// HotplugPorts is the number of PCIe root ports made at boot for shared directories, which come later.
 	HotplugPorts int
 }
 

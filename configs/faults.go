@@ -43,7 +43,7 @@ func (f Fault) String() string {
 // Faults is the error that holds everything wrong in a configuration. It is an errdefs.ErrInvalidArgument.
 type Faults []Fault
 
-// Error gives one line a fault, under a head line where there are several.
+// Error returns one line a fault, under a head line where there are several.
 func (fs Faults) Error() string {
 	if len(fs) == 1 {
 		return "configuration: " + fs[0].String()

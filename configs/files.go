@@ -27,7 +27,7 @@ func (c *Config) CheckFile(key, path, fix string) Faults {
 }
 
 // VirtiofsdPath is the absolute path of virtiofsd: hypervisor.virtiofsd, or where that is empty, what is found. The
-// error is of type Faults. Only pods with live host folders need it.
+// error is of type Faults. Only pods with live host directories need it.
 func (c *Config) VirtiofsdPath() (string, error) {
 	return c.binary("hypervisor.virtiofsd", c.Hypervisor.Virtiofsd, "virtiofsd", []string{"/usr/libexec", "/usr/lib/qemu", "/usr/local/bin"},
 		"install virtiofsd (Debian 12: qemu-system-common, Debian 13: virtiofsd) or set the key")
@@ -40,7 +40,7 @@ func (c *Config) binary(key, path, name string, places []string, fix string) (st
 		}
 		return path, nil
 	}
-	// exec.LookPath refuses what it found relative to the working folder; the shim's is the bundle.
+	// exec.LookPath refuses what it found relative to the working directory; the shim's is the bundle.
 	if found, err := exec.LookPath(name); err == nil && filepath.IsAbs(found) {
 		return found, nil
 	}

@@ -22,7 +22,7 @@ import (
 // DefaultPath is the node's configuration file, used where containerd names none.
 const DefaultPath = "/etc/cloister/cloister.toml"
 
-// dropInDir is the folder of drop-ins, beside the file.
+// dropInDir is the directory of drop-ins, beside the file.
 const dropInDir = "config.d"
 
 // builtIn is what stands for a file in faults of the embedded defaults.
@@ -79,7 +79,8 @@ func load(path, defaultPath string, top *layer) (*Config, error) {
 		layers = append(layers, layer{path, data})
 	case optional && errors.Is(err, fs.ErrNotExist):
 	default:
-		faults = append(faults, Fault{File: path, Reason: reasonOf(err), Fix: "make the file readable, or change ConfigPath in containerd's runtime options"})
+		faults = append(faults, Fault{File: path, Reason: reasonOf(err),
+			Fix: "make the file readable, or change ConfigPath in containerd's runtime options"})
 	}
 
 	dropIns, fault := listDropIns(filepath.Join(filepath.Dir(path), dropInDir))
@@ -118,14 +119,14 @@ func (c *Config) mergeAll(layers []layer) (faults Faults) {
 	return append(faults, crossCheck(c)...)
 }
 
-// listDropIns names the drop-ins in lexical order. A folder that does not exist has none.
+// listDropIns names the drop-ins in lexical order. A directory that does not exist has none.
 func listDropIns(dir string) ([]string, *Fault) {
 	entries, err := os.ReadDir(dir) // sorted by name
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, &Fault{File: dir, Reason: reasonOf(err), Fix: "make the folder readable, or remove it"}
+		return nil, &Fault{File: dir, Reason: reasonOf(err), Fix: "make the directory readable, or remove it"}
 	}
 	var paths []string
 	for _, e := range entries {
@@ -248,7 +249,7 @@ func (m *merger) add(key, reason, fix string) {
 	m.faults = append(m.faults, Fault{File: m.file, Line: m.lines[key], Key: clip(key), Reason: reason, Fix: fix})
 }
 
-// keysBelow gives the next parts of all known keys under prefix, sorted; the names of the tables for "".
+// keysBelow returns the next parts of all known keys under prefix, sorted; the names of the tables for "".
 func (m *merger) keysBelow(prefix string) []string {
 	set := map[string]bool{}
 	for k := range m.table {

@@ -17,7 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// write makes files below a new folder and gives its path.
+// write makes files below a new directory and returns its path.
 func write(t *testing.T, files map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -125,17 +125,20 @@ func TestBadValues(t *testing.T) {
 		{"unclean path", "hypervisor.path = '/usr/../bin/x'", "hypervisor.path", 1, "clean", "/"},
 		{"newline", `hypervisor.kernel = "/a\nb"`, "hypervisor.kernel", 1, "control", "remove"},
 		{"long state dir", "state.dir = '/" + strings.Repeat("x", 60) + "'", "state.dir", 1, "61 bytes", "48"},
-		{"root as state dir", "state.dir = '/'", "state.dir", 1, `"/"`, "folder"},
+		{"root as state dir", "state.dir = '/'", "state.dir", 1, `"/"`, "directory"},
 		{"cpu model with option", "hypervisor.cpu_model = 'host -drive file=/etc/shadow'", "hypervisor.cpu_model", 1, `' '`, "EPYC"},
 		{"params not a list", "hypervisor.kernel_params = 'a b'", "hypervisor.kernel_params", 1, "text", "list"},
 		{"param not text", "hypervisor.kernel_params = ['a', 1]", "hypervisor.kernel_params", 1, "entry 2", "text"},
 		{"param with space", "hypervisor.kernel_params = ['a b']", "hypervisor.kernel_params", 1, "spaces", "one parameter"},
 		{"rdinit", "hypervisor.kernel_params = ['rdinit=/bin/sh']", "hypervisor.kernel_params", 1, "rdinit", "remove"},
 		{"end of params", "hypervisor.kernel_params = ['--']", "hypervisor.kernel_params", 1, "--", "remove"},
-		{"annotation", "annotations.allowed = ['io.cloister.hypervisor.path']", "annotations.allowed", 1, "not an annotation", "io.cloister.sizing.vcpus"},
+		{"annotation", "annotations.allowed = ['io.cloister.hypervisor.path']", "annotations.allowed", 1, "not an annotation",
+			"io.cloister.sizing.vcpus"},
 		{"annotation pattern", "annotations.allowed = ['*']", "annotations.allowed", 1, "not an annotation", "io.cloister.sizing.vcpus"},
-		{"default above maximum", "sizing.default_vcpus = 4\nsizing.max_vcpus = 2", "sizing.default_vcpus", 1, "more than sizing.max_vcpus = 2", "lower"},
-		{"overhead above maximum", "sizing.max_memory_mib = 600\nsizing.overhead_memory_mib = 601", "sizing.overhead_memory_mib", 2, "601", "lower"},
+		{"default above maximum", "sizing.default_vcpus = 4\nsizing.max_vcpus = 2", "sizing.default_vcpus", 1, "more than sizing.max_vcpus = 2",
+			"lower"},
+		{"overhead above maximum", "sizing.max_memory_mib = 600\nsizing.overhead_memory_mib = 601", "sizing.overhead_memory_mib", 2, "601",
+			"lower"},
 		{"cache in state", "rootfs.cache_dir = '/run/cloister/x'", "rootfs.cache_dir", 1, "inside", "reboot"},
 		{"date", "log.level = 2020-01-01", "log.level", 1, "LocalDate", "text"},
 		{"syntax", "[sizing]\nmax_vcpus = = 1", "", 2, "not TOML", "correct"},
@@ -204,7 +207,8 @@ func TestFileFaults(t *testing.T) {
 
 func TestCheckFile(t *testing.T) {
 	dir := write(t, map[string]string{"kernel": "k", "empty": ""})
-	c, err := Load(filepath.Join(write(t, map[string]string{"c.toml": "[hypervisor]\nkernel = '" + filepath.Join(dir, "nothere") + "'"}), "c.toml"))
+	c, err := Load(filepath.Join(write(t, map[string]string{"c.toml": "[hypervisor]\nkernel = '" + filepath.Join(dir, "nothere") + "'"}),
+		"c.toml"))
 	require.NoError(t, err)
 	check := func(name string) Faults {
 		return c.CheckFile("hypervisor.kernel", filepath.Join(dir, name), "build it")

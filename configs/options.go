@@ -36,7 +36,8 @@ func fromOptions(options *anypb.Any, path, defaultPath string) (*Config, error) 
 	var o runtimeoptions.Options
 	if !typeurl.Is(options, &o) && !options.MessageIs(&o) {
 		return nil, Faults{{File: optionsFile, Reason: fmt.Sprintf("are of type %q", clip(options.GetTypeUrl())),
-			Fix: "give runtimeoptions.v1.Options: in containerd's configuration only ConfigPath, TypeUrl and Cloister's own keys, on ctr's command line only --runtime-config-path"}}
+			Fix: "give runtimeoptions.v1.Options: in containerd's configuration only ConfigPath, TypeUrl and Cloister's own keys, on ctr's " +
+				"command line only --runtime-config-path"}}
 	}
 	if err := proto.Unmarshal(options.GetValue(), &o); err != nil {
 		return nil, Faults{{File: optionsFile, Reason: "cannot be decoded: " + err.Error(), Fix: "use a containerd of version 2.0 or later"}}
@@ -61,7 +62,8 @@ func configBody(data []byte) (*layer, error) {
 		return nil, nil
 	}
 	if len(data) > maxFileBytes {
-		return nil, Faults{{File: optionsFile, Key: "ConfigBody", Reason: fmt.Sprintf("is larger than %d bytes", maxFileBytes), Fix: "use ConfigPath"}}
+		return nil, Faults{{File: optionsFile, Key: "ConfigBody", Reason: fmt.Sprintf("is larger than %d bytes", maxFileBytes),
+			Fix: "use ConfigPath"}}
 	}
 	doc := map[string]any{}
 	if err := toml.Unmarshal(data, &doc); err != nil {

@@ -40,9 +40,11 @@ func TestFromOptions(t *testing.T) {
 		{"no type", &anypb.Any{}, "warn", 2},
 		{"empty", pack(&runtimeoptions.Options{}), "warn", 2},
 		{"path with its drop-ins", pack(&runtimeoptions.Options{ConfigPath: filepath.Join(dir, "other/c.toml")}), "debug", 3},
-		{"path beats body", pack(&runtimeoptions.Options{ConfigPath: filepath.Join(dir, "other/c.toml"), ConfigBody: []byte("log.level='error'")}), "debug", 3},
+		{"path beats body", pack(&runtimeoptions.Options{ConfigPath: filepath.Join(dir, "other/c.toml"),
+			ConfigBody: []byte("log.level='error'")}), "debug", 3},
 		{"body over node", pack(&runtimeoptions.Options{ConfigBody: []byte("log.level='error'")}), "error", 2},
-		{"body with containerd's keys", pack(&runtimeoptions.Options{ConfigBody: []byte("TypeUrl='x'\nConfigPath=''\nsizing.default_vcpus=7")}), "warn", 7},
+		{"body with containerd's keys", pack(&runtimeoptions.Options{ConfigBody: []byte("TypeUrl='x'\nConfigPath=''\nsizing.default_vcpus=7")}),
+			"warn", 7},
 		{"google's type URL", &anypb.Any{TypeUrl: "type.googleapis.com/runtimeoptions.v1.Options"}, "warn", 2},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -98,7 +100,8 @@ func TestApplyAnnotations(t *testing.T) {
 	assert.Equal(t, []string{"io.cloister.hypervisor.kernel", "io.cloister.hypervisor.kernel-params",
 		"io.cloister.sizing.memory-mib", "io.cloister.sizing.vcpus", "io.cloister.timeouts.boot"}, none.IgnoredAnnotations(pod))
 
-	some := conf("hypervisor.kernel_params = ['a']\nannotations.allowed = ['io.cloister.sizing.vcpus', 'io.cloister.hypervisor.kernel-params', 'io.cloister.timeouts.boot']")
+	some := conf("hypervisor.kernel_params = ['a']\nannotations.allowed = ['io.cloister.sizing.vcpus', " +
+		"'io.cloister.hypervisor.kernel-params', 'io.cloister.timeouts.boot']")
 	got, err = some.ApplyAnnotations(pod)
 	require.NoError(t, err)
 	assert.Equal(t, 4, got.Sizing.DefaultVCPUs)

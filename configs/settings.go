@@ -19,7 +19,7 @@ const (
 	maxListItems    = 128
 	maxStringBytes  = 4096
 	maxParamsBytes  = 1024 // of the 2048 that a kernel command line of x86-64 may have
-	maxStateDirLen  = 48   // sun_path has 108 bytes; ids and socket names go below the folder
+	maxStateDirLen  = 48   // sun_path has 108 bytes; ids and socket names go below the directory
 	maxDuration     = 24 * time.Hour
 	minGuestMiB     = 128
 	maxMemoryMiB    = 64 << 20 // 64 TiB, more than any machine: a guard against overflow in later arithmetic
@@ -216,7 +216,7 @@ func crossCheck(c *Config) Faults {
 	}
 	if below(c.Rootfs.CacheDir, c.State.Dir) {
 		fs = append(fs, c.Fault("rootfs.cache_dir", fmt.Sprintf("%s is inside state.dir = %s", c.Rootfs.CacheDir, c.State.Dir),
-			"give a folder that outlives a reboot, outside of state.dir"))
+			"give a directory that outlives a reboot, outside of state.dir"))
 	}
 	return fs
 }
@@ -272,7 +272,8 @@ func emptyOr(check func(string) *problem) func(string) *problem {
 
 func absolutePath(s string) *problem {
 	if !filepath.IsAbs(s) || filepath.Clean(s) != s {
-		return &problem{fmt.Sprintf("%q is not a clean absolute path", clip(s)), `give one that starts with "/" and has no "..", "//" or "/" at the end`}
+		return &problem{fmt.Sprintf("%q is not a clean absolute path", clip(s)),
+			`give one that starts with "/" and has no "..", "//" or "/" at the end`}
 	}
 	return nil
 }
@@ -282,10 +283,11 @@ func stateDir(s string) *problem {
 		return p
 	}
 	if len(s) > maxStateDirLen {
-		return &problem{fmt.Sprintf("is %d bytes long", len(s)), fmt.Sprintf("give at most %d: unix sockets live below it and their paths are limited", maxStateDirLen)}
+		return &problem{fmt.Sprintf("is %d bytes long", len(s)), fmt.Sprintf("give at most %d: unix sockets live below it and their paths are "+
+			"limited", maxStateDirLen)}
 	}
 	if s == "/" {
-		return &problem{`is "/"`, "give a folder of its own"}
+		return &problem{`is "/"`, "give a directory of its own"}
 	}
 	return nil
 }
@@ -294,7 +296,8 @@ func stateDir(s string) *problem {
 func cpuModel(s string) *problem {
 	for _, r := range s {
 		if !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_.,=+", r)) {
-			return &problem{fmt.Sprintf("%q has the character %q", clip(s), r), `give a model with features as QEMU's -cpu takes it, for example "EPYC-v4" or "host,pmu=off"`}
+			return &problem{fmt.Sprintf("%q has the character %q", clip(s), r),
+				`give a model with features as QEMU's -cpu takes it, for example "EPYC-v4" or "host,pmu=off"`}
 		}
 	}
 	return nil
@@ -312,7 +315,8 @@ func kernelParams(params []string) *problem {
 		case p == "":
 			return &problem{fmt.Sprintf("entry %d is empty", i+1), "remove it"}
 		case strings.ContainsAny(p, " \"'") || !isASCII(p):
-			return &problem{fmt.Sprintf("entry %d: %q has spaces, quotes or characters outside of ASCII", i+1, clip(p)), "give one parameter an entry, without quotes"}
+			return &problem{fmt.Sprintf("entry %d: %q has spaces, quotes or characters outside of ASCII", i+1, clip(p)),
+				"give one parameter an entry, without quotes"}
 		case p == "--" || slices.Contains(reservedParams[:], name) || strings.HasPrefix(name, wire.ParamPrefix):
 			return &problem{fmt.Sprintf("entry %d: %q is set by Cloister itself", i+1, clip(p)), "remove it"}
 		}
@@ -327,13 +331,14 @@ func kernelParams(params []string) *problem {
 func annotationKeys(keys []string) *problem {
 	for _, k := range keys {
 		if _, ok := annotationTable()[k]; !ok {
-			return &problem{fmt.Sprintf("%q is not an annotation that Cloister knows", clip(k)), "give some of " + strings.Join(AnnotationKeys(), ", ")}
+			return &problem{fmt.Sprintf("%q is not an annotation that Cloister knows", clip(k)),
+				"give some of " + strings.Join(AnnotationKeys(), ", ")}
 		}
 	}
 	return nil
 }
 
-// below tells whether path is dir or inside it; both are clean and absolute.
+// below reports whether path is dir or inside it; both are clean and absolute.
 func below(path, dir string) bool {
 	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
 }

@@ -67,7 +67,8 @@ image = "/s"
 	require.NoError(t, err)
 	assert.Equal(t, TEE{
 		Platform: "snp", FirmwareDescriptors: []string{"/a", "/b"}, Initdata: "/i", AllowDebug: true,
-		SNP: TEESNP{Firmware: "/f", FirmwareDigests: []string{}, Policy: 1<<64 - 1, GuestFeatures: 33, IDKey: "/k", AuthorKey: "/a", FamilyID: id, GuestSVN: 1<<32 - 1},
+		SNP: TEESNP{Firmware: "/f", FirmwareDigests: []string{}, Policy: 1<<64 - 1, GuestFeatures: 33, IDKey: "/k", AuthorKey: "/a", FamilyID: id,
+			GuestSVN: 1<<32 - 1},
 		TDX: TEETDX{Firmware: "/g", FirmwareDigests: []string{}, Attributes: 3, QuoteSocket: "vsock:2:4050", MROwner: digest},
 		SE:  TEESE{Image: "/s"},
 	}, c.TEE)
@@ -85,7 +86,8 @@ func TestBadTEEValues(t *testing.T) {
 		{"firmware", "tee.snp.firmware = 'OVMF.fd'", "tee.snp.firmware", "absolute", "/"},
 		{"descriptors", "tee.firmware_descriptors = ['/a', 'b']", "tee.firmware_descriptors", "entry 2", "/"},
 		{"short digest", "tee.snp.firmware_digests = ['00']", "tee.snp.firmware_digests", "entry 1", "64 digits"},
-		{"digest with prefix", "tee.tdx.firmware_digests = ['sha256:" + strings.Repeat("0", 57) + "']", "tee.tdx.firmware_digests", "hexadecimal", "64 digits"},
+		{"digest with prefix", "tee.tdx.firmware_digests = ['sha256:" + strings.Repeat("0", 57) + "']", "tee.tdx.firmware_digests", "hexadecimal",
+			"64 digits"},
 		{"initdata", "tee = {platform = 'sample', initdata = 'x'}", "tee.initdata", "absolute", "/"},
 		{"swiotlb", "tee.swiotlb_mib = 1025", "tee.swiotlb_mib", "1025", "0 to 1024"},
 		{"negative swiotlb", "tee.swiotlb_mib = -1", "tee.swiotlb_mib", "-1", "0 to 1024"},
@@ -101,7 +103,8 @@ func TestBadTEEValues(t *testing.T) {
 		{"mrowner", "tee.tdx.mrowner = '00'", "tee.tdx.mrowner", "48 bytes", "96 digits"},
 		{"mrownerconfig", "tee.tdx.mrownerconfig = 'x'", "tee.tdx.mrownerconfig", "48 bytes", "96 digits"},
 		{"image", "tee.se.image = 'x'", "tee.se.image", "absolute", "/"},
-		{"cloister's own parameter", "hypervisor.kernel_params = ['quiet', 'cloister.tee=none']", "hypervisor.kernel_params", "entry 2", "remove"},
+		{"cloister's own parameter", "hypervisor.kernel_params = ['quiet', 'cloister.tee=none']", "hypervisor.kernel_params", "entry 2",
+			"remove"},
 		{"agent's own parameter", "hypervisor.kernel_params = ['cloister.debug']", "hypervisor.kernel_params", "entry 1", "remove"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -129,9 +132,11 @@ func TestWithPlatform(t *testing.T) {
 	require.NoError(t, err)
 	_, err = c.WithPlatform("sgx")
 	fs := faultsOf(t, err)
-	assert.Equal(t, Fault{File: "command line", Key: "tee.platform", Reason: `"sgx" is not known`, Fix: `give "none", "sample", "snp", "tdx" or "se"`}, fs[0])
+	assert.Equal(t, Fault{File: "command line", Key: "tee.platform", Reason: `"sgx" is not known`,
+		Fix: `give "none", "sample", "snp", "tdx" or "se"`}, fs[0])
 
-	for name, arch := range map[string]string{"snp": ArchAMD64, "tdx": ArchAMD64, "se": ArchS390X, "sample": runtime.GOARCH, "none": runtime.GOARCH} {
+	for name, arch := range map[string]string{"snp": ArchAMD64, "tdx": ArchAMD64, "se": ArchS390X, "sample": runtime.GOARCH,
+		"none": runtime.GOARCH} {
 		n, err := c.WithPlatform(name)
 		require.NoError(t, err)
 		assert.Equal(t, name, n.TEE.Platform)
@@ -200,7 +205,8 @@ func TestInitdataAnnotations(t *testing.T) {
 	assert.Contains(t, fs[0].Fix, "annotations.allowed")
 	_, err = conf("none").ApplyAnnotations(map[string]string{own: "eA=="})
 	require.NoError(t, err, "an ordinary pod's has no effect, as any other that is not listed")
-	assert.Equal(t, []string{own, kata}, conf("sample").IgnoredAnnotations(map[string]string{own: "", kata: "", "io.katacontainers.other": ""}))
+	assert.Equal(t, []string{own, kata}, conf("sample").IgnoredAnnotations(map[string]string{own: "", kata: "",
+		"io.katacontainers.other": ""}))
 }
 
 // A confidential VM's command line is measured, and the same for all pods.
@@ -276,7 +282,8 @@ func TestSnippetHandlers(t *testing.T) {
 		if arch == "" {
 			arch = runtime.GOARCH
 		}
-		node := filepath.Join(write(t, map[string]string{"node.toml": "hypervisor.arch = '" + arch + "'\nsizing.default_vcpus = 3\ntee.se.image = '/se.img'"}), "node.toml")
+		node := filepath.Join(write(t, map[string]string{"node.toml": "hypervisor.arch = '" + arch +
+			"'\nsizing.default_vcpus = 3\ntee.se.image = '/se.img'"}), "node.toml")
 		c, err := fromOptions(options, "", node)
 		require.NoError(t, err)
 		assert.Equal(t, name, c.TEE.Platform)

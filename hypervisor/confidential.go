@@ -5,7 +5,7 @@ package hypervisor
 import "github.com/cloister-project/cloister/tee/abi"
 
 // Confidential is what makes a VM a confidential one. A driver that sees it gives every virtio device the guest's DMA
-// rules (iommu_platform) and the modern interface only, and nothing that shares host folders or resizes memory. At most
+// rules (iommu_platform) and the modern interface only, and nothing that shares host directories or resizes memory. At most
 // one of the platforms' parts is set; with none the rules stand alone and no hardware protects anything.
 type Confidential struct {
 	// Platform is for messages and records; a driver decides by the parts below.

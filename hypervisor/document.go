@@ -48,8 +48,8 @@ type Document struct {
 	// Disks present at boot. More can be added to a running VM.
 	Disks []Disk `json:"disks,omitempty"`
 	NICs  []NIC  `json:"nics,omitempty"`
-	// SharedFolders is the number of shared folders (virtio-fs) that can be added to the running VM. Needs Memory.Shared.
-	SharedFolders int `json:"shared_folders,omitempty"`
+	// SharedDirectories is the number of shared directories (virtio-fs) that can be added to the running VM. Needs Memory.Shared.
+	SharedDirectories int `json:"shared_directories,omitempty"`
 	// Sandboxed asks the VMM to give up what it does not need (seccomp).
 	Sandboxed bool `json:"sandboxed"`
 	// Confidential says how the VM is launched as a confidential one; nil for an ordinary VM.
@@ -122,8 +122,8 @@ type NIC struct {
 	VhostNet bool `json:"vhost_net,omitempty"`
 }
 
-// SharedFolder is a virtio-fs device served by a vhost-user daemon.
-type SharedFolder struct {
+// SharedDirectory is a virtio-fs device served by a vhost-user daemon.
+type SharedDirectory struct {
 	// ID is unique in the VM.
 	ID string `json:"id"`
 	// Tag by which the guest mounts it, at most 36 bytes.

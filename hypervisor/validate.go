@@ -59,11 +59,11 @@ func (d Document) Faults() Faults {
 	f.vsock(d)
 	f.disks(d)
 	f.nics(d)
-	if d.SharedFolders < 0 {
-		f.Add("shared_folders %d is negative", d.SharedFolders)
+	if d.SharedDirectories < 0 {
+		f.Add("shared_directories %d is negative", d.SharedDirectories)
 	}
-	if d.SharedFolders > 0 && !d.Memory.Shared {
-		f.Add("shared_folders needs memory.shared")
+	if d.SharedDirectories > 0 && !d.Memory.Shared {
+		f.Add("shared_directories needs memory.shared")
 	}
 	f = append(f, d.ConfidentialFaults()...)
 	return f
@@ -169,17 +169,17 @@ func (d Disk) faults() (f Faults) {
 	return f
 }
 
-// Validate checks a shared folder without looking at the host: errdefs.ErrInvalidArgument, all faults in one.
-func (s SharedFolder) Validate() error {
+// Validate checks a shared directory without looking at the host: errdefs.ErrInvalidArgument, all faults in one.
+func (s SharedDirectory) Validate() error {
 	var f Faults
 	if !deviceIDPattern.MatchString(s.ID) {
-		f.Add("shared folder id %q is not 1 to 32 letters, digits, '_', '-'", s.ID)
+		f.Add("shared directory id %q is not 1 to 32 letters, digits, '_', '-'", s.ID)
 	}
 	if s.Tag == "" || len(s.Tag) > maxTag || strings.ContainsFunc(s.Tag, func(r rune) bool { return r <= ' ' || r > '~' }) {
-		f.Add("shared folder %s: tag %q is not 1 to %d visible ASCII characters", s.ID, s.Tag, maxTag)
+		f.Add("shared directory %s: tag %q is not 1 to %d visible ASCII characters", s.ID, s.Tag, maxTag)
 	}
 	if !filepath.IsAbs(s.Socket) {
-		f.Add("shared folder %s: socket %q is no absolute path", s.ID, s.Socket)
+		f.Add("shared directory %s: socket %q is no absolute path", s.ID, s.Socket)
 	}
 	return f.Err()
 }

@@ -14,23 +14,23 @@ import (
 
 func document() Document {
 	return Document{
-		ID:            "0123abc",
-		Architecture:  ArchAMD64,
-		UUID:          "7d444840-9dc0-11d1-b245-5ffdce74fad2",
-		Accelerator:   AccelTCG,
-		CPU:           CPU{Model: "max", Count: 2},
-		Memory:        Memory{Bytes: 512 << 20, Shared: true},
-		Boot:          Boot{Kernel: "/vmlinux", Initrd: "/initrd", Parameters: []string{"console=ttyS0", "panic=-1"}},
-		Vsock:         Vsock{Kind: VsockVhostUser, CID: 3},
-		NICs:          []NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}},
-		SharedFolders: 9,
-		Sandboxed:     true,
+		ID:                "0123abc",
+		Architecture:      ArchAMD64,
+		UUID:              "7d444840-9dc0-11d1-b245-5ffdce74fad2",
+		Accelerator:       AccelTCG,
+		CPU:               CPU{Model: "max", Count: 2},
+		Memory:            Memory{Bytes: 512 << 20, Shared: true},
+		Boot:              Boot{Kernel: "/vmlinux", Initrd: "/initrd", Parameters: []string{"console=ttyS0", "panic=-1"}},
+		Vsock:             Vsock{Kind: VsockVhostUser, CID: 3},
+		NICs:              []NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}},
+		SharedDirectories: 9,
+		Sandboxed:         true,
 	}
 }
 
 func confidentialDocument() Document {
 	d := document()
-	d.SharedFolders = 0
+	d.SharedDirectories = 0
 	d.Confidential = &Confidential{Platform: abi.Sample}
 	return d
 }
@@ -51,7 +51,7 @@ func tdxDocument() Document {
 
 func s390xDocument() Document {
 	d := document()
-	d.Architecture, d.SharedFolders = ArchS390X, 0
+	d.Architecture, d.SharedDirectories = ArchS390X, 0
 	return d
 }
 
@@ -95,7 +95,7 @@ func TestValidate(t *testing.T) {
 		"disk serial same": {func(d *Document) {
 			d.Disks = []Disk{{ID: "a", Serial: "a", Path: "/a"}, {ID: "b", Serial: "a", Path: "/a"}}
 		}, "twice"},
-		"shared folders": {func(d *Document) { d.SharedFolders = -1 }, "shared_folders"},
+		"shared directories": {func(d *Document) { d.SharedDirectories = -1 }, "shared_directories"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			doc := document()
@@ -109,9 +109,9 @@ func TestValidate(t *testing.T) {
 	for _, field := range []string{"id", "uuid", "accelerator", "cpu.count", "memory.bytes", "boot.kernel", "vsock.kind", "vsock.cid"} {
 		require.ErrorContains(t, err, field)
 	}
-	require.ErrorIs(t, SharedFolder{ID: "a", Tag: "ä", Socket: "/s"}.Validate(), errdefs.ErrInvalidArgument)
-	require.ErrorIs(t, SharedFolder{ID: "a", Tag: strings.Repeat("a", 37), Socket: "s"}.Validate(), errdefs.ErrInvalidArgument)
-	require.NoError(t, SharedFolder{ID: "a", Tag: "a", Socket: "/s"}.Validate())
+	require.ErrorIs(t, SharedDirectory{ID: "a", Tag: "ä", Socket: "/s"}.Validate(), errdefs.ErrInvalidArgument)
+	require.ErrorIs(t, SharedDirectory{ID: "a", Tag: strings.Repeat("a", 37), Socket: "s"}.Validate(), errdefs.ErrInvalidArgument)
+	require.NoError(t, SharedDirectory{ID: "a", Tag: "a", Socket: "/s"}.Validate())
 }
 
 func TestValidateConfidential(t *testing.T) {
@@ -134,40 +134,46 @@ func TestValidateConfidential(t *testing.T) {
 		"sealed with initrd":     {seDocument, func(d *Document) { d.Boot.Initrd = "/i" }, "in the sealed image"},
 		"sealed with parameters": {seDocument, func(d *Document) { d.Boot.Parameters = []string{"quiet"} }, "in the sealed image"},
 
-		"shared folders":    {confidentialDocument, func(d *Document) { d.SharedFolders = 1 }, "no shared folders"},
-		"no platform":       {confidentialDocument, func(d *Document) { d.Confidential.Platform = "" }, "is not known"},
-		"unknown platform":  {confidentialDocument, func(d *Document) { d.Confidential.Platform = "sev" }, "is not known"},
-		"platform, no part": {confidentialDocument, func(d *Document) { d.Confidential.Platform = abi.SNP }, "nothing would protect"},
-		"part, no platform": {snpDocument, func(d *Document) { d.Confidential.Platform = abi.Sample }, "another platform's part"},
-		"two platforms":     {snpDocument, func(d *Document) { d.Confidential.TDX = &TDX{} }, "more than one platform"},
-		"emulated":          {snpDocument, func(d *Document) { d.Accelerator = AccelTCG }, "only KVM"},
+		"shared directories": {confidentialDocument, func(d *Document) { d.SharedDirectories = 1 }, "no shared directories"},
+		"no platform":        {confidentialDocument, func(d *Document) { d.Confidential.Platform = "" }, "is not known"},
+		"unknown platform":   {confidentialDocument, func(d *Document) { d.Confidential.Platform = "sev" }, "is not known"},
+		"platform, no part":  {confidentialDocument, func(d *Document) { d.Confidential.Platform = abi.SNP }, "nothing would protect"},
+		"part, no platform":  {snpDocument, func(d *Document) { d.Confidential.Platform = abi.Sample }, "another platform's part"},
+		"two platforms":      {snpDocument, func(d *Document) { d.Confidential.TDX = &TDX{} }, "more than one platform"},
+		"emulated":           {snpDocument, func(d *Document) { d.Accelerator = AccelTCG }, "only KVM"},
 
-		"snp on s390x":        {snpDocument, func(d *Document) { d.Architecture = ArchS390X }, "is of the architecture amd64"},
-		"snp firmware":        {snpDocument, func(d *Document) { d.Boot.Firmware = "" }, "needs boot.firmware"},
-		"snp kernel hashes":   {snpDocument, func(d *Document) { d.Confidential.SNP.KernelHashes = false }, "kernel_hashes must be set"},
-		"snp C-bit":           {snpDocument, func(d *Document) { d.Confidential.SNP.CBitPosition = 64 }, "cbit_position"},
-		"snp physical bits":   {snpDocument, func(d *Document) { d.Confidential.SNP.ReducedPhysBits = 0 }, "reduced_phys_bits"},
-		"snp host data":       {snpDocument, func(d *Document) { d.Confidential.SNP.HostData = make([]byte, 31) }, "host_data has 31 bytes, not 32"},
+		"snp on s390x":      {snpDocument, func(d *Document) { d.Architecture = ArchS390X }, "is of the architecture amd64"},
+		"snp firmware":      {snpDocument, func(d *Document) { d.Boot.Firmware = "" }, "needs boot.firmware"},
+		"snp kernel hashes": {snpDocument, func(d *Document) { d.Confidential.SNP.KernelHashes = false }, "kernel_hashes must be set"},
+		"snp C-bit":         {snpDocument, func(d *Document) { d.Confidential.SNP.CBitPosition = 64 }, "cbit_position"},
+		"snp physical bits": {snpDocument, func(d *Document) { d.Confidential.SNP.ReducedPhysBits = 0 }, "reduced_phys_bits"},
+		"snp host data": {snpDocument, func(d *Document) { d.Confidential.SNP.HostData = make([]byte, 31) },
+			"host_data has 31 bytes, not 32"},
 		"snp empty host data": {snpDocument, func(d *Document) { d.Confidential.SNP.HostData = []byte{} }, "host_data has 0 bytes"},
 		"snp id block alone":  {snpDocument, func(d *Document) { idBlock(d); d.Confidential.SNP.IDAuth = nil }, "belong together"},
 		"snp id auth alone":   {snpDocument, func(d *Document) { idBlock(d); d.Confidential.SNP.IDBlock = nil }, "belong together"},
-		"snp id block size":   {snpDocument, func(d *Document) { idBlock(d); d.Confidential.SNP.IDBlock = make([]byte, 95) }, "id_block has 95 bytes, not 96"},
-		"snp id auth size":    {snpDocument, func(d *Document) { idBlock(d); d.Confidential.SNP.IDAuth = make([]byte, 4095) }, "id_auth has 4095 bytes, not 4096"},
-		"snp author key":      {snpDocument, func(d *Document) { d.Confidential.SNP.AuthorKey = true }, "author_key"},
+		"snp id block size": {snpDocument, func(d *Document) { idBlock(d); d.Confidential.SNP.IDBlock = make([]byte, 95) },
+			"id_block has 95 bytes, not 96"},
+		"snp id auth size": {snpDocument, func(d *Document) { idBlock(d); d.Confidential.SNP.IDAuth = make([]byte, 4095) },
+			"id_auth has 4095 bytes, not 4096"},
+		"snp author key": {snpDocument, func(d *Document) { d.Confidential.SNP.AuthorKey = true }, "author_key"},
 
-		"tdx on s390x":      {tdxDocument, func(d *Document) { d.Architecture = ArchS390X }, "is of the architecture amd64"},
-		"tdx firmware":      {tdxDocument, func(d *Document) { d.Boot.Firmware = "" }, "needs boot.firmware"},
-		"tdx mrconfigid":    {tdxDocument, func(d *Document) { d.Confidential.TDX.MRConfigID = make([]byte, 32) }, "mrconfigid has 32 bytes, not 48"},
+		"tdx on s390x": {tdxDocument, func(d *Document) { d.Architecture = ArchS390X }, "is of the architecture amd64"},
+		"tdx firmware": {tdxDocument, func(d *Document) { d.Boot.Firmware = "" }, "needs boot.firmware"},
+		"tdx mrconfigid": {tdxDocument, func(d *Document) { d.Confidential.TDX.MRConfigID = make([]byte, 32) },
+			"mrconfigid has 32 bytes, not 48"},
 		"tdx mrowner":       {tdxDocument, func(d *Document) { d.Confidential.TDX.MROwner = make([]byte, 49) }, "mrowner has 49 bytes"},
 		"tdx mrownerconfig": {tdxDocument, func(d *Document) { d.Confidential.TDX.MROwnerConfig = []byte{} }, "mrownerconfig has 0 bytes"},
-		"quotes from both":  {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{Path: "/q", Port: 1} }, "a path and a vsock address"},
-		"quotes from none":  {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{} }, "no vsock address"},
-		"quotes, relative":  {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{Path: "q"} }, "no absolute path"},
+		"quotes from both": {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{Path: "/q", Port: 1} },
+			"a path and a vsock address"},
+		"quotes from none": {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{} }, "no vsock address"},
+		"quotes, relative": {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{Path: "q"} }, "no absolute path"},
 		"quotes, long path": {tdxDocument, func(d *Document) {
 			d.Confidential.TDX.QuoteSocket = &QuoteSocket{Path: "/" + strings.Repeat("q", 107)}
 		}, "at most 107 bytes"},
-		"quotes, odd path":   {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{Path: "/\xff"} }, "UTF-8"},
-		"quotes, vsock, any": {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{CID: 1<<32 - 1, Port: 1} }, "no vsock address"},
+		"quotes, odd path": {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{Path: "/\xff"} }, "UTF-8"},
+		"quotes, vsock, any": {tdxDocument, func(d *Document) { d.Confidential.TDX.QuoteSocket = &QuoteSocket{CID: 1<<32 - 1, Port: 1} },
+			"no vsock address"},
 
 		"se on amd64":   {seDocument, func(d *Document) { d.Architecture = ArchAMD64 }, "is of the architecture s390x"},
 		"se not sealed": {seDocument, func(d *Document) { d.Boot.Sealed, d.Boot.Initrd = false, "/i" }, "needs boot.sealed"},

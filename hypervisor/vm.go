@@ -21,7 +21,7 @@ type Resources struct {
 	VhostVsock *os.File
 	// NetNS, where not nil, is the network namespace that the VMM runs in. The driver does not close it.
 	NetNS *os.File
-	// StateDir is an existing folder of this VM alone, for sockets and logs; a path short enough for sockets in it
+	// StateDir is an existing directory of this VM alone, for sockets and logs; a path short enough for sockets in it
 	// (sun_path, 108 bytes).
 	StateDir string
 	// OnStart is called with the VMM's pid once it exists and before the guest runs, for the host's cgroup. An error
@@ -55,9 +55,9 @@ type VM interface {
 	AddDisk(ctx context.Context, d Disk) error
 	// RemoveDisk unplugs a disk by Disk.ID and waits until its file is closed.
 	RemoveDisk(ctx context.Context, id string) error
-	// AddSharedFolder hot-plugs a virtio-fs device; errdefs.ErrResourceExhausted when the VM has Document.SharedFolders
+	// AddSharedDirectory hot-plugs a virtio-fs device; errdefs.ErrResourceExhausted when the VM has Document.SharedDirectories
 	// already.
-	AddSharedFolder(ctx context.Context, f SharedFolder) error
+	AddSharedDirectory(ctx context.Context, f SharedDirectory) error
 	// Stop ends the VM: it waits for the guest to power off by itself until ctx ends, then kills the VMM. It returns
 	// when the VMM process is gone and reaped. Idempotent.
 	Stop(ctx context.Context) error

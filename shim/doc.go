@@ -10,7 +10,7 @@
 //	stdio      relays between FIFOs and the guest's streams
 //	pods       the one pod of the process, and its configuration from containerd's requests
 //	criv1      CRI's PodSandboxConfig, as far as it is read
-//	bundle     files in containerd's bundle folders
+//	bundle     files in containerd's bundle directories
 //
 // Here is only what puts them together: Main, and the plugin by which containerd/pkg/shim finds the services.
 //

@@ -50,7 +50,7 @@ func parse(args []string) invocation {
 	return i
 }
 
-// Main runs the program and gives its exit status. What it does not do itself, containerd/pkg/shim does with the
+// Main runs the program and returns its exit status. What it does not do itself, containerd/pkg/shim does with the
 // command line of the process.
 func Main() int { return run(pods.New, virtcontainers.Cleanup) }
 

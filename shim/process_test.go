@@ -111,7 +111,8 @@ func (d *daemon) bundle(id string, spec *specs.Spec) string {
 func (d *daemon) invoke(dir string, stdin []byte, args ...string) ([]byte, error) {
 	self, err := os.Executable()
 	require.NoError(d.t, err)
-	cmd := exec.Command(self, append([]string{"-namespace", "k8s.io", "-address", filepath.Join(d.dir, "c.grpc"), "-publish-binary", "/usr/bin/containerd"}, args...)...)
+	cmd := exec.Command(self, append([]string{"-namespace", "k8s.io", "-address", filepath.Join(d.dir, "c.grpc"), "-publish-binary",
+		"/usr/bin/containerd"}, args...)...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), actEnv+"=1", "GORACE=atexit_sleep_ms=0", "GOMAXPROCS=2", "MAX_SHIM_VERSION=2", "TTRPC_ADDRESS="+d.address)
 	if stdin != nil {

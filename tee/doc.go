@@ -6,7 +6,8 @@
 // A platform does four things. It probes a host; it adds itself to a VM's document; it predicts the launch measurement
 // from the same document, so that what is measured and what is started cannot differ; and it refuses what would weaken
 // it. What others must know of it they ask by the traits of Platform (its CPU model, whether the host can read such a VM,
-// what the words of a failed launch mean), so that nobody else switches on a name. Nothing falls back to another platform: a node that lacks what a pod asks for fails the pod with what is missing.
+// what the words of a failed launch mean), so that nobody else switches on a name. Nothing falls back to another platform: a
+// node that lacks what a pod asks for fails the pod with what is missing.
 //
 // Host side, except for packages tee/abi, tee/initdata and tee/report, which the guest's agent uses too. Nothing here is trusted by
 // the guest because the host says it: what counts is what the hardware measures.

@@ -16,7 +16,8 @@ import (
 
 // testConfig is a configuration of a platform with what every one has.
 func testConfig(name tee.Name) *configs.Config {
-	return &configs.Config{Hypervisor: configs.Hypervisor{Kind: configs.KindQEMU, Arch: configs.ArchAMD64}, TEE: configs.TEE{Platform: string(name)}}
+	return &configs.Config{Hypervisor: configs.Hypervisor{Kind: configs.KindQEMU, Arch: configs.ArchAMD64},
+		TEE: configs.TEE{Platform: string(name)}}
 }
 
 func testPlan(t *testing.T, cfg *configs.Config) *vmplan.Plan {

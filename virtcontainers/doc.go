@@ -25,7 +25,8 @@
 //
 // A pod's platform (package tee) is chosen by configuration and never replaced by another. How its VM is launched is package
 // vmplan's; Start goes through it: Probe before anything is made, the document, initdata's disk, the platform's Prepare, the
-// VMM, and the comparison of the guest's Hello with what was asked. A confidential VM shares no files with the host: packages mounts and volumes give it copies and directories in
+// VMM, and the comparison of the guest's Hello with what was asked. A confidential VM shares no files with the host: packages
+// mounts and volumes give it copies and directories in
 // its own memory, and refuse the rest with the reason. Nothing here protects the guest: these rules make errors that people
 // can act on; the guest enforces its own.
 //

@@ -15,7 +15,8 @@ import (
 )
 
 func TestNewPodRefusesTheHostsNamespacesAtOnce(t *testing.T) {
-	_, err := NewPod(context.Background(), PodConfig{ID: "p", Config: testConfig(tee.None), Network: NetworkHost, HostPID: true, HostIPC: true})
+	_, err := NewPod(context.Background(), PodConfig{ID: "p", Config: testConfig(tee.None), Network: NetworkHost, HostPID: true,
+		HostIPC: true})
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	for _, word := range []string{"hostNetwork", "hostPID", "hostIPC"} {
 		require.ErrorContains(t, err, word)

@@ -294,18 +294,18 @@ func closeFile(f *os.File) {
 
 func (p *Pod) makeStateDir(r *running) error {
 	if err := os.MkdirAll(filepath.Dir(p.stateDir), 0o711); err != nil {
-		return fmt.Errorf("state folder (state.dir): %w", err)
+		return fmt.Errorf("state directory (state.dir): %w", err)
 	}
 	if err := os.Mkdir(p.stateDir, 0o700); err != nil {
 		if errors.Is(err, os.ErrExist) {
-			return fmt.Errorf("the state folder %s of sandbox %s is there already: another shim runs it, or one died and "+
+			return fmt.Errorf("the state directory %s of sandbox %s is there already: another shim runs it, or one died and "+
 				"`containerd-shim-cloister-v2 delete` has not run: %w", p.stateDir, p.cfg.ID, errdefs.ErrAlreadyExists)
 		}
-		return fmt.Errorf("state folder (state.dir): %w", err)
+		return fmt.Errorf("state directory (state.dir): %w", err)
 	}
 	p.cleanup.add(func(ctx context.Context) {
 		if err := os.RemoveAll(p.stateDir); err != nil {
-			log.G(ctx).WithError(err).Warn("remove the sandbox's state folder")
+			log.G(ctx).WithError(err).Warn("remove the sandbox's state directory")
 		}
 		removeRecord(p.cfg.Bundle)
 	})

@@ -1256,7 +1256,7 @@ func (x *FileCopy) GetGid() uint32 {
 	return 0
 }
 
-// SharedPath is a live folder or file of the host, on a virtio-fs mount made by MountShared.
+// SharedPath is a live directory or file of the host, on a virtio-fs mount made by MountShared.
 type SharedPath struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Tag   string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
@@ -1364,14 +1364,14 @@ func (x *PodVolume) GetPath() string {
 	return ""
 }
 
-// ScratchVolume is an empty folder in guest memory, made with its first mount and shared by all containers of the pod
+// ScratchVolume is an empty directory in guest memory, made with its first mount and shared by all containers of the pod
 // that name it (emptyDir).
 type ScratchVolume struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Limit in bytes; 0 means half of the guest's memory.
 	SizeBytes uint64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	// Permission bits and owners of the folder.
+	// Permission bits and owners of the directory.
 	Mode          uint32 `protobuf:"varint,3,opt,name=mode,proto3" json:"mode,omitempty"`
 	Uid           uint32 `protobuf:"varint,4,opt,name=uid,proto3" json:"uid,omitempty"`
 	Gid           uint32 `protobuf:"varint,5,opt,name=gid,proto3" json:"gid,omitempty"`

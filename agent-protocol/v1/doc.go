@@ -4,4 +4,5 @@
 // agent.proto, where each message is documented. Regenerate with `make proto`.
 package agentv1
 
-//go:generate protoc --proto_path=../.. --go_out=../.. --go_opt=paths=source_relative --go-ttrpc_out=../.. --go-ttrpc_opt=paths=source_relative agent-protocol/v1/agent.proto
+//go:generate -command proto protoc --proto_path=../.. --go_out=../.. --go-ttrpc_out=../..
+//go:generate proto --go_opt=paths=source_relative --go-ttrpc_opt=paths=source_relative agent-protocol/v1/agent.proto

@@ -100,7 +100,7 @@ func NewStreamID() StreamID {
 	return id
 }
 
-// String gives the id as 32 lower-case hex digits, as it stands in agentv1.Stdio.
+// String returns the id as 32 lower-case hex digits, as it stands in agentv1.Stdio.
 func (id StreamID) String() string { return hex.EncodeToString(id[:]) }
 
 // ParseStreamID is the reverse of String.

@@ -13,7 +13,7 @@
 // # The root
 //
 // libcontainer's pivot_root does not work while the root is the initramfs itself, since that mount has no parent. The
-// new root is an own tmpfs moved over it. The agent's executable is not copied: its folder is bind mounted from the
+// new root is an own tmpfs moved over it. The agent's executable is not copied: its directory is bind mounted from the
 // initramfs, whose other files are deleted. Its path stays true after the move, which libcontainer's sealing of
 // /proc/self/exe by overlayfs relies on (CVE-2019-5736).
 //

@@ -50,7 +50,8 @@ func parseLoadList(r io.Reader) ([]listed, error) {
 		phase, rest, _ := strings.Cut(lines.Text(), " ")
 		file, params, _ := strings.Cut(rest, " ")
 		if !slices.Contains(phases, phase) || file == "" || strings.Contains(file, "/") {
-			return nil, fmt.Errorf("/%s has a line that is not \"PHASE FILE\" with a phase of %s: %q", loadList, strings.Join(phases, ", "), lines.Text())
+			return nil, fmt.Errorf("/%s has a line that is not \"PHASE FILE\" with a phase of %s: %q", loadList, strings.Join(phases, ", "),
+				lines.Text())
 		}
 		out = append(out, listed{phase, file, params})
 	}

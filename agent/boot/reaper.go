@@ -129,7 +129,7 @@ func (r *Reaper) forget(pid int) {
 	delete(r.exited, pid)
 }
 
-// exitedChild waits without blocking for a child of the calling thread and tells whether it was there and had exited.
+// exitedChild waits without blocking for a child of the calling thread and reports whether it was there and had exited.
 func exitedChild(kind, id, options int) (bool, error) {
 	for {
 		var info sigchldInfo

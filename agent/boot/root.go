@@ -30,7 +30,7 @@ const hardened = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
 // rootMounts stand in order. /run is not noexec: libcontainer seals executables there where it finds no overlayfs.
 var rootMounts = []fsMount{
-	// Folders only, so small; nothing of a container ever lies in it.
+	// Directories only, so small; nothing of a container ever lies in it.
 	{"tmpfs", "", unix.MS_NOSUID | unix.MS_NODEV, "mode=0755,size=1m"},
 	{"proc", "/proc", hardened, ""},
 	{"sysfs", "/sys", hardened, ""},

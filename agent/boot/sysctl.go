@@ -71,10 +71,12 @@ func checkSysctls(values map[string]string) error {
 			return err
 		}
 		if !slices.ContainsFunc(sysctlAllowed, func(allowed func(string) bool) bool { return allowed(key) }) {
-			return fmt.Errorf("sysctl %q is not one of net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.*: %w", key, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("sysctl %q is not one of net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.*: %w", key,
+				errdefs.ErrInvalidArgument)
 		}
 		if len(value) > maxSysctlValue || strings.ContainsAny(value, "\x00\n") {
-			return fmt.Errorf("value of sysctl %q has a line break, a NUL or more than %d bytes: %w", key, maxSysctlValue, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("value of sysctl %q has a line break, a NUL or more than %d bytes: %w", key, maxSysctlValue,
+				errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil

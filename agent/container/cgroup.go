@@ -74,7 +74,8 @@ func waitCgroupEmpty(ctx context.Context, dir string, budget time.Duration) erro
 		}
 		// The kernel reports a change of cgroup.events as POLLPRI. Short waits, so that ctx is honoured.
 		wait := min(left, 200*time.Millisecond)
-		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}}, int(wait.Milliseconds())+1); err != nil && err != unix.EINTR {
+		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}}, int(wait.Milliseconds())+1); err != nil &&
+			err != unix.EINTR {
 			return fmt.Errorf("poll cgroup.events: %w", err)
 		}
 	}

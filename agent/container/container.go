@@ -408,7 +408,8 @@ func (c *container) delete(ctx context.Context) (released []string, err error) {
 	default:
 		c.mu.Unlock()
 		if s == stateCreated {
-			return nil, fmt.Errorf("cannot delete container %q: its init waits to be started, kill it first: %w", c.id, errdefs.ErrFailedPrecondition)
+			return nil, fmt.Errorf("cannot delete container %q: its init waits to be started, kill it first: %w", c.id,
+				errdefs.ErrFailedPrecondition)
 		}
 		return nil, fmt.Errorf("cannot delete container %q: container is running: %w", c.id, errdefs.ErrFailedPrecondition)
 	}

@@ -36,11 +36,12 @@ func TestMain(m *testing.M) {
 const busybox = "/usr/bin/busybox"
 
 var applets = []string{
-	"cat", "dd", "false", "grep", "head", "hostname", "id", "kill", "ls", "md5sum", "mkdir", "mknod", "mount", "nproc", "sh", "sleep", "stty", "tail",
+	"cat", "dd", "false", "grep", "head", "hostname", "id", "kill", "ls", "md5sum", "mkdir", "mknod", "mount", "nproc", "sh", "sleep", "stty",
+	"tail",
 	"touch", "tr", "true", "wc", "yes",
 }
 
-// testStorage gives each container a folder with busybox in it.
+// testStorage gives each container a directory with busybox in it.
 type testStorage struct {
 	dir     string
 	fail    error // of PrepareMounts
@@ -74,7 +75,8 @@ func (s *testStorage) PrepareMounts(context.Context, string, []*agentv1.Mount) (
 	return []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc"},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "mode=755", "size=65536k"}},
-		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts",
+			Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
 	}, nil
 }
 
@@ -252,7 +254,8 @@ func (b *bench) exec(id, execID string, p *specs.Process, stdio *agentv1.Stdio) 
 	b.t.Helper()
 	raw, err := json.Marshal(p)
 	require.NoError(b.t, err)
-	if err := b.m.CreateProcess(ctx(b.t), &agentv1.CreateProcessRequest{ContainerId: id, ExecId: execID, Process: raw, Stdio: stdio}); err != nil {
+	if err := b.m.CreateProcess(ctx(b.t), &agentv1.CreateProcessRequest{ContainerId: id, ExecId: execID, Process: raw,
+		Stdio: stdio}); err != nil {
 		return err
 	}
 	_, err = b.m.Start(ctx(b.t), id, execID)
@@ -290,7 +293,8 @@ func (b *bench) remove(id string) {
 // gone checks that nothing of a container is left.
 func (b *bench) gone(id string) {
 	b.t.Helper()
-	for _, p := range []string{filepath.Join(b.m.cfg.StateDir, "containers", id), filepath.Join(b.storage.dir, id), filepath.Join(cgroupMount, testCgroup(), id)} {
+	for _, p := range []string{filepath.Join(b.m.cfg.StateDir, "containers", id), filepath.Join(b.storage.dir, id),
+		filepath.Join(cgroupMount, testCgroup(), id)} {
 		_, err := os.Stat(p)
 		require.True(b.t, errors.Is(err, os.ErrNotExist), "%s is left (%v)", p, err)
 	}

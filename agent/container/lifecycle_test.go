@@ -22,7 +22,8 @@ import (
 func TestRunToTheEnd(t *testing.T) {
 	b := newBench(t, false)
 	out, errs := b.stream(), b.stream()
-	b.run("one", testSpec(script("echo out; echo err >&2; hostname; exit 7")), &agentv1.Stdio{Stdout: out.id.String(), Stderr: errs.id.String()})
+	b.run("one", testSpec(script("echo out; echo err >&2; hostname; exit 7")),
+		&agentv1.Stdio{Stdout: out.id.String(), Stderr: errs.id.String()})
 	require.Equal(t, "out\nthe-pod\n", out.all(t))
 	require.Equal(t, "err\n", errs.all(t))
 	r := b.wait("one", "")
@@ -94,14 +95,17 @@ func TestMissingCommand(t *testing.T) {
 	p := script("")
 	p.Args = []string{"nosuch"}
 	err := b.create("c", testSpec(p), nil)
-	require.EqualError(t, err, `create container "c": unable to start container process: error during container init: exec: "nosuch": executable file not found in $PATH`)
+	require.EqualError(t, err,
+		`create container "c": unable to start container process: error during container init: `+
+			`exec: "nosuch": executable file not found in $PATH`)
 	require.True(t, errdefs.IsInternal(err))
 	b.gone("c")
 	require.Equal(t, []string{"c"}, b.storage.removed)
 
 	b.run("c", testSpec(script("sleep 1000")), nil)
 	err = b.exec("c", "e", p, nil)
-	require.EqualError(t, err, `start process "e" of container "c": unable to start container process: exec: "nosuch": executable file not found in $PATH`)
+	require.EqualError(t, err,
+		`start process "e" of container "c": unable to start container process: exec: "nosuch": executable file not found in $PATH`)
 	require.EqualValues(t, 255, b.wait("c", "e").GetExitStatus())
 	_, err = b.m.Delete(ctx(t), "c", "e")
 	require.NoError(t, err)
@@ -120,7 +124,8 @@ func TestCreateThatFailsLeavesNothing(t *testing.T) {
 
 	cancelled, cancel := context.WithCancel(context.Background())
 	cancel()
-	err = b.m.Create(cancelled, &agentv1.CreateContainerRequest{ContainerId: "c", Spec: []byte(`{"process":{"args":["/bin/sh"],"cwd":"/"},"linux":{"namespaces":[{"type":"pid"}]}}`)})
+	err = b.m.Create(cancelled, &agentv1.CreateContainerRequest{ContainerId: "c",
+		Spec: []byte(`{"process":{"args":["/bin/sh"],"cwd":"/"},"linux":{"namespaces":[{"type":"pid"}]}}`)})
 	require.ErrorIs(t, err, context.Canceled)
 	b.gone("c")
 	b.run("c", testSpec(script("true")), nil)
@@ -132,7 +137,8 @@ func TestExec(t *testing.T) {
 	b := newBench(t, false)
 	b.run("c", testSpec(script("sleep 1000")), nil)
 	in, out := b.stream(), b.stream()
-	require.NoError(t, b.exec("c", "e", script("echo $$ started; cat; echo; ls /proc | grep -c '^[0-9]'; exit 3"), &agentv1.Stdio{Stdin: in.id.String(), Stdout: out.id.String()}))
+	require.NoError(t, b.exec("c", "e", script("echo $$ started; cat; echo; ls /proc | grep -c '^[0-9]'; exit 3"),
+		&agentv1.Stdio{Stdin: in.id.String(), Stdout: out.id.String()}))
 	require.Contains(t, out.until(t, "started\n"), "started")
 	_, err := b.m.Delete(ctx(t), "c", "e")
 	require.True(t, errdefs.IsFailedPrecondition(err))
@@ -150,7 +156,8 @@ func TestExec(t *testing.T) {
 	// The id again; and an exec that is never started does not keep the container.
 	require.NoError(t, b.exec("c", "e", script("kill -9 $$"), nil))
 	require.EqualValues(t, 137, b.wait("c", "e").GetExitStatus())
-	require.NoError(t, b.m.CreateProcess(ctx(t), &agentv1.CreateProcessRequest{ContainerId: "c", ExecId: "idle", Process: []byte(`{"args":["/bin/sh"],"cwd":"/"}`)}))
+	require.NoError(t, b.m.CreateProcess(ctx(t), &agentv1.CreateProcessRequest{ContainerId: "c", ExecId: "idle",
+		Process: []byte(`{"args":["/bin/sh"],"cwd":"/"}`)}))
 	b.remove("c")
 }
 
@@ -184,7 +191,8 @@ func TestSharedPIDNamespace(t *testing.T) {
 	b := newBench(t, true)
 	out := b.stream()
 	b.run("a", testSpec(script("sleep 1111"), sharePID(true)), nil)
-	b.run("b", testSpec(script("ls /proc/1/root/ 2>&1; ls /proc/1/root/../../etc 2>&1; for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done; sleep 1000"), sharePID(true)), &agentv1.Stdio{Stdout: out.id.String()})
+	b.run("b", testSpec(script("ls /proc/1/root/ 2>&1; ls /proc/1/root/../../etc 2>&1; for p in /proc/[0-9]*; do tr '\\0' ' ' < "+
+		"$p/cmdline; echo; done; sleep 1000"), sharePID(true)), &agentv1.Stdio{Stdout: out.id.String()})
 	got := out.until(t, "sleep 1111")
 	require.Contains(t, got, "/pause pause")
 	require.Contains(t, got, "etc: ", "PID 1 of the pod gives the guest's root away")
@@ -205,7 +213,8 @@ func TestNoSharedPIDNamespace(t *testing.T) {
 
 func TestPropertiesOfAProcess(t *testing.T) {
 	b := newBench(t, false)
-	p := script("id -u; id -G; umask; ulimit -n; pwd; grep -e NoNewPrivs -e CapEff -e Seccomp: /proc/self/status; touch /x 2>&1; head -c 3 /proc/kcore; mknod /dev/b b 8 0 2>&1; cat /proc/self/oom_score_adj; hostname")
+	p := script("id -u; id -G; umask; ulimit -n; pwd; grep -e NoNewPrivs -e CapEff -e Seccomp: /proc/self/status; touch /x 2>&1; head -c 3 " +
+		"/proc/kcore; mknod /dev/b b 8 0 2>&1; cat /proc/self/oom_score_adj; hostname")
 	umask := uint32(0o27)
 	p.User = specs.User{UID: 0, GID: 5, AdditionalGids: []uint32{7, 9}, Umask: &umask}
 	p.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 100, Hard: 200}}

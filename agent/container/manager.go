@@ -31,7 +31,7 @@ type Storage interface {
 
 // Config is what a Manager works with.
 type Config struct {
-	// StateDir is a folder on tmpfs that nobody else writes into.
+	// StateDir is a directory on tmpfs that nobody else writes into.
 	StateDir string
 	Storage  Storage
 	// Cgroup is the parent of the containers' cgroups, DefaultCgroup if empty.
@@ -65,7 +65,7 @@ func NewManager(cfg Config) (*Manager, error) {
 		cfg.Cgroup = DefaultCgroup
 	}
 	if err := os.MkdirAll(filepath.Join(cfg.StateDir, "containers"), 0o711); err != nil {
-		return nil, fmt.Errorf("make the state folder of containers: %w", err)
+		return nil, fmt.Errorf("make the state directory of containers: %w", err)
 	}
 	oom, err := newOOMWatcher()
 	if err != nil {
@@ -195,7 +195,7 @@ func (m *Manager) CreateProcess(_ context.Context, req *agentv1.CreateProcessReq
 	return c.addProcess(req.GetExecId(), spec, stdio)
 }
 
-// Start starts a container's init or a further process and gives its pid in the guest's root pid namespace.
+// Start starts a container's init or a further process and returns its pid in the guest's root pid namespace.
 func (m *Manager) Start(ctx context.Context, containerID, execID string) (int, error) {
 	p, err := m.process(containerID, execID)
 	if err != nil {

@@ -58,7 +58,8 @@ type process struct {
 }
 
 func newProcess(c *container, id string, spec *specs.Process, stdio stdioSpec) *process {
-	return &process{id: id, c: c, lp: ocispec.LibcontainerProcess(spec), io: newProcessIO(stdio), done: make(chan struct{}), gone: make(chan struct{})}
+	return &process{id: id, c: c, lp: ocispec.LibcontainerProcess(spec), io: newProcessIO(stdio), done: make(chan struct{}),
+		gone: make(chan struct{})}
 }
 
 func (p *process) String() string {

@@ -71,7 +71,8 @@ func TestBackgroundChild(t *testing.T) {
 	b := newBench(t, false)
 	b.run("c", testSpec(script("sleep 1000")), nil)
 	in, out := b.stream(), b.stream()
-	require.NoError(t, b.exec("c", "f", script("echo early; (sleep 1; echo late) & exit 4"), &agentv1.Stdio{Stdin: in.id.String(), Stdout: out.id.String()}))
+	require.NoError(t, b.exec("c", "f", script("echo early; (sleep 1; echo late) & exit 4"),
+		&agentv1.Stdio{Stdin: in.id.String(), Stdout: out.id.String()}))
 	r := b.wait("c", "f")
 	require.EqualValues(t, 4, r.GetExitStatus())
 	require.EqualValues(t, len("early\n"), r.GetStdoutBytes())
@@ -173,7 +174,8 @@ func TestTerminal(t *testing.T) {
 				cid = "d"
 				b.run(cid, testSpec(script("sleep 1000")), nil)
 				require.NoError(t, b.m.CreateProcess(ctx(t), &agentv1.CreateProcessRequest{
-					ContainerId: cid, ExecId: id, Process: []byte(`{"terminal":true,"args":["/bin/sh","-c","` + p.Args[2] + `"],"cwd":"/","env":["PATH=/bin"]}`), Stdio: stdio,
+					ContainerId: cid, ExecId: id, Process: []byte(`{"terminal":true,"args":["/bin/sh","-c","` + p.Args[2] +
+						`"],"cwd":"/","env":["PATH=/bin"]}`), Stdio: stdio,
 				}))
 				require.NoError(t, b.m.Resize(cid, id, 101, 31))
 				_, err := b.m.Start(ctx(t), cid, id)

@@ -49,9 +49,10 @@ func TestOOMKill(t *testing.T) {
 func TestOOMKillOfAChild(t *testing.T) {
 	needCgroup2(t)
 	b := newBench(t, false)
-	b.run("c", testSpec(script("echo 1000 >/proc/self/oom_score_adj; (x=$(cat /dev/zero | tr '\\0' a)); sleep 1000"), limits(&specs.LinuxResources{
-		Memory: &specs.LinuxMemory{Limit: ptr(int64(16 << 20))},
-	})), nil)
+	b.run("c", testSpec(script("echo 1000 >/proc/self/oom_score_adj; (x=$(cat /dev/zero | tr '\\0' a)); sleep 1000"),
+		limits(&specs.LinuxResources{
+			Memory: &specs.LinuxMemory{Limit: ptr(int64(16 << 20))},
+		})), nil)
 	events, err := b.m.NextEvents(ctx(t), 0)
 	require.NoError(t, err)
 	require.Equal(t, "c", events[0].GetContainerId())
@@ -132,9 +133,12 @@ func TestDeviceCgroup(t *testing.T) {
 	needCgroup2(t)
 	b := newBench(t, false)
 	out := b.stream()
-	p := script("mknod /dev/kmsg c 1 11 && cat /dev/kmsg 2>&1 | head -c 200; head -c 4 /dev/zero | wc -c; mknod /dev/x b 7 0; cat /dev/x 2>&1; echo end")
-	p.Capabilities = &specs.LinuxCapabilities{Bounding: []string{"CAP_MKNOD", "CAP_SYS_ADMIN"}, Effective: []string{"CAP_MKNOD", "CAP_SYS_ADMIN"}, Permitted: []string{"CAP_MKNOD", "CAP_SYS_ADMIN"}}
-	b.run("c", testSpec(p, limits(&specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}})), &agentv1.Stdio{Stdout: out.id.String()})
+	p := script("mknod /dev/kmsg c 1 11 && cat /dev/kmsg 2>&1 | head -c 200; head -c 4 /dev/zero | wc -c; mknod /dev/x b 7 0; cat /dev/x " +
+		"2>&1; echo end")
+	p.Capabilities = &specs.LinuxCapabilities{Bounding: []string{"CAP_MKNOD", "CAP_SYS_ADMIN"},
+		Effective: []string{"CAP_MKNOD", "CAP_SYS_ADMIN"}, Permitted: []string{"CAP_MKNOD", "CAP_SYS_ADMIN"}}
+	b.run("c", testSpec(p, limits(&specs.LinuxResources{Devices: []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}})),
+		&agentv1.Stdio{Stdout: out.id.String()})
 	got := out.all(t)
 	require.Contains(t, got, "'/dev/kmsg': Operation not permitted")
 	require.Contains(t, got, "'/dev/x': Operation not permitted")

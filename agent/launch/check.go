@@ -25,14 +25,14 @@ type Guest struct {
 	ReadHardware func(platform abi.Platform) (*report.Launch, error)
 	// OpenDisk waits for the disk with the serial number until ctx ends, and opens it for reading.
 	OpenDisk func(ctx context.Context, serial string) (io.ReadCloser, error)
-	// HasDisk tells whether there is one now.
+	// HasDisk reports whether there is one now.
 	HasDisk func(serial string) (bool, error)
 }
 
 // diskWait is how long the disk with initdata may take; it is there from the VM's start.
 const diskWait = 15 * time.Second
 
-// Check holds the launch against the hardware and initdata against what was bound. It gives the initdata document; nil
+// Check holds the launch against the hardware and initdata against what was bound. It returns the initdata document; nil
 // when none was bound. With an error the guest must not go on.
 func (l Launch) Check(ctx context.Context, g Guest) (*initdata.Document, error) {
 	if !l.Confidential() {
@@ -60,7 +60,8 @@ func (l Launch) Check(ctx context.Context, g Guest) (*initdata.Document, error) 
 			return nil, fmt.Errorf("look for a disk with initdata: %w", err)
 		}
 		if found {
-			return nil, fmt.Errorf("there is a disk with initdata, and the launch is not bound to any: the host added it: %w", errdefs.ErrFailedPrecondition)
+			return nil, fmt.Errorf("there is a disk with initdata, and the launch is not bound to any: the host added it: %w",
+				errdefs.ErrFailedPrecondition)
 		}
 		return nil, nil
 	}

@@ -24,7 +24,7 @@ type Launch struct {
 	bound []byte
 }
 
-// Confidential tells whether the rules of a confidential guest hold.
+// Confidential reports whether the rules of a confidential guest hold.
 func (l Launch) Confidential() bool { return l.Platform != "" }
 
 // Parse reads a kernel command line. With an error the guest must not go on; the Launch then has what could be told.

@@ -152,7 +152,8 @@ func configure(h *netlink.Handle, nic nic, l netlink.Link) error {
 	}
 	// The host's side has checked the addresses, and a pod that starts must not wait a second for each. This is for the
 	// link-local address that the kernel makes.
-	if err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", nic.name, "accept_dad"), []byte("0"), 0); err != nil && !os.IsNotExist(err) {
+	if err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", nic.name, "accept_dad"), []byte("0"), 0); err != nil &&
+		!os.IsNotExist(err) {
 		return fmt.Errorf("turn duplicate address detection off: %w", err)
 	}
 	have, err := h.AddrList(l, netlink.FAMILY_ALL)

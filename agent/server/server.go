@@ -63,7 +63,7 @@ type Config struct {
 	Network func(ctx context.Context, n *agentv1.Network) error
 	// Transport is Vsock() in a guest.
 	Transport Transport
-	// StateDir is a folder on tmpfs for the state of containers.
+	// StateDir is a directory on tmpfs for the state of containers.
 	StateDir string
 	// Cgroup is the parent of the containers' cgroups, container.DefaultCgroup if empty.
 	Cgroup string
@@ -112,7 +112,8 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 func (s *Server) run(ctx context.Context) (err error) {
-	if s.manager, err = container.NewManager(container.Config{StateDir: s.cfg.StateDir, Storage: s.cfg.Storage, Streams: s.streams, Cgroup: s.cfg.Cgroup}); err != nil {
+	if s.manager, err = container.NewManager(container.Config{StateDir: s.cfg.StateDir, Storage: s.cfg.Storage, Streams: s.streams,
+		Cgroup: s.cfg.Cgroup}); err != nil {
 		return err
 	}
 	defer func() {
@@ -243,9 +244,11 @@ func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
 	}
 	switch {
 	case reply.GetError() != "":
-		return nil, fmt.Errorf("the host refuses this agent (version %s, protocol %d.%d): %q", s.cfg.Version, wire.Major, wire.Minor, reply.GetError())
+		return nil, fmt.Errorf("the host refuses this agent (version %s, protocol %d.%d): %q", s.cfg.Version, wire.Major, wire.Minor,
+			reply.GetError())
 	case reply.GetProtocolMajor() != wire.Major:
-		return nil, fmt.Errorf("the shim (version %q) speaks protocol %d.%d, this agent (version %s) %d.%d: use a guest image of the shim's release",
+		return nil, fmt.Errorf("the shim (version %q) speaks protocol %d.%d, this agent (version %s) %d.%d: use a guest image of the shim's "+
+			"release",
 			reply.GetShimVersion(), reply.GetProtocolMajor(), reply.GetProtocolMinor(), s.cfg.Version, wire.Major, wire.Minor)
 	}
 	if nanos := reply.GetUnixNanos(); nanos != 0 {

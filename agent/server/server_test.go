@@ -46,7 +46,7 @@ func TestMain(m *testing.M) {
 
 func testCgroup() string { return fmt.Sprintf("/cloister-test-%d", os.Getpid()) }
 
-// sockets is a Transport of unix sockets in a folder, named by port.
+// sockets is a Transport of unix sockets in a directory, named by port.
 type sockets string
 
 func (s sockets) path(port uint32) string {
@@ -130,7 +130,8 @@ func boot(t *testing.T, reply *agentv1.HelloReply) *host {
 	defer l.Close()
 	ctx, cancel := context.WithCancel(context.Background())
 	s := New(Config{
-		System: h.system, Storage: fakeStorage{filepath.Join(dir, "roots")}, Transport: h.dir, StateDir: filepath.Join(dir, "state"), Version: "v-test", Cgroup: testCgroup(),
+		System: h.system, Storage: fakeStorage{filepath.Join(dir, "roots")}, Transport: h.dir, StateDir: filepath.Join(dir,
+			"state"), Version: "v-test", Cgroup: testCgroup(),
 		Network: func(context.Context, *agentv1.Network) error { return nil },
 	})
 	go func() { h.result <- s.Run(ctx) }()
@@ -222,8 +223,10 @@ func TestHandshakeFailures(t *testing.T) {
 		reply *agentv1.HelloReply
 		want  string
 	}{
-		"other version": {&agentv1.HelloReply{ProtocolMajor: wire.Major + 1, ShimVersion: "v9"}, `the shim (version "v9") speaks protocol 2.0, this agent (version v-test) 1.1`},
-		"refused":       {&agentv1.HelloReply{ProtocolMajor: wire.Major, Error: "no"}, `the host refuses this agent (version v-test, protocol 1.1): "no"`},
+		"other version": {&agentv1.HelloReply{ProtocolMajor: wire.Major + 1, ShimVersion: "v9"},
+			`the shim (version "v9") speaks protocol 2.0, this agent (version v-test) 1.1`},
+		"refused": {&agentv1.HelloReply{ProtocolMajor: wire.Major, Error: "no"},
+			`the host refuses this agent (version v-test, protocol 1.1): "no"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := boot(t, tc.reply)
@@ -329,7 +332,8 @@ func TestContainer(t *testing.T) {
 		t.Skip("needs root and busybox-static")
 	}
 	h := boot(t, good())
-	_, err := h.client.ConfigureSandbox(ctx(t), &agentv1.ConfigureSandboxRequest{SandboxId: "pod", Sysctls: map[string]string{"kernel.shmmax": "1"}, Network: &agentv1.Network{}})
+	_, err := h.client.ConfigureSandbox(ctx(t), &agentv1.ConfigureSandboxRequest{SandboxId: "pod",
+		Sysctls: map[string]string{"kernel.shmmax": "1"}, Network: &agentv1.Network{}})
 	require.NoError(t, err)
 	require.Equal(t, map[string]string{"kernel.shmmax": "1"}, h.system.sysctls)
 	_, err = h.client.ConfigureSandbox(ctx(t), &agentv1.ConfigureSandboxRequest{SandboxId: "pod"})
@@ -345,7 +349,8 @@ func TestContainer(t *testing.T) {
 	in, out := wire.NewStreamID(), wire.NewStreamID()
 	stdin, stdout := h.dial(wire.StreamPort), h.dial(wire.StreamPort)
 	require.NoError(t, wire.WriteStreamHeader(stdin, in))
-	_, err = h.client.CreateContainer(ctx(t), &agentv1.CreateContainerRequest{ContainerId: "c", Spec: spec, Stdio: &agentv1.Stdio{Stdin: in.String(), Stdout: out.String()}})
+	_, err = h.client.CreateContainer(ctx(t), &agentv1.CreateContainerRequest{ContainerId: "c", Spec: spec,
+		Stdio: &agentv1.Stdio{Stdin: in.String(), Stdout: out.String()}})
 	require.NoError(t, err)
 	require.NoError(t, wire.WriteStreamHeader(stdout, out))
 	started, err := h.client.StartProcess(ctx(t), &agentv1.StartProcessRequest{ContainerId: "c"})

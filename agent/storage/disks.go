@@ -132,7 +132,7 @@ func (d *sysfsDisks) open(name, serial string) (*os.File, error) {
 // maxVPD is the most that sysfs gives of a vital product data page, bytes.
 const maxVPD = 4 << 10
 
-// readSerial reads the serial number of a disk from its folder in sysfs. SCSI disks have it in page 0x80 of their vital
+// readSerial reads the serial number of a disk from its directory in sysfs. SCSI disks have it in page 0x80 of their vital
 // product data, virtio-blk in a file of its own.
 func readSerial(dir string) (string, error) {
 	page, err := readLimited(filepath.Join(dir, "device", "vpd_pg80"))

@@ -4,7 +4,7 @@
 //
 // # Where things are
 //
-// A Store owns one folder, a tmpfs of its own; every name below it is chosen here:
+// A Store owns one directory, a tmpfs of its own; every name below it is chosen here:
 //
 //	layers/N    read-only EROFS images, one for each disk, shared by all containers that name it
 //	shares/N    virtio-fs devices, one for each tag, mounted until the guest ends
@@ -37,11 +37,11 @@
 // # Trust
 //
 // Requests and disks come from a hostile host. Disks are found by serial number alone, identifiers and options pass
-// allow-lists, counts and sizes have limits. A shared folder's entry is opened without following links and bind mounted
+// allow-lists, counts and sizes have limits. A shared directory's entry is opened without following links and bind mounted
 // to a place of ours: no path of the host is ever resolved as a path. What an image of a file system holds is parsed by
 // the guest's kernel: in a confidential guest, too, layers are taken as the host gives them, until images are verified below
 // the file system (dm-verity). Only initdata's disk is held against something that the launch bound (package launch).
 //
-// Volumes are files that the host sends. Their names are checked (manifest.go) and resolved below a folder of ours without
-// following links; containers see them read-only. In a confidential guest live folders of the host are refused.
+// Volumes are files that the host sends. Their names are checked (manifest.go) and resolved below a directory of ours without
+// following links; containers see them read-only. In a confidential guest live directories of the host are refused.
 package storage

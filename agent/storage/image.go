@@ -32,13 +32,15 @@ type image struct {
 	gone chan struct{}
 }
 
-// checkLayer gives the serial numbers of a layer's disks.
+// checkLayer returns the serial numbers of a layer's disks.
 func checkLayer(l *agentv1.Layer) ([]string, error) {
 	if l.GetFilesystem() != "erofs" {
-		return nil, fmt.Errorf("layer %.40q has file system %.40q, only erofs is known: %w", l.GetSerial(), l.GetFilesystem(), errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("layer %.40q has file system %.40q, only erofs is known: %w", l.GetSerial(), l.GetFilesystem(),
+			errdefs.ErrInvalidArgument)
 	}
 	if len(l.GetExtraSerials()) > maxExtraDevices {
-		return nil, fmt.Errorf("layer %.40q has %d further disks, the limit is %d: %w", l.GetSerial(), len(l.GetExtraSerials()), maxExtraDevices, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("layer %.40q has %d further disks, the limit is %d: %w", l.GetSerial(), len(l.GetExtraSerials()), maxExtraDevices,
+			errdefs.ErrInvalidArgument)
 	}
 	serials := append([]string{l.GetSerial()}, l.GetExtraSerials()...)
 	seen := map[string]bool{}
@@ -54,7 +56,7 @@ func checkLayer(l *agentv1.Layer) ([]string, error) {
 	return serials, nil
 }
 
-// acquireImage gives the image on the disks, mounted, and counts the caller as a user. The caller calls releaseImage.
+// acquireImage returns the image on the disks, mounted, and counts the caller as a user. The caller calls releaseImage.
 func (s *Store) acquireImage(ctx context.Context, disks diskFinder, serials []string) (*image, error) {
 	for {
 		s.mu.Lock()
@@ -116,7 +118,7 @@ func waitFor(ctx context.Context, done <-chan struct{}) error {
 	}
 }
 
-// forgetImage removes an image that is not mounted from the tables and gives the disks that nobody uses any more. The
+// forgetImage removes an image that is not mounted from the tables and returns the disks that nobody uses any more. The
 // caller holds s.mu.
 func (s *Store) forgetImage(im *image) (released []string) {
 	delete(s.images, im.serials[0])
@@ -129,7 +131,8 @@ func (s *Store) forgetImage(im *image) (released []string) {
 	return released
 }
 
-// releaseImage ends one use of an image that acquireImage gave. The last user's call unmounts and tells which disks are free. After an error the use is
+// releaseImage ends one use of an image that acquireImage gave. The last user's call unmounts and tells which disks are free.
+// After an error the use is
 // still there.
 func (s *Store) releaseImage(im *image) (released []string, err error) {
 	s.mu.Lock()

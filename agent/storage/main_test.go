@@ -110,8 +110,8 @@ func newStore(t *testing.T) (*Store, *fakeDisks) {
 		require.Empty(t, s.containers)
 		require.Empty(t, s.images)
 		require.Empty(t, s.diskUsers)
-		require.Empty(t, below(t, root, "c"), "folders of containers are left")
-		require.Empty(t, below(t, root, "layers"), "folders of layers are left")
+		require.Empty(t, below(t, root, "c"), "directories of containers are left")
+		require.Empty(t, below(t, root, "layers"), "directories of layers are left")
 		_ = unix.Unmount(s.shmPath(), 0)
 		for _, sc := range s.scratch {
 			require.NoError(t, unix.Unmount(sc.path, 0))

@@ -39,7 +39,8 @@ func checkVolumePath(p string) error {
 // checkPut checks all that can be told from the request alone.
 func checkPut(r *agentv1.PutVolumeRequest) error {
 	if !validVolumeName(r.GetName()) {
-		return fmt.Errorf("name of a volume %.80q is not 1 to 64 of [a-z0-9.-], not starting with a dot: %w", r.GetName(), errdefs.ErrInvalidArgument)
+		return fmt.Errorf("name of a volume %.80q is not 1 to 64 of [a-z0-9.-], not starting with a dot: %w", r.GetName(),
+			errdefs.ErrInvalidArgument)
 	}
 	if r.GetGeneration() == 0 {
 		return fmt.Errorf("volume %s: generations begin with 1: %w", r.GetName(), errdefs.ErrInvalidArgument)
@@ -60,7 +61,8 @@ func checkPut(r *agentv1.PutVolumeRequest) error {
 		sum += len(f.GetContent())
 	}
 	if sum > wire.MaxVolumeChunk {
-		return fmt.Errorf("volume %s: %d bytes in a request, the limit is %d: %w", r.GetName(), sum, wire.MaxVolumeChunk, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("volume %s: %d bytes in a request, the limit is %d: %w", r.GetName(), sum, wire.MaxVolumeChunk,
+			errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
@@ -76,7 +78,7 @@ func newManifest() *manifest {
 	return &manifest{files: map[string]uint64{}, dirs: map[string]bool{}}
 }
 
-// add records a part that passed checkPut and tells whether it begins a file.
+// add records a part that passed checkPut and reports whether it begins a file.
 func (m *manifest) add(f *agentv1.VolumeFile) (begins bool, err error) {
 	p := f.GetPath()
 	size, known := m.files[p]
@@ -84,9 +86,10 @@ func (m *manifest) add(f *agentv1.VolumeFile) (begins bool, err error) {
 	case known && f.GetOffset() == 0:
 		return false, fmt.Errorf("file %q is there twice: %w", p, errdefs.ErrInvalidArgument)
 	case f.GetOffset() != size:
-		return false, fmt.Errorf("part at offset %d of file %q, of which there are %d bytes: %w", f.GetOffset(), p, size, errdefs.ErrInvalidArgument)
+		return false, fmt.Errorf("part at offset %d of file %q, of which there are %d bytes: %w", f.GetOffset(), p, size,
+			errdefs.ErrInvalidArgument)
 	case m.dirs[p]:
-		return false, fmt.Errorf("%q is a folder and a file: %w", p, errdefs.ErrInvalidArgument)
+		return false, fmt.Errorf("%q is a directory and a file: %w", p, errdefs.ErrInvalidArgument)
 	case !known && len(m.files) >= wire.MaxVolumeFiles:
 		return false, fmt.Errorf("more than %d files: %w", wire.MaxVolumeFiles, errdefs.ErrInvalidArgument)
 	case m.bytes+uint64(len(f.GetContent())) > wire.MaxVolumeBytes:
@@ -94,13 +97,13 @@ func (m *manifest) add(f *agentv1.VolumeFile) (begins bool, err error) {
 	}
 	for dir := path.Dir(p); dir != "."; dir = path.Dir(dir) {
 		if _, isFile := m.files[dir]; isFile {
-			return false, fmt.Errorf("%q is a file and a folder: %w", dir, errdefs.ErrInvalidArgument)
+			return false, fmt.Errorf("%q is a file and a directory: %w", dir, errdefs.ErrInvalidArgument)
 		}
 		if m.dirs[dir] {
 			break
 		}
 		if len(m.dirs) >= wire.MaxVolumeFiles {
-			return false, fmt.Errorf("more than %d folders: %w", wire.MaxVolumeFiles, errdefs.ErrInvalidArgument)
+			return false, fmt.Errorf("more than %d directories: %w", wire.MaxVolumeFiles, errdefs.ErrInvalidArgument)
 		}
 		m.dirs[dir] = true
 	}

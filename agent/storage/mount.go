@@ -52,7 +52,7 @@ func (e *MountError) Error() string {
 	return b.String()
 }
 
-// Unwrap gives the kernel's error number.
+// Unwrap returns the kernel's error number.
 func (e *MountError) Unwrap() error { return e.Err }
 
 // mountFS mounts a new file system at target with private propagation. It uses the newer system calls since mount(2)

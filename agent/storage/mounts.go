@@ -116,7 +116,7 @@ func (s *Store) prepare(ctx context.Context, c *container, index int, m *agentv1
 		out.Type, out.Source = fs.Filesystem.GetType(), fs.Filesystem.GetType()
 		return out, nil
 	}
-	if err := s.folder(c); err != nil {
+	if err := s.directory(c); err != nil {
 		return out, err
 	}
 	out.Type = "bind"
@@ -149,7 +149,7 @@ func (s *Store) prepare(ctx context.Context, c *container, index int, m *agentv1
 	return out, err
 }
 
-// copyFile writes a file to a place of the container's and gives its path.
+// copyFile writes a file to a place of the container's and returns its path.
 func (s *Store) copyFile(c *container, index int, f *agentv1.FileCopy) (path string, err error) {
 	dir, err := unix.Open(c.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {

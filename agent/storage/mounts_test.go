@@ -21,7 +21,8 @@ import (
 )
 
 func filesystem(kind string, options ...string) *agentv1.Mount {
-	return &agentv1.Mount{Destination: "/x", Options: options, Source: &agentv1.Mount_Filesystem{Filesystem: &agentv1.GuestFilesystem{Type: kind}}}
+	return &agentv1.Mount{Destination: "/x", Options: options,
+		Source: &agentv1.Mount_Filesystem{Filesystem: &agentv1.GuestFilesystem{Type: kind}}}
 }
 
 func file(f *agentv1.FileCopy) *agentv1.Mount {
@@ -29,10 +30,11 @@ func file(f *agentv1.FileCopy) *agentv1.Mount {
 }
 
 func shared(tag, name string, options ...string) *agentv1.Mount {
-	return &agentv1.Mount{Destination: "/s", Options: options, Source: &agentv1.Mount_Shared{Shared: &agentv1.SharedPath{Tag: tag, Name: name}}}
+	return &agentv1.Mount{Destination: "/s", Options: options, Source: &agentv1.Mount_Shared{Shared: &agentv1.SharedPath{Tag: tag,
+		Name: name}}}
 }
 
-// fakeShare puts a folder where a virtio-fs device would be mounted.
+// fakeShare puts a directory where a virtio-fs device would be mounted.
 func fakeShare(t *testing.T, s *Store, tag string) string {
 	t.Helper()
 	mounted := make(chan struct{})
@@ -48,7 +50,7 @@ func TestPrepareMounts(t *testing.T) {
 	s, _ := newStore(t)
 	require.NoError(t, s.SetupShm(0))
 	host := fakeShare(t, s, "host")
-	require.NoError(t, os.Mkdir(filepath.Join(host, "folder"), 0o755))
+	require.NoError(t, os.Mkdir(filepath.Join(host, "directory"), 0o755))
 	require.NoError(t, os.WriteFile(filepath.Join(host, "file"), []byte("live"), 0o644))
 
 	got, err := s.PrepareMounts(t.Context(), "c", []*agentv1.Mount{
@@ -56,7 +58,7 @@ func TestPrepareMounts(t *testing.T) {
 		filesystem("tmpfs", "nosuid", "size=65536k", "mode=755"),
 		{Destination: "/dev/shm/", Source: &agentv1.Mount_PodShm{PodShm: &agentv1.PodShm{}}},
 		file(&agentv1.FileCopy{Content: []byte("hello"), Mode: 0o440, Uid: 7, Gid: 8}),
-		shared("host", "folder", "rbind", "rslave", "suid", "rw"),
+		shared("host", "directory", "rbind", "rslave", "suid", "rw"),
 		shared("host", "file", "bind", "ro"),
 	})
 	require.NoError(t, err)
@@ -75,7 +77,7 @@ func TestPrepareMounts(t *testing.T) {
 
 	// Propagation stays, set-user-ID does not.
 	require.Equal(t, []string{"rbind", "rslave", "rw", "nosuid", "nodev"}, got[4].Options)
-	require.NoError(t, os.WriteFile(filepath.Join(host, "folder", "later"), []byte("x"), 0o644))
+	require.NoError(t, os.WriteFile(filepath.Join(host, "directory", "later"), []byte("x"), 0o644))
 	require.Equal(t, "x", read(t, got[4].Source, "later"))
 	require.Equal(t, "live", read(t, got[5].Source))
 	require.True(t, strings.HasPrefix(got[5].Source, s.root))
@@ -84,7 +86,7 @@ func TestPrepareMounts(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
 	_, err = s.Remove(t.Context(), "c")
 	require.NoError(t, err)
-	require.Equal(t, "x", read(t, host, "folder", "later"), "removal leaves the host's files alone")
+	require.Equal(t, "x", read(t, host, "directory", "later"), "removal leaves the host's files alone")
 }
 
 func TestSharedPathIsNotFollowed(t *testing.T) {
@@ -132,7 +134,8 @@ func TestMountRefusals(t *testing.T) {
 
 func TestShm(t *testing.T) {
 	s, _ := newStore(t)
-	_, err := s.PrepareMounts(t.Context(), "c", []*agentv1.Mount{{Destination: "/dev/shm", Source: &agentv1.Mount_PodShm{PodShm: &agentv1.PodShm{}}}})
+	_, err := s.PrepareMounts(t.Context(), "c", []*agentv1.Mount{{Destination: "/dev/shm",
+		Source: &agentv1.Mount_PodShm{PodShm: &agentv1.PodShm{}}}})
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	for _, size := range []uint64{1 << 20, 2 << 20} {
 		require.NoError(t, s.SetupShm(size))
@@ -142,7 +145,7 @@ func TestShm(t *testing.T) {
 	}
 }
 
-func TestConfidentialTakesNoFolders(t *testing.T) {
+func TestConfidentialTakesNoDirectories(t *testing.T) {
 	s := &Store{}
 	s.Confidential("snp")
 	require.ErrorIs(t, s.MountShared(t.Context(), "there"), errdefs.ErrFailedPrecondition)

@@ -17,7 +17,7 @@ func OpenDisk(ctx context.Context, serial string) (io.ReadCloser, error) {
 	return disks.find(ctx, serial)
 }
 
-// HasDisk tells whether a disk with the serial number is there now.
+// HasDisk reports whether a disk with the serial number is there now.
 func HasDisk(serial string) (bool, error) {
 	disks := &sysfsDisks{block: sysBlock}
 	if err := disks.scan(); err != nil {

@@ -19,7 +19,7 @@ import (
 // readonlyBytes limits the writable layer of a read-only root: only mount points are made in it.
 const readonlyBytes = 32 << 20
 
-// MountRootfs mounts a container's root file system and gives its path. It waits for the layers' disks until ctx ends.
+// MountRootfs mounts a container's root file system and returns its path. It waits for the layers' disks until ctx ends.
 //
 // The mount is writable also for a readonly root, within narrow limits, so that mount points can be made in it;
 // libcontainer makes it read-only when they are. If MountRootfs fails nothing of it is left.
@@ -60,7 +60,7 @@ func (s *Store) MountRootfs(ctx context.Context, containerID string, r *agentv1.
 }
 
 func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]string, writable uint64, readonly bool) (string, error) {
-	if err := s.folder(c); err != nil {
+	if err := s.directory(c); err != nil {
 		return "", err
 	}
 	if readonly && (writable == 0 || writable > readonlyBytes) {
@@ -116,7 +116,7 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 			return "", err
 		}
 	}
-	// The root folder's owner and mode come from the upper layer: make them the image's.
+	// The root directory's owner and mode come from the upper layer: make them the image's.
 	var stat unix.Stat_t
 	if err := unix.Lstat(top, &stat); err != nil {
 		return "", fmt.Errorf("look at the topmost layer: %w", err)

@@ -50,7 +50,7 @@ func TestRootfs(t *testing.T) {
 	require.Equal(t, "base", read(t, one, "etc/b"))
 	info, err := os.Stat(one)
 	require.NoError(t, err)
-	require.Equal(t, os.FileMode(0o751), info.Mode().Perm(), "the root folder is the image's")
+	require.Equal(t, os.FileMode(0o751), info.Mode().Perm(), "the root directory is the image's")
 
 	// Writes stay in the container; mount points can be made in a read-only one too.
 	require.NoError(t, os.WriteFile(filepath.Join(one, "etc/a"), []byte("changed"), 0o644))

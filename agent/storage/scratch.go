@@ -20,7 +20,7 @@ import (
 // maxScratch is more than a guest has of memory, bytes. Near 2^64 the kernel's rounding up gives 0, which is no limit.
 const maxScratch = 1 << 50
 
-// scratch is an empty folder for the containers of the pod. path and err are valid once made is closed.
+// scratch is an empty directory for the containers of the pod. path and err are valid once made is closed.
 type scratch struct {
 	path string
 	made chan struct{}
@@ -30,7 +30,8 @@ type scratch struct {
 func checkScratch(v *agentv1.ScratchVolume) error {
 	switch {
 	case !validVolumeName(v.GetName()):
-		return fmt.Errorf("name of a scratch volume %.80q is not 1 to 64 of [a-z0-9.-], not starting with a dot: %w", v.GetName(), errdefs.ErrInvalidArgument)
+		return fmt.Errorf("name of a scratch volume %.80q is not 1 to 64 of [a-z0-9.-], not starting with a dot: %w", v.GetName(),
+			errdefs.ErrInvalidArgument)
 	case v.GetSizeBytes() > maxScratch:
 		return fmt.Errorf("scratch volume of %d bytes: %w", v.GetSizeBytes(), errdefs.ErrInvalidArgument)
 	case v.GetMode()&^0o7777 != 0:
@@ -41,7 +42,7 @@ func checkScratch(v *agentv1.ScratchVolume) error {
 	return nil
 }
 
-// bindScratch gives the place of a scratch volume. The first mount makes it, as that mount says; it stays until the pod
+// bindScratch returns the place of a scratch volume. The first mount makes it, as that mount says; it stays until the pod
 // ends.
 func (s *Store) bindScratch(ctx context.Context, v *agentv1.ScratchVolume) (string, error) {
 	s.mu.Lock()

@@ -23,7 +23,7 @@ const maxTag = 36
 // maxShares bounds the virtio-fs devices.
 const maxShares = 64
 
-// Mounts of live folders of the host honour neither devices nor set-user-ID bits: the host could make either.
+// Mounts of live directories of the host honour neither devices nor set-user-ID bits: the host could make either.
 const sharedAttrs = unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV
 
 // share is a virtio-fs device. path and err are valid once mounted is closed.
@@ -40,19 +40,20 @@ func (s *Store) MountShared(ctx context.Context, tag string) error {
 		return err
 	}
 	if len(tag) > maxTag || !wire.ValidID(tag) {
-		return fmt.Errorf("tag of a shared folder %.40q is not 1 to %d of [A-Za-z0-9_.-], the first alphanumeric: %w", tag, maxTag, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("tag of a shared directory %.40q is not 1 to %d of [A-Za-z0-9_.-], the first alphanumeric: %w", tag, maxTag,
+			errdefs.ErrInvalidArgument)
 	}
 	s.mu.Lock()
 	if sh := s.shares[tag]; sh != nil {
 		s.mu.Unlock()
 		if err := waitFor(ctx, sh.mounted); err != nil {
-			return fmt.Errorf("wait until shared folder %s is mounted: %w", tag, err)
+			return fmt.Errorf("wait until shared directory %s is mounted: %w", tag, err)
 		}
 		return sh.err
 	}
 	if len(s.shares) >= maxShares {
 		s.mu.Unlock()
-		return fmt.Errorf("there are %d shared folders, the limit: %w", maxShares, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("there are %d shared directories, the limit: %w", maxShares, errdefs.ErrResourceExhausted)
 	}
 	sh := &share{mounted: make(chan struct{})}
 	s.shares[tag] = sh
@@ -69,12 +70,12 @@ func (s *Store) MountShared(ctx context.Context, tag string) error {
 	return sh.err
 }
 
-// refuseShared keeps the host's folders, whose content it can change at any moment, out of a confidential guest.
+// refuseShared keeps the host's directories, whose content it can change at any moment, out of a confidential guest.
 func (s *Store) refuseShared() error {
 	if s.platform == "" {
 		return nil
 	}
-	return fmt.Errorf("this is a confidential guest (platform %s): it takes no live folders of the host; use volumes that are copied: %w",
+	return fmt.Errorf("this is a confidential guest (platform %s): it takes no live directories of the host; use volumes that are copied: %w",
 		s.platform, errdefs.ErrFailedPrecondition)
 }
 
@@ -108,13 +109,13 @@ func (s *Store) mountShare(ctx context.Context, tag, path string) error {
 	return nil
 }
 
-// bindShared bind mounts an entry of a shared folder to a place of the container and gives that place.
+// bindShared bind mounts an entry of a shared directory to a place of the container and returns that place.
 func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (string, error) {
 	if err := s.refuseShared(); err != nil {
 		return "", err
 	}
 	if !wire.ValidID(p.GetName()) {
-		return "", fmt.Errorf("name in a shared folder %.140q is not one element of a path: %w", p.GetName(), errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("name in a shared directory %.140q is not one element of a path: %w", p.GetName(), errdefs.ErrInvalidArgument)
 	}
 	s.mu.Lock()
 	sh := s.shares[p.GetTag()]
@@ -128,13 +129,13 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 		}
 	}
 	if !mounted {
-		return "", fmt.Errorf("shared folder %.40q is not mounted: %w", p.GetTag(), errdefs.ErrFailedPrecondition)
+		return "", fmt.Errorf("shared directory %.40q is not mounted: %w", p.GetTag(), errdefs.ErrFailedPrecondition)
 	}
 
 	// The host decides what the entry is at every moment. It is opened once, as it is, and only the opened thing used.
 	dir, err := unix.Open(sh.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return "", fmt.Errorf("open shared folder %s: %w", p.GetTag(), err)
+		return "", fmt.Errorf("open shared directory %s: %w", p.GetTag(), err)
 	}
 	defer unix.Close(dir)
 	fd, err := unix.Openat2(dir, p.GetName(), &unix.OpenHow{
@@ -142,7 +143,7 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
 	})
 	if err != nil {
-		return "", fmt.Errorf("open %s in shared folder %s: %w", p.GetName(), p.GetTag(), err)
+		return "", fmt.Errorf("open %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
 	}
 	defer unix.Close(fd)
 	var stat unix.Stat_t
@@ -156,7 +157,8 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 	case unix.S_IFREG:
 		err = os.WriteFile(place, nil, 0o600)
 	default:
-		return "", fmt.Errorf("%s in shared folder %s is neither a file nor a folder (mode %#o): %w", p.GetName(), p.GetTag(), stat.Mode, errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("%s in shared directory %s is neither a file nor a directory (mode %#o): %w", p.GetName(), p.GetTag(), stat.Mode,
+			errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return "", err
@@ -164,11 +166,11 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 	c.done = append(c.done, step{path: place})
 	tree, err := unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
 	if err != nil {
-		return "", fmt.Errorf("bind %s in shared folder %s: %w", p.GetName(), p.GetTag(), err)
+		return "", fmt.Errorf("bind %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
 	}
 	defer unix.Close(tree)
 	if err := attach(tree, place); err != nil {
-		return "", fmt.Errorf("bind %s in shared folder %s to %s: %w", p.GetName(), p.GetTag(), place, err)
+		return "", fmt.Errorf("bind %s in shared directory %s to %s: %w", p.GetName(), p.GetTag(), place, err)
 	}
 	c.done = append(c.done, step{mount: place})
 	return place, nil

@@ -49,10 +49,10 @@ type Store struct {
 	shm        bool
 }
 
-// New makes a Store in the folder root, which it makes. It mounts a tmpfs there.
+// New makes a Store in the directory root, which it makes. It mounts a tmpfs there.
 func New(root string) (*Store, error) {
 	if err := os.MkdirAll(root, 0o755); err != nil {
-		return nil, fmt.Errorf("make the folder of storage: %w", err)
+		return nil, fmt.Errorf("make the directory of storage: %w", err)
 	}
 	if err := mountFS("tmpfs", root, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, option{"mode", "0711"}); err != nil {
 		return nil, err
@@ -82,7 +82,7 @@ func New(root string) (*Store, error) {
 // After makes everything that needs kernel modules wait for the function first. It must be called before anything else.
 func (s *Store) After(wait func(context.Context) error) { s.gate = wait }
 
-// Confidential makes the Store refuse live folders of the host from now on, in the name of the platform. It must be called
+// Confidential makes the Store refuse live directories of the host from now on, in the name of the platform. It must be called
 // before anything else.
 func (s *Store) Confidential(platform string) { s.platform = platform }
 
@@ -93,7 +93,7 @@ func (s *Store) wait(ctx context.Context) error {
 	return s.gate(ctx)
 }
 
-// place gives a new path in one of the Store's folders.
+// place returns a new path in one of the Store's directories.
 func (s *Store) place(dir string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -188,8 +188,8 @@ func (s *Store) leave(id string, c *container) {
 	<-c.turn
 }
 
-// folder makes the container's folder.
-func (s *Store) folder(c *container) error {
+// directory makes the container's directory.
+func (s *Store) directory(c *container) error {
 	if c.dir != "" {
 		return nil
 	}
@@ -202,7 +202,7 @@ func (s *Store) folder(c *container) error {
 	return nil
 }
 
-// mkdir makes a folder of the container.
+// mkdir makes a directory of the container.
 func (c *container) mkdir(name string) (string, error) {
 	path := filepath.Join(c.dir, name)
 	if err := os.Mkdir(path, 0o711); err != nil {
@@ -263,7 +263,7 @@ func (s *Store) undo(c *container, keep int) (released []string, err error) {
 	return released, nil
 }
 
-// rollback undoes what a failed operation did and gives its error, with that of the undoing.
+// rollback undoes what a failed operation did and returns its error, with that of the undoing.
 func (s *Store) rollback(c *container, keep int, err error) error {
 	_, undoErr := s.undo(c, keep)
 	if undoErr != nil {

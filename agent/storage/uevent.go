@@ -71,7 +71,7 @@ func (u *uevents) await(ctx context.Context, subsystem string, ready func() (boo
 	}
 }
 
-// receiveUevent waits for a message and tells whether it may be of interest.
+// receiveUevent waits for a message and reports whether it may be of interest.
 func receiveUevent(conn interface {
 	Read(func(fd uintptr) bool) error
 }, buf []byte, subsystem string) (relevant bool, err error) {

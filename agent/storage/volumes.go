@@ -21,7 +21,7 @@ import (
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
-// The layout of a volume's folder is that of the kubelet's AtomicWriter (Kubernetes, pkg/volume/util/atomic_writer.go),
+// The layout of a volume's directory is that of the kubelet's AtomicWriter (Kubernetes, pkg/volume/util/atomic_writer.go),
 // which programs that watch their configuration know:
 //
 //	..2026_01_02_03_04_05.000000000-7/key   the files of a generation
@@ -37,7 +37,7 @@ const (
 type volume struct {
 	turn chan struct{}
 	dir  string
-	// last is the greatest generation that was begun; data the folder of the committed one, empty before the first.
+	// last is the greatest generation that was begun; data the directory of the committed one, empty before the first.
 	last uint64
 	data string
 	// names are the links that the containers see.
@@ -47,8 +47,8 @@ type volume struct {
 }
 
 type pendingGeneration struct {
-	manifest *manifest
-	folder   string // name in the volume's folder
+	manifest  *manifest
+	directory string // name in the volume's directory
 }
 
 // PutVolume adds files to the next generation of a volume, and shows it with the last request of the generation. Any
@@ -125,14 +125,14 @@ func (v *volume) begin(generation uint64) error {
 		return err
 	}
 	if err := os.Mkdir(v.dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
-		return fmt.Errorf("make its folder: %w", err)
+		return fmt.Errorf("make its directory: %w", err)
 	}
 	// The number keeps two of one moment apart: the clock is the host's.
-	folder := time.Now().UTC().Format("..2006_01_02_15_04_05.000000000-") + fmt.Sprint(generation)
-	if err := os.Mkdir(filepath.Join(v.dir, folder), 0o755); err != nil {
-		return fmt.Errorf("make the generation's folder: %w", err)
+	directory := time.Now().UTC().Format("..2006_01_02_15_04_05.000000000-") + fmt.Sprint(generation)
+	if err := os.Mkdir(filepath.Join(v.dir, directory), 0o755); err != nil {
+		return fmt.Errorf("make the generation's directory: %w", err)
 	}
-	v.pending = &pendingGeneration{manifest: newManifest(), folder: folder}
+	v.pending = &pendingGeneration{manifest: newManifest(), directory: directory}
 	return nil
 }
 
@@ -141,15 +141,15 @@ func (v *volume) drop() error {
 	if v.pending == nil {
 		return nil
 	}
-	folder := v.pending.folder
+	directory := v.pending.directory
 	v.pending = nil
-	if err := os.RemoveAll(filepath.Join(v.dir, folder)); err != nil {
+	if err := os.RemoveAll(filepath.Join(v.dir, directory)); err != nil {
 		return fmt.Errorf("delete an unfinished generation: %w", err)
 	}
 	return nil
 }
 
-// beneath opens a path below a folder, following no link and leaving no mount.
+// beneath opens a path below a directory, following no link and leaving no mount.
 func beneath(dir int, p string, flags int, mode uint64) (int, error) {
 	return unix.Openat2(dir, p, &unix.OpenHow{
 		Flags: uint64(flags) | unix.O_CLOEXEC, Mode: mode,
@@ -157,8 +157,8 @@ func beneath(dir int, p string, flags int, mode uint64) (int, error) {
 	})
 }
 
-// openFolder opens a folder in the volume's folder.
-func (v *volume) openFolder(name string) (int, error) {
+// openDirectory opens a directory in the volume's directory.
+func (v *volume) openDirectory(name string) (int, error) {
 	top, err := unix.Open(v.dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
@@ -169,9 +169,9 @@ func (v *volume) openFolder(name string) (int, error) {
 
 // put writes parts of files into the pending generation.
 func (v *volume) put(files []*agentv1.VolumeFile) error {
-	dir, err := v.openFolder(v.pending.folder)
+	dir, err := v.openDirectory(v.pending.directory)
 	if err != nil {
-		return fmt.Errorf("open the generation's folder: %w", err)
+		return fmt.Errorf("open the generation's directory: %w", err)
 	}
 	defer unix.Close(dir)
 	for _, f := range files {
@@ -224,7 +224,7 @@ func setOwner(fd int, uid, gid, mode uint32) error {
 	return nil
 }
 
-// mkdirs makes a clean relative path of folders below dir.
+// mkdirs makes a clean relative path of directories below dir.
 func mkdirs(dir int, p string) error {
 	if p == "." {
 		return nil
@@ -252,8 +252,8 @@ func (v *volume) commit() (err error) {
 	}
 	defer top.Close()
 	names := v.pending.manifest.topNames()
-	links := map[string]string{newDataLink: v.pending.folder} // targets
-	shown := map[string]string{}                              // names by those of links
+	links := map[string]string{newDataLink: v.pending.directory} // targets
+	shown := map[string]string{}                                 // names by those of links
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		if !v.names[name] {
 			hidden := newLink + fmt.Sprint(len(links))
@@ -273,7 +273,7 @@ func (v *volume) commit() (err error) {
 		return errors.Join(fmt.Errorf("show the generation: %w", err), removeAll(top, maps.Keys(links)))
 	}
 	old := v.data
-	v.data, v.pending = v.pending.folder, nil
+	v.data, v.pending = v.pending.directory, nil
 	for hidden, name := range shown {
 		if renameErr := top.Rename(hidden, name); renameErr != nil {
 			err = errors.Join(err, fmt.Errorf("show a name: %w", renameErr))
@@ -304,7 +304,7 @@ func removeAll(top *os.Root, names iter.Seq[string]) (err error) {
 	return err
 }
 
-// bindVolume gives the place of a volume, or of a copy of one of its files.
+// bindVolume returns the place of a volume, or of a copy of one of its files.
 func (s *Store) bindVolume(ctx context.Context, c *container, index int, m *agentv1.PodVolume) (string, error) {
 	s.mu.Lock()
 	v := s.volumes[m.GetName()]
@@ -322,7 +322,7 @@ func (s *Store) bindVolume(ctx context.Context, c *container, index int, m *agen
 	if m.GetPath() == "" {
 		return v.dir, nil
 	}
-	dir, err := v.openFolder(v.data)
+	dir, err := v.openDirectory(v.data)
 	if err != nil {
 		return "", fmt.Errorf("open volume %s: %w", m.GetName(), err)
 	}
@@ -350,13 +350,13 @@ func (s *Store) bindVolume(ctx context.Context, c *container, index int, m *agen
 	return s.copyFile(c, index, &agentv1.FileCopy{Content: content, Mode: stat.Mode & 0o777, Uid: stat.Uid, Gid: stat.Gid})
 }
 
-// harmless gives a bind mount's options with which neither devices nor set-user-ID bits work in it.
+// harmless returns a bind mount's options with which neither devices nor set-user-ID bits work in it.
 func harmless(options []string) []string {
 	options = slices.DeleteFunc(options, func(o string) bool { return slices.Contains([]string{"suid", "rsuid", "dev", "rdev"}, o) })
 	return append(options, "nosuid", "nodev")
 }
 
-// readOnly gives a bind mount's options with which it can only be read, too.
+// readOnly returns a bind mount's options with which it can only be read, too.
 func readOnly(options []string) []string {
 	options = slices.DeleteFunc(options, func(o string) bool { return o == "rw" || o == "rrw" })
 	return harmless(append(options, "ro"))

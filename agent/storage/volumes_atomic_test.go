@@ -37,7 +37,7 @@ func generationOf(raw []byte, lines int) (int, error) {
 }
 
 // TestVolumeReaders reads a volume while it changes: each file is whole, and a reader that has seen a generation never
-// sees an older one, whichever file it looks at. A lookup that has read ..data when it changes may find the old folder
+// sees an older one, whichever file it looks at. A lookup that has read ..data when it changes may find the old directory
 // gone, as with the kubelet's AtomicWriter; the next one finds the file.
 func TestVolumeReaders(t *testing.T) {
 	const generations, lines = 200, 5000
@@ -48,13 +48,13 @@ func TestVolumeReaders(t *testing.T) {
 		putVolume(t, s, putRequest(uint64(generation), true, generationFile("d/b", generation, lines)))
 	}
 	put(1)
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	ctx, end := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	for range 2 {
 		wg.Go(func() { readByPath(ctx, t, dir, lines) })
 	}
-	wg.Go(func() { readByFolder(ctx, t, dir, lines) })
+	wg.Go(func() { readByDirectory(ctx, t, dir, lines) })
 	for generation := 2; generation <= generations && !t.Failed(); generation++ {
 		put(generation)
 	}
@@ -87,10 +87,10 @@ func readByPath(ctx context.Context, t *testing.T, dir string, lines int) {
 	}
 }
 
-// readByFolder opens ..data once for several files, as careful programs do. They are of one generation, or gone with it.
-func readByFolder(ctx context.Context, t *testing.T, dir string, lines int) {
+// readByDirectory opens ..data once for several files, as careful programs do. They are of one generation, or gone with it.
+func readByDirectory(ctx context.Context, t *testing.T, dir string, lines int) {
 	for ctx.Err() == nil {
-		folder, err := os.OpenRoot(filepath.Join(dir, "..data"))
+		directory, err := os.OpenRoot(filepath.Join(dir, "..data"))
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
@@ -100,7 +100,7 @@ func readByFolder(ctx context.Context, t *testing.T, dir string, lines int) {
 		}
 		var seen []int
 		for _, name := range []string{"a", "d/b", "a"} {
-			raw, err := folder.ReadFile(name)
+			raw, err := directory.ReadFile(name)
 			if errors.Is(err, os.ErrNotExist) {
 				break
 			}
@@ -110,10 +110,10 @@ func readByFolder(ctx context.Context, t *testing.T, dir string, lines int) {
 			}
 			seen = append(seen, generation)
 		}
-		_ = folder.Close()
+		_ = directory.Close()
 		for _, generation := range seen {
 			if generation != seen[0] {
-				t.Errorf("one folder has the generations %v", seen)
+				t.Errorf("one directory has the generations %v", seen)
 				return
 			}
 		}
@@ -140,7 +140,7 @@ func TestVolumeWithoutMemory(t *testing.T) {
 	s := volumeStore(t)
 	old := map[string]string{"a": "old", "d/b": "old", "going": "old"}
 	putVolume(t, s, putRequest(1, true, part("a", "old"), part("d/b", "old"), part("going", "old")))
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	generation := uint64(1)
 	failures := 0
 	for _, limit := range []struct {
@@ -168,14 +168,16 @@ func TestVolumeWithoutMemory(t *testing.T) {
 			require.Equal(t, old, content(t, dir), "%s with %d to spare: %v", limit.option, spare, err)
 			require.Len(t, hidden(t, dir), 2)
 			bytesAfter, inodesAfter := usage(t, s)
-			require.Equal(t, [2]uint64{bytesBefore, inodesBefore}, [2]uint64{bytesAfter, inodesAfter}, "%s with %d to spare: %v", limit.option, spare, err)
-			require.ErrorIs(t, s.PutVolume(t.Context(), putRequest(generation, true)), errdefs.ErrFailedPrecondition, "a generation that failed stays so")
+			require.Equal(t, [2]uint64{bytesBefore, inodesBefore}, [2]uint64{bytesAfter, inodesAfter}, "%s with %d to spare: %v", limit.option,
+				spare, err)
+			require.ErrorIs(t, s.PutVolume(t.Context(), putRequest(generation, true)), errdefs.ErrFailedPrecondition,
+				"a generation that failed stays so")
 		}
 		limitStore(t, s, limit.option, 1<<30)
 		generation++
 		putVolume(t, s, putRequest(generation, true, part("a", "old"), part("d/b", "old"), part("going", "old")))
 		require.Equal(t, old, content(t, dir))
 	}
-	// Pages of the files; inodes of the generation, its three folders, eleven files and nine new names.
+	// Pages of the files; inodes of the generation, its three directories, eleven files and nine new names.
 	require.Greater(t, failures, 24)
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
-// FuzzPutVolume puts two requests from the wire. Whatever they are, files are made in the volume's folder only, within
+// FuzzPutVolume puts two requests from the wire. Whatever they are, files are made in the volume's directory only, within
 // the limits, and the volume shows what was committed before or what is committed now.
 func FuzzPutVolume(f *testing.F) {
 	if os.Getuid() != 0 {
@@ -40,7 +40,7 @@ func FuzzPutVolume(f *testing.F) {
 		require.NoError(t, err)
 		defer func() { require.NoError(t, unix.Unmount(root, unix.MNT_DETACH)) }()
 		putVolume(t, s, putRequest(1, true, part("old", "old"), part("d/old", "old")))
-		dir := volumeFolder(t, s)
+		dir := volumeDirectory(t, s)
 		committed := false
 		for _, raw := range [][]byte{first, second} {
 			var r agentv1.PutVolumeRequest
@@ -81,7 +81,7 @@ func checkTree(t *testing.T, root string) {
 		require.Equal(t, "volumes", elements[0], rel)
 		switch info.Mode().Type() {
 		case os.ModeSymlink:
-			require.Len(t, elements, 3, "links are in the volume's own folder: %s", rel)
+			require.Len(t, elements, 3, "links are in the volume's own directory: %s", rel)
 		case os.ModeDir, 0:
 			require.True(t, strings.HasPrefix(elements[2], ".."), "%s is in no generation", rel)
 			require.Zero(t, info.Mode()&^(os.ModeDir|os.ModePerm), rel)

@@ -27,7 +27,7 @@ func TestVolumeMounts(t *testing.T) {
 	putVolume(t, s, putRequest(1, true, &agentv1.VolumeFile{Path: "d/f", Mode: 0o440, Uid: 7, Gid: 8, Content: []byte("one")}))
 	for name, m := range map[string]*agentv1.Mount{
 		"unknown": volumeMount("other", ""), "missing file": volumeMount("v", "d/g"), "below a file": volumeMount("v", "d/f/g"),
-		"folder": volumeMount("v", "d"), "up": volumeMount("v", "../x"), "link": volumeMount("v", "..data/d/f"),
+		"directory": volumeMount("v", "d"), "up": volumeMount("v", "../x"), "link": volumeMount("v", "..data/d/f"),
 		"options": volumeMount("v", "", "size=1m"), "remount": volumeMount("v", "", "remount"),
 	} {
 		_, err := s.PrepareMounts(t.Context(), "c", []*agentv1.Mount{file(&agentv1.FileCopy{}), m})

@@ -55,11 +55,12 @@ func putVolume(t testing.TB, s *Store, r *agentv1.PutVolumeRequest) {
 }
 
 func volumeMount(name, path string, options ...string) *agentv1.Mount {
-	return &agentv1.Mount{Destination: "/v", Options: options, Source: &agentv1.Mount_Volume{Volume: &agentv1.PodVolume{Name: name, Path: path}}}
+	return &agentv1.Mount{Destination: "/v", Options: options, Source: &agentv1.Mount_Volume{Volume: &agentv1.PodVolume{Name: name,
+		Path: path}}}
 }
 
-// volumeFolder is where a container would see volume v.
-func volumeFolder(t testing.TB, s *Store) string {
+// volumeDirectory is where a container would see volume v.
+func volumeDirectory(t testing.TB, s *Store) string {
 	t.Helper()
 	got, err := s.PrepareMounts(context.Background(), "looks", []*agentv1.Mount{volumeMount("v", "")})
 	require.NoError(t, err)
@@ -96,7 +97,7 @@ func content(t testing.TB, dir string) map[string]string {
 	return out
 }
 
-// hidden lists the layout's own names in a volume's folder.
+// hidden lists the layout's own names in a volume's directory.
 func hidden(t testing.TB, dir string) (names []string) {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -112,7 +113,7 @@ func hidden(t testing.TB, dir string) (names []string) {
 func TestVolumeGenerations(t *testing.T) {
 	s := volumeStore(t)
 	putVolume(t, s, putRequest(1, true, part("a", "1"), part("d/e/f", "1"), part("d/g", ""), part("dropped", "1")))
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	require.Equal(t, map[string]string{"a": "1", "d/e/f": "1", "d/g": "", "dropped": "1"}, content(t, dir))
 	require.Len(t, hidden(t, dir), 2, "..data and one generation")
 	first, err := os.Readlink(filepath.Join(dir, "..data"))
@@ -150,7 +151,7 @@ func TestVolumeOfNothing(t *testing.T) {
 	_, err := s.PrepareMounts(t.Context(), "c", []*agentv1.Mount{volumeMount("v", "")})
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition, "it is not complete")
 	putVolume(t, s, putRequest(1, true))
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	require.Empty(t, content(t, dir))
 	require.Empty(t, below(t, dir, "..data"))
 }
@@ -160,7 +161,7 @@ func TestVolumeModes(t *testing.T) {
 	putVolume(t, s, putRequest(1, true,
 		&agentv1.VolumeFile{Path: "suid", Mode: 0o106755, Uid: 7, Gid: 8, Content: []byte("x")},
 		&agentv1.VolumeFile{Path: "none"}, &agentv1.VolumeFile{Path: "d/x", Mode: 0o777}))
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	for name, want := range map[string]os.FileMode{
 		"suid": 0o755, "none": 0, "d/x": 0o777, "d": os.ModeDir | 0o755, "..data": os.ModeDir | 0o755, ".": os.ModeDir | 0o755,
 	} {
@@ -176,7 +177,7 @@ func TestVolumeModes(t *testing.T) {
 func TestVolumeRefusals(t *testing.T) {
 	s := volumeStore(t)
 	putVolume(t, s, putRequest(1, true, part("a", "old")))
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	long := strings.Repeat("n", 255)
 	paths := map[string]string{
 		"empty": "", "dot": ".", "parent": "..", "up": "../x", "inside up": "a/../../x", "not clean": "a//b", "back": "a/../b",
@@ -185,23 +186,23 @@ func TestVolumeRefusals(t *testing.T) {
 		"long element": long + "n", "long": strings.Repeat("d/", wire.MaxVolumePath/2) + "x",
 	}
 	cases := map[string][]*agentv1.VolumeFile{
-		"twice":            {part("x", "1"), part("x", "2")},
-		"empty twice":      {part("x", ""), part("x", "")},
-		"gap":              {part("x", "1"), further("x", 2, "3")},
-		"overlap":          {part("x", "12"), further("x", 1, "3")},
-		"no beginning":     {further("x", 1, "3")},
-		"huge offset":      {part("x", "1"), further("x", math.MaxUint64, "3")},
-		"negative offset":  {further("x", 1<<63, "3")},
-		"file then folder": {part("x", ""), part("x/y", "")},
-		"deep":             {part("x", ""), part("x/y/z", "")},
-		"folder then file": {part("x/y", ""), part("x", "")},
-		"no uid":           {{Path: "x", Uid: math.MaxUint32}},
-		"no gid":           {{Path: "x", Gid: math.MaxUint32}},
-		"chunk":            {part("x", strings.Repeat("x", wire.MaxVolumeChunk)), part("y", "1")},
-		"nil":              {nil},
-		"files":            manyFiles(wire.MaxVolumeFiles+1, "f%d"),
-		// 255 folders each.
-		"folders": manyFiles(5, strings.Repeat("%[1]d/", wire.MaxVolumePath/2-1)+"f"),
+		"twice":               {part("x", "1"), part("x", "2")},
+		"empty twice":         {part("x", ""), part("x", "")},
+		"gap":                 {part("x", "1"), further("x", 2, "3")},
+		"overlap":             {part("x", "12"), further("x", 1, "3")},
+		"no beginning":        {further("x", 1, "3")},
+		"huge offset":         {part("x", "1"), further("x", math.MaxUint64, "3")},
+		"negative offset":     {further("x", 1<<63, "3")},
+		"file then directory": {part("x", ""), part("x/y", "")},
+		"deep":                {part("x", ""), part("x/y/z", "")},
+		"directory then file": {part("x/y", ""), part("x", "")},
+		"no uid":              {{Path: "x", Uid: math.MaxUint32}},
+		"no gid":              {{Path: "x", Gid: math.MaxUint32}},
+		"chunk":               {part("x", strings.Repeat("x", wire.MaxVolumeChunk)), part("y", "1")},
+		"nil":                 {nil},
+		"files":               manyFiles(wire.MaxVolumeFiles+1, "f%d"),
+		// 255 directories each.
+		"directories": manyFiles(5, strings.Repeat("%[1]d/", wire.MaxVolumePath/2-1)+"f"),
 	}
 	for name, p := range paths {
 		cases["path: "+name] = []*agentv1.VolumeFile{part(p, "")}
@@ -247,7 +248,7 @@ func TestVolumeNames(t *testing.T) {
 	names := below(t, s.root, "volumes")
 	require.Len(t, names, 6)
 	for _, name := range names {
-		require.Empty(t, strings.Trim(name, "0123456789"), "the guest chooses the folders")
+		require.Empty(t, strings.Trim(name, "0123456789"), "the guest chooses the directories")
 	}
 }
 
@@ -255,7 +256,7 @@ func TestVolumeNames(t *testing.T) {
 func TestVolumeLimits(t *testing.T) {
 	s := volumeStore(t)
 	putVolume(t, s, putRequest(1, true, manyFiles(wire.MaxVolumeFiles, "f%d")...))
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	require.Len(t, content(t, dir), wire.MaxVolumeFiles)
 	putVolume(t, s, putRequest(2, false, manyFiles(wire.MaxVolumeFiles, "f%d")...))
 	require.ErrorIs(t, s.PutVolume(t.Context(), putRequest(2, true, part("more", ""))), errdefs.ErrInvalidArgument)
@@ -291,13 +292,13 @@ func TestVolumeLimits(t *testing.T) {
 	putVolume(t, s, putRequest(6, true, part("a", "those that are there go on")))
 }
 
-// TestVolumeIsNotLeft puts links and folders of a container that can write where the files go.
+// TestVolumeIsNotLeft puts links and directories of a container that can write where the files go.
 func TestVolumeIsNotLeft(t *testing.T) {
 	s := volumeStore(t)
 	outside := t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(outside, "f"), []byte("outside"), 0o600))
 	putVolume(t, s, putRequest(1, true, part("a", "old")))
-	dir := volumeFolder(t, s)
+	dir := volumeDirectory(t, s)
 	putVolume(t, s, putRequest(2, false, part("d/x", "1"), part("f", "1")))
 	var draft string
 	shown, err := os.Readlink(filepath.Join(dir, "..data"))
@@ -338,7 +339,8 @@ func TestVolumeConcurrency(t *testing.T) {
 					t.Error(err)
 				}
 				container := fmt.Sprint("c", v, "-", generation)
-				if _, err := s.PrepareMounts(t.Context(), container, []*agentv1.Mount{volumeMount(name, ""), volumeMount(name, "a"), scratchMount("s", 0, 0o755)}); err != nil {
+				if _, err := s.PrepareMounts(t.Context(), container, []*agentv1.Mount{volumeMount(name, ""), volumeMount(name, "a"),
+					scratchMount("s", 0, 0o755)}); err != nil {
 					t.Error(err)
 				}
 				if _, err := s.Remove(t.Context(), container); err != nil {

@@ -25,7 +25,7 @@ import (
 	"github.com/cloister-project/cloister/tee/report"
 )
 
-// Folders of the guest, on tmpfs.
+// Directories of the guest, on tmpfs.
 const (
 	storageDir = "/run/cloister/storage"
 	stateDir   = "/run/cloister/state"

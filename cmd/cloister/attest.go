@@ -65,7 +65,8 @@ func seRequestCommand() *cobra.Command {
 			if err := writeOutput(cmd.Context(), output, force, bytes.NewReader(exchange)); err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: request for %s\n%s: KEEP SECRET, needed to check the answer\n", output, plural(len(keys), "machine"), secret)
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: request for %s\n%s: KEEP SECRET, needed to check the answer\n", output,
+				plural(len(keys), "machine"), secret)
 			return err
 		},
 	}

@@ -42,7 +42,8 @@ func TestEvidence(t *testing.T) {
 	assert.Contains(t, stdout, `"verified": false`)
 
 	for name, reference := range map[string][]byte{
-		"predicted was bc": measured(strings.Repeat("bc", 48)), "has no reference values": []byte("{}"), "is not what cloister measure": []byte("x"),
+		"predicted was bc": measured(strings.Repeat("bc",
+			48)), "has no reference values": []byte("{}"), "is not what cloister measure": []byte("x"),
 	} {
 		status, _, stderr := cloister(t, "evidence", report, "--reference", write("bad.json", reference))
 		assert.Equal(t, exitNo, status)

@@ -21,7 +21,8 @@ import (
 )
 
 func imageCommand() *cobra.Command {
-	se := group(&cobra.Command{Use: "se", Short: "Images for IBM Secure Execution"}, seBuildCommand(), seInspectCommand(), seRequestCommand(), seVerifyCommand())
+	se := group(&cobra.Command{Use: "se", Short: "Images for IBM Secure Execution"}, seBuildCommand(), seInspectCommand(), seRequestCommand(),
+		seVerifyCommand())
 	return group(&cobra.Command{Use: "image", Short: "Make and look into sealed boot images"}, se)
 }
 
@@ -34,13 +35,14 @@ type trustFlags struct {
 
 func (f *trustFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringArrayVarP(&f.documents, "host-key-document", "k", nil, "host key document of a machine (repeat for more)")
-	cmd.Flags().StringArrayVar(&f.certs, "cert", nil, "certificate of the IBM Z host key signing service, or of the intermediate CA that signed it (repeat: both are needed)")
+	cmd.Flags().StringArrayVar(&f.certs, "cert", nil, "certificate of the IBM Z host key signing service, or of the intermediate CA that "+
+		"signed it (repeat: both are needed)")
 	cmd.Flags().StringArrayVar(&f.roots, "root-ca", nil, "root CA certificate that you trust (repeat for more)")
 	cmd.Flags().StringArrayVar(&f.crl, "crl", nil, "revocation list (repeat: of the root, of each intermediate CA and of each signing key)")
 	cmd.Flags().BoolVar(&f.noVerify, "no-verify", false, "believe host key documents as they are: whoever made them may read what is sealed")
 }
 
-// read gives the keys of all documents, verified, or with a warning for each.
+// read returns the keys of all documents, verified, or with a warning for each.
 func (f *trustFlags) read(warnings io.Writer) ([]*ecdh.PublicKey, error) {
 	proofs := len(f.roots) + len(f.certs) + len(f.crl)
 	switch {
@@ -49,7 +51,8 @@ func (f *trustFlags) read(warnings io.Writer) ([]*ecdh.PublicKey, error) {
 	case f.noVerify && proofs > 0:
 		return nil, usage("--no-verify with certificates or revocation lists: give one or the other")
 	case !f.noVerify && proofs == 0:
-		return nil, usage("host key documents are verified with --cert, --root-ca and --crl; without a proof whoever made a document may read what is sealed (--no-verify)")
+		return nil, usage("host key documents are verified with --cert, --root-ca and --crl; without a proof whoever made a document may read " +
+			"what is sealed (--no-verify)")
 	}
 	read := hostkey.ReadUnverified
 	if !f.noVerify {
@@ -174,11 +177,14 @@ func seBuildCommand() *cobra.Command {
 	fl := cmd.Flags()
 	fl.StringVar(&kernel, "kernel", "", "raw s390x kernel image (needed)")
 	fl.StringVar(&initrd, "initrd", "", "initrd")
-	fl.StringVar(&cmdline, "cmdline", "", "file with the kernel's command line (default: console=ttysclp0 quiet panic=-1 and so on, as for other guests)")
-	fl.StringVar(&stubs, "stubs", "", "folder with s390-tools' boot stubs stage3a.bin and stage3b_reloc.bin (needed)")
+	fl.StringVar(&cmdline, "cmdline", "", "file with the kernel's command line (default: console=ttysclp0 quiet panic=-1 and so on, as for "+
+		"other guests)")
+	fl.StringVar(&stubs, "stubs", "", "directory with s390-tools' boot stubs stage3a.bin and stage3b_reloc.bin (needed)")
 	fl.StringVar(&initdataFile, "initdata", "", "initdata document (TOML) that the guest accepts")
-	fl.StringVar(&cck, "cck", "", fmt.Sprintf("file, not open to all users, with a customer communication key of %d bytes (default: a random one that nobody knows)", image.CCKSize))
-	fl.BoolVar(&options.AllowDump, "allow-dump", false, "let the host take dumps, which the CCK opens (weakens the guest; tee.allow_debug must accept it)")
+	fl.StringVar(&cck, "cck", "", fmt.Sprintf("file, not open to all users, with a customer communication key of %d bytes (default: a "+
+		"random one that nobody knows)", image.CCKSize))
+	fl.BoolVar(&options.AllowDump, "allow-dump", false, "let the host take dumps, which the CCK opens (weakens the guest; tee.allow_debug "+
+		"must accept it)")
 	fl.BoolVar(&options.CCKExtensionSecret, "cck-extension-secret", false, "make the CCK necessary for adding secrets")
 	fl.BoolVar(&options.CCKUpdate, "cck-update", false, "let the guest replace its CCK")
 	fl.BoolVar(&options.BackupTargetKeys, "backup-target-keys", false, "let machines open the image with their backup host keys too")
@@ -233,7 +239,8 @@ const maxCommandLine = 64 << 10
 
 // defaultCommandLine is what other guests on s390x get (hypervisor/qemu and virtcontainers), without what an emulated one
 // needs.
-const defaultCommandLine = "console=ttysclp0 quiet panic=-1 cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 random.trust_bootloader=off swiotlb=32768"
+const defaultCommandLine = "console=ttysclp0 quiet panic=-1 cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 " +
+	"random.trust_bootloader=off swiotlb=32768"
 
 func readCommandLine(path string) (string, error) {
 	if path == "" {

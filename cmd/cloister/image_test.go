@@ -32,7 +32,7 @@ import (
 
 const testInitdata = "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy\" = \"x\"\n"
 
-// bench is a folder with all that an image is made of; nothing in it would boot.
+// bench is a directory with all that an image is made of; nothing in it would boot.
 type bench struct {
 	dir string
 	key *ecdsa.PrivateKey
@@ -97,7 +97,8 @@ func TestSEBuildAndInspect(t *testing.T) {
 
 	status, stdout, stderr = cloister(t, "image", "se", "inspect", b.path("se.img"))
 	require.Equal(t, exitOK, status, stderr)
-	for _, want := range []string{"tag        " + info.Tag.String(), "host key   " + info.HostKeyHashes[0].String(), "component", "pckmo-aes"} {
+	for _, want := range []string{"tag        " + info.Tag.String(), "host key   " + info.HostKeyHashes[0].String(), "component",
+		"pckmo-aes"} {
 		assert.Contains(t, stdout, want)
 	}
 	status, stdout, _ = cloister(t, "image", "se", "inspect", "--json", b.path("se.img"))
@@ -210,7 +211,8 @@ func TestSEInspectRefuses(t *testing.T) {
 
 func TestSEAttestRequest(t *testing.T) {
 	b := newBench(t)
-	args := []string{"image", "se", "attest-request", "-k", b.path("host.crt"), "--no-verify", "-o", b.path("request"), "--secret", b.path("secret")}
+	args := []string{"image", "se", "attest-request", "-k", b.path("host.crt"), "--no-verify", "-o", b.path("request"), "--secret",
+		b.path("secret")}
 	status, stdout, stderr := cloister(t, args...)
 	require.Equal(t, exitOK, status, stderr)
 	assert.Contains(t, stdout, "KEEP SECRET")
@@ -267,7 +269,8 @@ func TestSEAttestVerify(t *testing.T) {
 	b := newBench(t)
 	status, _, stderr := cloister(t, b.build("--initdata", b.path("initdata.toml"))...)
 	require.Equal(t, exitOK, status, stderr)
-	request := []string{"image", "se", "attest-request", "-k", b.path("host.crt"), "--no-verify", "-o", b.path("request"), "--secret", b.path("secret")}
+	request := []string{"image", "se", "attest-request", "-k", b.path("host.crt"), "--no-verify", "-o", b.path("request"), "--secret",
+		b.path("secret")}
 	status, _, stderr = cloister(t, request...)
 	require.Equal(t, exitOK, status, stderr)
 	doc, err := initdata.Parse([]byte(testInitdata))
@@ -296,7 +299,8 @@ func TestSEAttestVerify(t *testing.T) {
 	assert.Empty(t, stdout)
 	assert.Contains(t, stderr, "the measurement is not that of this image")
 	b.write(t, "answer", []byte("no answer"))
-	for _, bad := range [][]string{verify, {"image", "se", "attest-verify", b.path("gone"), "--secret", b.path("secret"), "--image", b.path("se.img")}} {
+	for _, bad := range [][]string{verify, {"image", "se", "attest-verify", b.path("gone"), "--secret", b.path("secret"), "--image",
+		b.path("se.img")}} {
 		status, _, stderr = cloister(t, bad...)
 		assert.Equal(t, exitNo, status)
 		assert.NotEmpty(t, stderr)

@@ -49,7 +49,7 @@ func writeOutput(ctx context.Context, path string, force bool, content io.Writer
 	return replace(tmp, path)
 }
 
-// unnamedFile is a file in a folder without a name: open(2), O_TMPFILE. errors.ErrUnsupported: the file system has none.
+// unnamedFile is a file in a directory without a name: open(2), O_TMPFILE. errors.ErrUnsupported: the file system has none.
 func unnamedFile(dir string) (*os.File, error) {
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
 	if err != nil {

@@ -167,7 +167,7 @@ func (c cache) kernel(sum string) (string, bool) {
 	return path, true
 }
 
-// lock waits for the folder's lock. flock(2) cannot be interrupted, so the wait is in a goroutine of its own; when ctx
+// lock waits for the directory's lock. flock(2) cannot be interrupted, so the wait is in a goroutine of its own; when ctx
 // ends first, it lets go of the lock as soon as it gets it.
 func (c cache) lock(ctx context.Context) (func(), error) {
 	f, err := os.OpenFile(filepath.Join(c.dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)

@@ -125,7 +125,8 @@ func payload(r io.ReaderAt, size int64) (sec *io.SectionReader, ok bool, err err
 	}
 	start := (sects+1)*sectorSize + off
 	if start > size || length > size-start {
-		return nil, false, fmt.Errorf("the payload (offset %d, %d bytes) is outside of the file of %d bytes; the image is truncated or damaged: %w",
+		return nil, false, fmt.Errorf("the payload (offset %d, %d bytes) is outside of the file of %d bytes; the image is truncated or "+
+			"damaged: %w",
 			start, length, size, errdefs.ErrInvalidArgument)
 	}
 	return io.NewSectionReader(r, start, length), true, nil
@@ -204,7 +205,8 @@ func decompress(w io.Writer, sec *io.SectionReader) error {
 }
 
 func unsupported(format string) error {
-	return fmt.Errorf("the kernel is compressed with %s, which is not supported: use one compressed with zstd or gzip, or an uncompressed vmlinux with a PVH entry: %w",
+	return fmt.Errorf("the kernel is compressed with %s, which is not supported: use one compressed with zstd or gzip, or an uncompressed "+
+		"vmlinux with a PVH entry: %w",
 		format, errdefs.ErrNotImplemented)
 }
 

@@ -280,7 +280,8 @@ func TestDecompressBounds(t *testing.T) {
 
 	full := errors.New("disk full")
 	elf := compress(t, "zstd", testELF(notePhys32))
-	err = decompress(errWriter{writerFunc(func([]byte) (int, error) { return 0, full })}, io.NewSectionReader(bytes.NewReader(elf), 0, int64(len(elf))))
+	err = decompress(errWriter{writerFunc(func([]byte) (int, error) { return 0, full })},
+		io.NewSectionReader(bytes.NewReader(elf), 0, int64(len(elf))))
 	require.ErrorIs(t, err, full)
 	require.False(t, errdefs.IsInvalidArgument(err), fmt.Sprint(err))
 }

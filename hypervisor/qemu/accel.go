@@ -59,7 +59,8 @@ func (h host) kvmUsable(f Features) error {
 		return err
 	}
 	if flag == "" {
-		return fmt.Errorf("the CPU offers no hardware virtualization (no vmx, svm or sie in %s): enable it in the firmware or, in a VM, nested virtualization: %w",
+		return fmt.Errorf("the CPU offers no hardware virtualization (no vmx, svm or sie in %s): enable it in the firmware or, in a VM, "+
+			"nested virtualization: %w",
 			h.cpuinfo, errdefs.ErrUnavailable)
 	}
 	k, err := os.OpenFile(h.kvm, os.O_RDWR, 0)

@@ -64,7 +64,7 @@ func bootFile(f *hypervisor.Faults, field, path string) {
 	}
 }
 
-// s390CommandLineSize gives the bytes that a raw s390x kernel takes as its command line, with the final NUL.
+// s390CommandLineSize returns the bytes that a raw s390x kernel takes as its command line, with the final NUL.
 func s390CommandLineSize(path string) (int, error) {
 	// A FIFO in place of the kernel must not block the open.
 	if fi, err := os.Stat(path); err != nil {

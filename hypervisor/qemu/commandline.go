@@ -26,14 +26,15 @@ const (
 // typeMonitor is the type of a QMP monitor as an object.
 const typeMonitor = "monitor-qmp"
 
-// PCI slots of the root bus, and device numbers of the channel subsystem; fixed, so that the guest sees the same addresses whatever else the VM has. 0 is the host
+// PCI slots of the root bus, and device numbers of the channel subsystem; fixed, so that the guest sees the same addresses
+// whatever else the VM has. 0 is the host
 // bridge, 0x1f the LPC bridge.
 const (
-	slotSCSI    = 0x2
-	slotVsock   = 0x3
-	slotNIC     = 0x4  // and up, maxNICs of them
-	slotFolders = 0x10 // and up, pciFunctions root ports in each
-	pciFuncs    = 8
+	slotSCSI        = 0x2
+	slotVsock       = 0x3
+	slotNIC         = 0x4  // and up, maxNICs of them
+	slotDirectories = 0x10 // and up, pciFunctions root ports in each
+	pciFuncs        = 8
 )
 
 // commandLine of QEMU.
@@ -77,7 +78,7 @@ func build(b builder, f Features, drivers map[string]string) (commandLine, error
 	for i, n := range doc.NICs {
 		b.nic(n, slotNIC+i)
 	}
-	for i := range doc.SharedFolders {
+	for i := range doc.SharedDirectories {
 		b.rootPort(i)
 	}
 	for i, d := range doc.Disks {
@@ -143,7 +144,7 @@ func (f Features) lacks(doc hypervisor.Document, detached bool) error {
 	if len(doc.NICs) > 0 {
 		need("virtio-net" + bus)
 	}
-	if doc.SharedFolders > 0 {
+	if doc.SharedDirectories > 0 {
 		need("pcie-root-port", "vhost-user-fs-pci")
 	}
 	if doc.Sandboxed && !f.Sandbox {
@@ -171,7 +172,7 @@ func (b *builder) ccw() bool { return b.doc.Arch() == hypervisor.ArchS390X }
 
 func (b *builder) device(props ...string) { b.add("-device", strings.Join(props, ",")) }
 
-// fd gives the number of the next inherited file.
+// fd returns the number of the next inherited file.
 func (b *builder) fd(name string) string {
 	b.files = append(b.files, name)
 	return strconv.Itoa(firstInheritedFD + len(b.files) - 1)
@@ -266,12 +267,12 @@ func (b *builder) netdev(n hypervisor.NIC) string {
 	return netdev
 }
 
-func rootPortID(i int) string { return fmt.Sprintf("folder%d", i) }
+func rootPortID(i int) string { return fmt.Sprintf("share%d", i) }
 
-// rootPort adds a place for a shared folder. No I/O ports are reserved behind it: 64 KiB would not do for all, and
+// rootPort adds a place for a shared directory. No I/O ports are reserved behind it: 64 KiB would not do for all, and
 // virtio-fs has none.
 func (b *builder) rootPort(i int) {
-	props := []string{"pcie-root-port", "id=" + rootPortID(i), "bus=pcie.0", pciAddress(slotFolders+i/pciFuncs, i%pciFuncs),
+	props := []string{"pcie-root-port", "id=" + rootPortID(i), "bus=pcie.0", pciAddress(slotDirectories+i/pciFuncs, i%pciFuncs),
 		fmt.Sprintf("chassis=%d", i+1), fmt.Sprintf("slot=%d", i+1), "io-reserve=0"}
 	if i%pciFuncs == 0 {
 		props = append(props, "multifunction=on")

@@ -50,10 +50,10 @@ func goldenDocument() hypervisor.Document {
 			Kernel: goldenKernel, Initrd: goldenInitrd,
 			Parameters: []string{"console=ttyS0", "panic=-1"},
 		},
-		Vsock:         hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
-		NICs:          []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}},
-		SharedFolders: 9,
-		Sandboxed:     true,
+		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
+		NICs:              []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}},
+		SharedDirectories: 9,
+		Sandboxed:         true,
 	}
 }
 
@@ -109,10 +109,10 @@ func TestValidate(t *testing.T) {
 		"cpu count":                {func(d *hypervisor.Document) { d.CPU.Count = 241 }, "more than 240"},
 		"disks":                    {func(d *hypervisor.Document) { d.Disks = make([]hypervisor.Disk, maxDisks+1) }, "disks are more than"},
 		"nics":                     {func(d *hypervisor.Document) { d.NICs = make([]hypervisor.NIC, maxNICs+1) }, "9 NICs are more than 8"},
-		"shared folders":           {func(d *hypervisor.Document) { d.SharedFolders = 33 }, "shared_folders 33 is more than 32"},
-		"shared folders, s390x": {func(d *hypervisor.Document) {
+		"shared directories":       {func(d *hypervisor.Document) { d.SharedDirectories = 33 }, "shared_directories 33 is more than 32"},
+		"shared directories, s390x": {func(d *hypervisor.Document) {
 			d.Architecture = hypervisor.ArchS390X
-		}, "shared_folders is for amd64"},
+		}, "shared_directories is for amd64"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			doc := goldenDocument()

@@ -179,7 +179,7 @@ func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]st
 		f.Add("vsock: no vhost-vsock device was given")
 	}
 	if fi, err := os.Stat(res.StateDir); err != nil || !fi.IsDir() || !filepath.IsAbs(res.StateDir) {
-		f.Add("state folder %q: no absolute path of a folder", res.StateDir)
+		f.Add("state directory %q: no absolute path of a directory", res.StateDir)
 	}
 	if err := f.Err(); err != nil {
 		return nil, err
@@ -290,7 +290,7 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 	return nil
 }
 
-// socketPair gives our end and the one that QEMU inherits.
+// socketPair returns our end and the one that QEMU inherits.
 func socketPair(name string) (net.Conn, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

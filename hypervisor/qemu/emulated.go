@@ -86,5 +86,6 @@ func (b *builder) detachedNetdev(id string) string {
 }
 
 func detachedNode(d hypervisor.Disk, address int) ([]byte, error) {
-	return json.Marshal(emptyNode{Driver: "null-co", NodeName: diskNodeName(address), ReadOnly: d.ReadOnly, ReadZeroes: true, Size: diskStandIn})
+	return json.Marshal(emptyNode{Driver: "null-co", NodeName: diskNodeName(address), ReadOnly: d.ReadOnly, ReadZeroes: true,
+		Size: diskStandIn})
 }

@@ -51,7 +51,8 @@ func TestEmulatedIsTheLaunchedMachine(t *testing.T) {
 			line, err := newEmulatedLine(c.doc, c.features)
 			require.NoError(t, err)
 			args := line.args
-			require.Equal(t, []string{strings.TrimSuffix(values(launch.args, "-machine")[0], ",confidential-guest-support="+teeObjectID) + ",pic=off"},
+			require.Equal(t, []string{strings.TrimSuffix(values(launch.args, "-machine")[0], ",confidential-guest-support="+teeObjectID) +
+				",pic=off"},
 				values(args, "-machine"))
 			for _, option := range []string{"-uuid", "-smp", "-m", "-bios", "-kernel", "-initrd", "-append", "-sandbox"} {
 				require.Equal(t, values(launch.args, option), values(args, option), option)
@@ -74,7 +75,8 @@ func TestEmulatedIsTheLaunchedMachine(t *testing.T) {
 			}
 
 			all := strings.Join(args, "\n")
-			for _, gone := range []string{"fd=", "kvm", "-chardev", "tap,", "confidential-guest-support", typeTDX, typeMonitor, goldenLayer, goldenScratch, "-run-with"} {
+			for _, gone := range []string{"fd=", "kvm", "-chardev", "tap,", "confidential-guest-support", typeTDX, typeMonitor, goldenLayer,
+				goldenScratch, "-run-with"} {
 				require.NotContains(t, all, gone)
 			}
 		})
@@ -133,7 +135,7 @@ func pciDevices(t *testing.T, c *qmp.Client) []pciDevice {
 func TestEmulatedDevicesLookTheSame(t *testing.T) {
 	d := testDriver(t)
 	launched := testDocument(t, testKernel(t), testInitrd(t), "idle")
-	launched.SharedFolders = 0
+	launched.SharedDirectories = 0
 	launched.Confidential = &hypervisor.Confidential{Platform: abi.Sample}
 	v := startGuest(t, d, launched)
 	want := pciDevices(t, v.qmp)
@@ -150,7 +152,8 @@ func TestEmulatedDevicesLookTheSame(t *testing.T) {
 	require.NoError(t, err)
 	defer ours.Close()
 	p, err := startProcess(processSpec{
-		path: probed(t, d).path, args: append(args, "-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", firstInheritedFD), "-mon", "chardev=qmp,mode=control"),
+		path: probed(t, d).path, args: append(args, "-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", firstInheritedFD), "-mon",
+			"chardev=qmp,mode=control"),
 		files: []*os.File{theirs}, output: os.Stderr,
 	})
 	require.NoError(t, err)

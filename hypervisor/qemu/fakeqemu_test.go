@@ -68,7 +68,8 @@ func fakeQEMU(mode string) {
 			console := inherited("console")
 			fmt.Fprintln(console, "[    1.0] Kernel panic - not syncing: no init")
 			console.Close()
-			event("GUEST_PANICKED", `{"action": "poweroff", "info": {"type": "tdx", "error-code": 1, "message": "`+strings.Repeat("long ", 400)+`", "gpa": 4096}}`)
+			event("GUEST_PANICKED", `{"action": "poweroff", "info": {"type": "tdx", "error-code": 1, "message": "`+strings.Repeat("long ",
+				400)+`", "gpa": 4096}}`)
 			event("SHUTDOWN", `{"guest": true, "reason": "guest-panic"}`)
 			os.Exit(0)
 		case "panics-oddly/cont":
@@ -150,9 +151,10 @@ func TestFaults(t *testing.T) {
 		reason hypervisor.ExitReason
 		detail string
 	}{
-		"panics":       {hypervisor.ExitGuestPanic, "the guest reported a panic (tdx, error code 0x42, more at guest address 0x0, evil words)"},
-		"panics-sev":   {hypervisor.ExitGuestPanic, "the guest reported a panic (sev, set 0x1, code 0x12)"},
-		"panics-twice": {hypervisor.ExitGuestPanic, "Kernel panic - not syncing: no init; the guest reported a panic (tdx, error code 0x1, more at guest address 0x1000, long long"},
+		"panics":     {hypervisor.ExitGuestPanic, "the guest reported a panic (tdx, error code 0x42, more at guest address 0x0, evil words)"},
+		"panics-sev": {hypervisor.ExitGuestPanic, "the guest reported a panic (sev, set 0x1, code 0x12)"},
+		"panics-twice": {hypervisor.ExitGuestPanic, "Kernel panic - not syncing: no init; the guest reported a panic (tdx, error code 0x1, " +
+			"more at guest address 0x1000, long long"},
 		"panics-oddly": {hypervisor.ExitGuestPanic, "the guest reported a panic"},
 		"stuck":        {hypervisor.ExitVMM, "cannot execute the guest any more: internal-error"},
 		"garbage":      {hypervisor.ExitVMM, "control connection broke"},
@@ -212,8 +214,9 @@ func TestAddDiskRefused(t *testing.T) {
 	}
 	awaitLog(t, v, "command blockdev-del", 2)
 	require.ErrorIs(t, v.RemoveDisk(context.Background(), disk.ID), errdefs.ErrNotFound)
-	require.ErrorContains(t, v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"}), "no such bus")
-	awaitLog(t, v, "command chardev-remove chr-folder-a", 1)
+	require.ErrorContains(t, v.AddSharedDirectory(context.Background(), hypervisor.SharedDirectory{ID: "a", Tag: "a", Socket: "/x"}),
+		"no such bus")
+	awaitLog(t, v, "command chardev-remove chr-share-a", 1)
 }
 
 // awaitLog waits until the VMM's log, which is read while the VMM goes on, has a text as often as given, and no more often.
@@ -236,14 +239,14 @@ func awaitLog(t *testing.T, v *vm, text string, times int) {
 	}
 }
 
-func TestAddSharedFolderToConfidentialVM(t *testing.T) {
+func TestAddSharedDirectoryToConfidentialVM(t *testing.T) {
 	d, doc := fakeDriver(t, "none")
-	doc.SharedFolders, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
+	doc.SharedDirectories, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
 	v := startGuest(t, d, doc)
-	err := v.AddSharedFolder(context.Background(), hypervisor.SharedFolder{ID: "a", Tag: "a", Socket: "/x"})
+	err := v.AddSharedDirectory(context.Background(), hypervisor.SharedDirectory{ID: "a", Tag: "a", Socket: "/x"})
 	require.ErrorIs(t, err, errdefs.ErrPermissionDenied)
 	require.ErrorContains(t, err, "this VM is confidential")
-	// Disks are no folders.
+	// Disks are no directories.
 	require.NoError(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)))
 	// What came before the disk is in the log by then.
 	awaitLog(t, v, "command device_add", 1)

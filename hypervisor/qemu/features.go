@@ -103,12 +103,14 @@ func findBinary(configured string, arch hypervisor.Architecture) (string, error)
 		case err != nil:
 			return "", fmt.Errorf("the configured QEMU cannot be used: %w; install it or correct hypervisor.path", err)
 		case !fi.Mode().IsRegular() || fi.Mode()&0o111 == 0:
-			return "", fmt.Errorf("the configured QEMU %s is no executable file; correct hypervisor.path: %w", configured, errdefs.ErrInvalidArgument)
+			return "", fmt.Errorf("the configured QEMU %s is no executable file; correct hypervisor.path: %w", configured,
+				errdefs.ErrInvalidArgument)
 		}
 		return configured, nil
 	}
 	if qemuTarget[arch] == "" {
-		return "", fmt.Errorf("guests of the architecture %q are not supported (amd64 and s390x are); set hypervisor.arch: %w", arch, errdefs.ErrNotImplemented)
+		return "", fmt.Errorf("guests of the architecture %q are not supported (amd64 and s390x are); set hypervisor.arch: %w", arch,
+			errdefs.ErrNotImplemented)
 	}
 	// exec.LookPath refuses what it found relative to the working directory; the shim's is the bundle.
 	if p, err := exec.LookPath("qemu-system-" + qemuTarget[arch]); err == nil && filepath.IsAbs(p) {
@@ -330,7 +332,7 @@ func ask(ctx context.Context, c *qmp.Client) (Features, error) {
 	return f, nil
 }
 
-// hasParameter tells whether a command-line option exists and has a parameter.
+// hasParameter reports whether a command-line option exists and has a parameter.
 func hasParameter(ctx context.Context, c *qmp.Client, option, parameter string) (bool, error) {
 	var options []struct {
 		Parameters []struct{ Name string }

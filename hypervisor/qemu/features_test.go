@@ -31,7 +31,8 @@ func TestProbeAndCache(t *testing.T) {
 	// The second time it comes from the cache: a mark in it is seen.
 	id, err := identifyBinary(path)
 	require.NoError(t, err)
-	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion, Binary: id, Features: Features{Version: "mark", Architecture: hypervisor.ArchAMD64}}))
+	require.NoError(t, writeFeatures(files[0], cachedFeatures{Version: featuresVersion, Binary: id,
+		Features: Features{Version: "mark", Architecture: hypervisor.ArchAMD64}}))
 	d = New(Config{Path: path, CacheDir: dir, Arch: hypervisor.ArchAMD64})
 	require.Equal(t, "mark", features(t, d).Version)
 

@@ -61,7 +61,7 @@ func s390xFeatures() Features {
 // confidentialDocument keeps all rules of a confidential VM, with nothing behind them.
 func confidentialDocument() hypervisor.Document {
 	d := goldenDocument()
-	d.SharedFolders = 0
+	d.SharedDirectories = 0
 	d.Confidential = &hypervisor.Confidential{Platform: abi.Sample}
 	return d
 }
@@ -84,7 +84,7 @@ func tdxDocument() hypervisor.Document {
 
 func s390xDocument() hypervisor.Document {
 	d := goldenDocument()
-	d.Architecture, d.SharedFolders = hypervisor.ArchS390X, 0
+	d.Architecture, d.SharedDirectories = hypervisor.ArchS390X, 0
 	d.Boot.Parameters = []string{"console=ttysclp0", "panic=-1"}
 	return d
 }
@@ -127,12 +127,12 @@ func goldenCases() map[string]goldenCase {
 	add("tcg-vhost-user", goldenDocument(), debianFeatures(), nil)
 	add("kvm-vhost", goldenDocument(), debianFeatures(), func(d *hypervisor.Document) {
 		d.Accelerator, d.CPU.Model = hypervisor.AccelKVM, "host"
-		d.Memory.Shared, d.SharedFolders = false, 0
+		d.Memory.Shared, d.SharedDirectories = false, 0
 		withKernelVsock(d)
 	})
 	old := debianFeatures()
 	old.Machine, old.MachineOptions, old.Sandbox = "pc-q35-7.2", []string{"usb"}, false
-	add("old-qemu", goldenDocument(), old, func(d *hypervisor.Document) { d.NICs, d.SharedFolders, d.Sandboxed = nil, 0, false })
+	add("old-qemu", goldenDocument(), old, func(d *hypervisor.Document) { d.NICs, d.SharedDirectories, d.Sandboxed = nil, 0, false })
 	parent := debianFeatures()
 	parent.ExitWithParent = true
 	add("exit-with-parent", goldenDocument(), parent, nil)
@@ -168,7 +168,7 @@ func goldenCases() map[string]goldenCase {
 	return cases
 }
 
-// withTypes gives the features of a real binary the types that a command line needs and the binary lacks, to see what
+// withTypes returns the features of a real binary the types that a command line needs and the binary lacks, to see what
 // the binary itself says.
 func withTypes(f Features, c goldenCase) Features {
 	for _, t := range c.features.Types {

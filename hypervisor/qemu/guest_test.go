@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 }
 
 // The tests with a real guest boot the kernel CLOISTER_TEST_KERNEL (a bzImage) to testdata/init. Those that need
-// modules take them from CLOISTER_TEST_MODULES, a folder like lib/modules/<release>.
+// modules take them from CLOISTER_TEST_MODULES, a directory like lib/modules/<release>.
 const (
 	kernelVariable  = "CLOISTER_TEST_KERNEL"
 	modulesVariable = "CLOISTER_TEST_MODULES"
@@ -118,7 +118,7 @@ func testModule(t testing.TB, arch hypervisor.Architecture, name string) []byte 
 	}
 	dir := os.Getenv(variable)
 	if dir == "" {
-		t.Skip(variable + " (a folder like lib/modules/<release>) is not set")
+		t.Skip(variable + " (a directory like lib/modules/<release>) is not set")
 	}
 	var found string
 	err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
@@ -153,9 +153,9 @@ func testDocument(t testing.TB, kernel, initrd, do string) hypervisor.Document {
 			Kernel: kernel, Initrd: initrd,
 			Parameters: append(New(Config{Arch: hypervisor.ArchAMD64}).KernelParameters(hypervisor.AccelTCG), "init.do="+do),
 		},
-		Vsock:         hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
-		SharedFolders: 2,
-		Sandboxed:     true,
+		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
+		SharedDirectories: 2,
+		Sandboxed:         true,
 	}
 }
 
@@ -186,7 +186,7 @@ func bootGuest(t testing.TB, d *Driver, doc hypervisor.Document) *vm {
 	return v
 }
 
-// waitConsole waits for a text on the console, and gives its line.
+// waitConsole waits for a text on the console, and returns its line.
 func waitConsole(t testing.TB, v *vm, text string) string {
 	t.Helper()
 	return waitConsoleAfter(t, v, "", text)

@@ -131,10 +131,12 @@ func TestQEMUKilled(t *testing.T) {
 			exit := waitEnd(t, v)
 			require.Equal(t, hypervisor.ExitVMM, exit.Reason, exit.Error())
 			require.Contains(t, exit.Detail, detail)
-			require.ErrorIs(t, v.AddDisk(context.Background(), hypervisor.Disk{ID: "a", Serial: "a", Path: "/proc/version", ReadOnly: true}), errdefs.ErrInvalidArgument)
+			require.ErrorIs(t, v.AddDisk(context.Background(), hypervisor.Disk{ID: "a", Serial: "a", Path: "/proc/version", ReadOnly: true}),
+				errdefs.ErrInvalidArgument)
 			image := filepath.Join(t.TempDir(), "image")
 			require.NoError(t, os.WriteFile(image, make([]byte, 4096), 0o600))
-			require.ErrorIs(t, v.AddDisk(context.Background(), hypervisor.Disk{ID: "a", Serial: "a", Path: image, ReadOnly: true}), errdefs.ErrFailedPrecondition)
+			require.ErrorIs(t, v.AddDisk(context.Background(), hypervisor.Disk{ID: "a", Serial: "a", Path: image, ReadOnly: true}),
+				errdefs.ErrFailedPrecondition)
 			require.Equal(t, hypervisor.ExitVMM, v.Exit().Reason)
 		})
 	}
@@ -189,7 +191,8 @@ func TestStartRefuses(t *testing.T) {
 		"missing disk": {func(d *hypervisor.Document) {
 			d.Disks = []hypervisor.Disk{{ID: "a", Serial: "a", Path: "/nonexistent"}}
 		}, os.ErrNotExist, "/nonexistent"},
-		"tap not given":    {func(d *hypervisor.Document) { d.NICs = []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01"}} }, errdefs.ErrInvalidArgument, "no tap"},
+		"tap not given": {func(d *hypervisor.Document) { d.NICs = []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01"}} },
+			errdefs.ErrInvalidArgument, "no tap"},
 		"vhost not given":  {func(d *hypervisor.Document) { d.Vsock.Kind = hypervisor.VsockVhost }, errdefs.ErrInvalidArgument, "vhost-vsock"},
 		"several mistakes": {func(d *hypervisor.Document) { d.ID, d.UUID = "../x", "y" }, errdefs.ErrInvalidArgument, "uuid"},
 	} {

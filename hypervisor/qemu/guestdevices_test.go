@@ -31,7 +31,7 @@ func guestDocument(t *testing.T, arch hypervisor.Architecture, do string, module
 		t.Skip(s390xKernelVariable + " (the path of a raw s390x kernel) is not set")
 	}
 	doc := testDocument(t, kernel, testInitrdFor(t, arch, modules...), do)
-	doc.Architecture, doc.SharedFolders = arch, 0
+	doc.Architecture, doc.SharedDirectories = arch, 0
 	doc.Boot.Parameters = append(New(Config{Arch: arch}).KernelParameters(doc.Accelerator), "init.do="+do)
 	return doc
 }
@@ -53,7 +53,7 @@ func TestGuestDevices(t *testing.T) {
 			d := driverFor(t, tc.arch)
 			doc := guestDocument(t, tc.arch, "devices", deviceModules...)
 			if tc.confidential {
-				doc.SharedFolders, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
+				doc.SharedDirectories, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
 			}
 			doc.NICs = []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1400}}
 			ns, tap := testNetNS(t)
@@ -112,7 +112,8 @@ func TestGuestDevices(t *testing.T) {
 // requireNoRoom asks QEMU for what a confidential VM must not get while it runs. The machine was made without room for it.
 func requireNoRoom(ctx context.Context, t *testing.T, v *vm) {
 	t.Helper()
-	require.NoError(t, v.qmp.Execute(ctx, "object-add", map[string]any{"qom-type": "memory-backend-memfd", "id": "more", "size": 128 << 20}, nil))
+	require.NoError(t, v.qmp.Execute(ctx, "object-add", map[string]any{"qom-type": "memory-backend-memfd", "id": "more", "size": 128 << 20},
+		nil))
 	for _, device := range []map[string]any{
 		{"driver": "pc-dimm", "id": "x", "memdev": "more"},
 		{"driver": "max-x86_64-cpu", "id": "x", "socket-id": 0, "core-id": 1, "thread-id": 0},
@@ -153,7 +154,7 @@ func TestSealedImageNotUnpacked(t *testing.T) {
 	d := driverFor(t, hypervisor.ArchS390X)
 	stubs := os.Getenv("CLOISTER_TEST_SE_STUBS")
 	if stubs == "" {
-		t.Skip("CLOISTER_TEST_SE_STUBS (the folder of stage3a.bin) is not set")
+		t.Skip("CLOISTER_TEST_SE_STUBS (the directory of stage3a.bin) is not set")
 	}
 	stage3a, err := os.ReadFile(filepath.Join(stubs, "stage3a.bin"))
 	require.NoError(t, err)
@@ -180,7 +181,7 @@ func TestGuestBootsWithFirmware(t *testing.T) {
 	}
 	d := driverFor(t, hypervisor.ArchAMD64)
 	doc := guestDocument(t, hypervisor.ArchAMD64, "poweroff")
-	doc.SharedFolders, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
+	doc.SharedDirectories, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
 	doc.Boot.Firmware, doc.Boot.Kernel = firmware, kernel
 	v := startGuest(t, d, doc)
 	start := time.Now()

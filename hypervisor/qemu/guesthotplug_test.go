@@ -140,7 +140,7 @@ func TestManyDisks(t *testing.T) {
 	t.Logf("300 disks: removed in %v", time.Since(start))
 }
 
-func TestGuestSharedFolders(t *testing.T) {
+func TestGuestSharedDirectories(t *testing.T) {
 	virtiofsd := os.Getenv("CLOISTER_TEST_VIRTIOFSD")
 	if virtiofsd == "" {
 		virtiofsd = "/usr/libexec/virtiofsd"
@@ -149,21 +149,21 @@ func TestGuestSharedFolders(t *testing.T) {
 		t.Skipf("no virtiofsd (CLOISTER_TEST_VIRTIOFSD is its path): %v", err)
 	}
 	d := testDriver(t)
-	v := bootGuest(t, d, testDocument(t, testKernel(t), testInitrd(t), "folders"))
-	waitConsole(t, v, "FOLDERS 0")
+	v := bootGuest(t, d, testDocument(t, testKernel(t), testInitrd(t), "directories"))
+	waitConsole(t, v, "DIRECTORIES 0")
 	ctx := context.Background()
 
-	nobody := hypervisor.SharedFolder{ID: "x", Tag: "x", Socket: "/nonexistent/socket"}
-	require.ErrorContains(t, v.AddSharedFolder(ctx, nobody), "/nonexistent/socket")
+	nobody := hypervisor.SharedDirectory{ID: "x", Tag: "x", Socket: "/nonexistent/socket"}
+	require.ErrorContains(t, v.AddSharedDirectory(ctx, nobody), "/nonexistent/socket")
 	for i := range 2 {
 		socket := startVirtiofsd(t, virtiofsd)
 		start := time.Now()
-		require.NoError(t, v.AddSharedFolder(ctx, hypervisor.SharedFolder{ID: fmt.Sprint(i), Tag: fmt.Sprint("tag", i), Socket: socket}))
+		require.NoError(t, v.AddSharedDirectory(ctx, hypervisor.SharedDirectory{ID: fmt.Sprint(i), Tag: fmt.Sprint("tag", i), Socket: socket}))
 		added := time.Since(start)
-		waitConsole(t, v, fmt.Sprintf("FOLDERS %d", i+1))
-		t.Logf("shared folder: added in %v, its driver is bound in the guest after %v", added, time.Since(start))
+		waitConsole(t, v, fmt.Sprintf("DIRECTORIES %d", i+1))
+		t.Logf("shared directory: added in %v, its driver is bound in the guest after %v", added, time.Since(start))
 	}
-	require.ErrorIs(t, v.AddSharedFolder(ctx, nobody), errdefs.ErrResourceExhausted)
+	require.ErrorIs(t, v.AddSharedDirectory(ctx, nobody), errdefs.ErrResourceExhausted)
 }
 
 func startVirtiofsd(t *testing.T, path string) (socket string) {

@@ -193,37 +193,37 @@ func (v *vm) removeDevice(ctx context.Context, device string, gone <-chan struct
 	}
 }
 
-// folderTable is the places for shared folders. vm.mu guards it.
-type folderTable struct {
-	byID map[string]int // port by SharedFolder.ID
+// shareTable is the places for shared directories. vm.mu guards it.
+type shareTable struct {
+	byID map[string]int // port by SharedDirectory.ID
 	tags map[string]bool
 	free []int
 }
 
-func newFolderTable(ports int) folderTable {
-	t := folderTable{byID: make(map[string]int), tags: make(map[string]bool)}
+func newShareTable(ports int) shareTable {
+	t := shareTable{byID: make(map[string]int), tags: make(map[string]bool)}
 	for i := range ports {
 		t.free = append(t.free, i)
 	}
 	return t
 }
 
-func (t *folderTable) reserve(s hypervisor.SharedFolder) (port int, err error) {
+func (t *shareTable) reserve(s hypervisor.SharedDirectory) (port int, err error) {
 	if _, ok := t.byID[s.ID]; ok {
-		return 0, fmt.Errorf("the VM has a shared folder with the id %s: %w", s.ID, errdefs.ErrAlreadyExists)
+		return 0, fmt.Errorf("the VM has a shared directory with the id %s: %w", s.ID, errdefs.ErrAlreadyExists)
 	}
 	if t.tags[s.Tag] {
-		return 0, fmt.Errorf("the VM has a shared folder with the tag %s: %w", s.Tag, errdefs.ErrAlreadyExists)
+		return 0, fmt.Errorf("the VM has a shared directory with the tag %s: %w", s.Tag, errdefs.ErrAlreadyExists)
 	}
 	if len(t.free) == 0 {
-		return 0, fmt.Errorf("all %d places for shared folders are taken: %w", len(t.byID), errdefs.ErrResourceExhausted)
+		return 0, fmt.Errorf("all %d places for shared directories are taken: %w", len(t.byID), errdefs.ErrResourceExhausted)
 	}
 	port, t.free = t.free[0], t.free[1:]
 	t.byID[s.ID], t.tags[s.Tag] = port, true
 	return port, nil
 }
 
-func (t *folderTable) release(s hypervisor.SharedFolder) {
+func (t *shareTable) release(s hypervisor.SharedDirectory) {
 	t.free = append(t.free, t.byID[s.ID])
 	delete(t.byID, s.ID)
 	delete(t.tags, s.Tag)
@@ -262,40 +262,41 @@ type fsDevice struct {
 // fsQueue is the length of a virtio-fs queue; the default of 128 limits the requests under way.
 const fsQueue = 1024
 
-// AddSharedFolder implements hypervisor.VM.
-func (v *vm) AddSharedFolder(ctx context.Context, s hypervisor.SharedFolder) (err error) {
+// AddSharedDirectory implements hypervisor.VM.
+func (v *vm) AddSharedDirectory(ctx context.Context, s hypervisor.SharedDirectory) (err error) {
 	if err := s.Validate(); err != nil {
 		return err
 	}
 	if v.doc.Confidential != nil {
-		return fmt.Errorf("add shared folder %s: this VM is confidential, and a folder of the host would be outside of what it protects; "+
+		return fmt.Errorf("add shared directory %s: this VM is confidential, and a directory of the host would be outside of what it protects; "+
 			"give it a disk or copy the files into the guest: %w", s.ID, errdefs.ErrPermissionDenied)
 	}
 	v.mu.Lock()
-	port, err := v.folders.reserve(s)
+	port, err := v.shares.reserve(s)
 	v.mu.Unlock()
 	if err != nil {
-		return fmt.Errorf("add shared folder: %w", err)
+		return fmt.Errorf("add shared directory: %w", err)
 	}
 	defer func() {
 		// With an outcome that is not known, the place stays taken.
 		if err != nil && !errors.Is(err, errNoAnswer) {
 			v.mu.Lock()
-			v.folders.release(s)
+			v.shares.release(s)
 			v.mu.Unlock()
 		}
 	}()
-	chardev, device := "chr-folder-"+s.ID, "folder-"+s.ID
-	backend := chardevBackend{Type: "socket", Data: chardevSocket{Addr: chardevAddress{Type: "unix", Data: map[string]string{"path": s.Socket}}}}
+	chardev, device := "chr-share-"+s.ID, "share-"+s.ID
+	backend := chardevBackend{Type: "socket", Data: chardevSocket{Addr: chardevAddress{Type: "unix",
+		Data: map[string]string{"path": s.Socket}}}}
 	if err := v.plug(ctx, "chardev-add", chardevAdd{ID: chardev, Backend: backend}); err != nil {
-		return fmt.Errorf("add shared folder %s: connect to its server at %s: %w", s.ID, s.Socket, err)
+		return fmt.Errorf("add shared directory %s: connect to its server at %s: %w", s.ID, s.Socket, err)
 	}
 	dev := fsDevice{Driver: "vhost-user-fs-pci", ID: device, Bus: rootPortID(port), Chardev: chardev, Tag: s.Tag, Queue: fsQueue}
 	if err := v.plug(ctx, "device_add", dev); err != nil {
 		if !errors.Is(err, errNoAnswer) {
 			v.undo(ctx, "chardev-remove", map[string]string{"id": chardev})
 		}
-		return fmt.Errorf("add shared folder %s: %w", s.ID, err)
+		return fmt.Errorf("add shared directory %s: %w", s.ID, err)
 	}
 	return nil
 }

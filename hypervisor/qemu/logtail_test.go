@@ -25,7 +25,7 @@ func TestCleaner(t *testing.T) {
 		"\x1b":                        "",
 	} {
 		require.Equal(t, want, string((&cleaner{}).filter([]byte(in))), "%q", in)
-		// In pieces it gives the same.
+		// In pieces it comes out the same.
 		var c cleaner
 		var got []byte
 		for i := range len(in) {
@@ -112,8 +112,10 @@ func TestQuoteAroundAPanic(t *testing.T) {
 		want, not     []string
 	}{
 		{"no panic", lines("boot", 100), []string{"boot99"}, []string{"boot0\n", "[...]"}},
-		{"short trace", lines("boot", 50) + "the cause\n" + panicked + lines("trace", 5), []string{"the cause", panicked, "trace4"}, []string{"[...]"}},
-		{"long trace", lines("boot", 50) + "the cause\n" + panicked + lines("trace", 100), []string{"the cause\n" + panicked + "[...]\n", "trace99"}, []string{"boot0\n", "trace0\n"}},
+		{"short trace", lines("boot", 50) + "the cause\n" + panicked + lines("trace", 5), []string{"the cause", panicked, "trace4"},
+			[]string{"[...]"}},
+		{"long trace", lines("boot", 50) + "the cause\n" + panicked + lines("trace", 100),
+			[]string{"the cause\n" + panicked + "[...]\n", "trace99"}, []string{"boot0\n", "trace0\n"}},
 		{"panic first", panicked + lines("trace", 100), []string{panicked + "[...]\n", "trace99"}, []string{"trace0\n"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -86,7 +86,7 @@ func (s processSpec) start() (*exec.Cmd, error) {
 	cmd := exec.Command(s.path, s.args...)
 	cmd.Stdout, cmd.Stderr = s.output, s.output
 	cmd.ExtraFiles = s.files
-	// Nothing of the shim's environment concerns QEMU, and none of its folders is to be kept busy.
+	// Nothing of the shim's environment concerns QEMU, and none of its directories is to be kept busy.
 	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{

@@ -27,7 +27,7 @@ import (
 // s390xQEMUVariable is the path of a QEMU for s390x; a test that lacks it is skipped.
 const s390xQEMUVariable = "CLOISTER_TEST_QEMU_S390X"
 
-// driverFor gives a driver with the real binary of an architecture.
+// driverFor returns a driver with the real binary of an architecture.
 func driverFor(t testing.TB, arch hypervisor.Architecture) *Driver {
 	t.Helper()
 	if arch == hypervisor.ArchAMD64 {
@@ -233,7 +233,8 @@ func TestStartWithoutTheHardware(t *testing.T) {
 	d := testDriver(t)
 	doc := snpDocument()
 	files := realFiles(t, hypervisor.ArchAMD64)
-	doc.Boot.Kernel, doc.Boot.Initrd, doc.Boot.Firmware = files.Replace(goldenKernel), files.Replace(goldenInitrd), files.Replace(goldenFirmware)
+	doc.Boot.Kernel, doc.Boot.Initrd = files.Replace(goldenKernel), files.Replace(goldenInitrd)
+	doc.Boot.Firmware = files.Replace(goldenFirmware)
 	doc.NICs = nil
 	said := refusal(t, doc, hypervisor.AccelKVM, features(t, d))
 	_, err := d.Start(context.Background(), doc, hypervisor.Resources{StateDir: t.TempDir()})
@@ -298,7 +299,8 @@ func requireProperties(t *testing.T, d *Driver, c commandLine) {
 		for p := range strings.SplitSeq(rest, ",") {
 			name, _, _ := strings.Cut(p, "=")
 			if name != "id" && name != "bus" {
-				require.True(t, slices.ContainsFunc(props, func(p struct{ Name string }) bool { return p.Name == name }), "%s has no property %q", kind, name)
+				require.True(t, slices.ContainsFunc(props, func(p struct{ Name string }) bool { return p.Name == name }), "%s has no property %q", kind,
+					name)
 			}
 		}
 		return value, true

@@ -40,7 +40,7 @@ func (s schema) entry(name string) (schemaEntry, bool) {
 	return s[i], true
 }
 
-// object gives the properties that -object (and object-add, which has the same schema) takes for a type of object, with
+// object returns the properties that -object (and object-add, which has the same schema) takes for a type of object, with
 // the names of their types in the schema; nil if there is no such type.
 func (s schema) object(kind string) map[string]string {
 	add, _ := s.entry("object-add")

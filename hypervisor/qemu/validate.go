@@ -14,9 +14,9 @@ import (
 
 const (
 	// maxCPUs keeps APIC ids in 8 bits: no interrupt remapping needed.
-	maxCPUs        = 240
-	maxNICs        = 8
-	maxFolderPorts = 32
+	maxCPUs       = 240
+	maxNICs       = 8
+	maxSharePorts = 32
 	// The guest finds a disk by its serial, and a VM's disks by ids spread over maxDisks addresses.
 	maxDisks = scsiTargets * scsiLUNs
 )
@@ -38,11 +38,11 @@ func (*Driver) Validate(doc hypervisor.Document) error {
 	if len(doc.NICs) > maxNICs {
 		f.Add("%d NICs are more than %d", len(doc.NICs), maxNICs)
 	}
-	if doc.SharedFolders > maxFolderPorts {
-		f.Add("shared_folders %d is more than %d", doc.SharedFolders, maxFolderPorts)
+	if doc.SharedDirectories > maxSharePorts {
+		f.Add("shared_directories %d is more than %d", doc.SharedDirectories, maxSharePorts)
 	}
-	if doc.SharedFolders > 0 && doc.Arch() != hypervisor.ArchAMD64 {
-		f.Add("shared_folders is for %s, not for %s: there is no place for hot-plugged PCI devices", hypervisor.ArchAMD64, doc.Arch())
+	if doc.SharedDirectories > 0 && doc.Arch() != hypervisor.ArchAMD64 {
+		f.Add("shared_directories is for %s, not for %s: there is no place for hot-plugged PCI devices", hypervisor.ArchAMD64, doc.Arch())
 	}
 	return f.Err()
 }

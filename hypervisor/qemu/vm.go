@@ -47,7 +47,7 @@ type vm struct {
 	cause   string
 	end     endEvents
 	disks   diskTable
-	folders folderTable
+	shares  shareTable
 	deleted map[string]chan struct{} // device ids whose DEVICE_DELETED is awaited
 	ioFault int
 
@@ -71,7 +71,7 @@ func newVM(doc hypervisor.Document, stateDir string) (*vm, error) {
 		console: console,
 		log:     log,
 		disks:   newDiskTable(doc.Disks),
-		folders: newFolderTable(doc.SharedFolders),
+		shares:  newShareTable(doc.SharedDirectories),
 		deleted: make(map[string]chan struct{}),
 		done:    make(chan struct{}),
 	}, nil
@@ -171,7 +171,7 @@ func (v *vm) watch() {
 
 func controlBroke(err error) string { return fmt.Sprintf("the control connection broke: %v", err) }
 
-// awaitExit gives QEMU time to end by itself, and ends it for the given cause if it does not.
+// awaitExit leaves QEMU time to end by itself, and ends it for the given cause if it does not.
 func (v *vm) awaitExit(cause string) {
 	timer := time.NewTimer(exitGrace)
 	defer timer.Stop()

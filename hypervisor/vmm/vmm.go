@@ -42,5 +42,6 @@ func New(c Config) (hypervisor.Driver, error) {
 	case qemu.Kind:
 		return qemu.New(qemu.Config{Arch: c.Arch, Path: c.Path, CacheDir: dir}), nil
 	}
-	return nil, fmt.Errorf("hypervisor.kind = %q is not known; known are %s: %w", c.Kind, strings.Join(Kinds(), ", "), errdefs.ErrInvalidArgument)
+	return nil, fmt.Errorf("hypervisor.kind = %q is not known; known are %s: %w", c.Kind, strings.Join(Kinds(), ", "),
+		errdefs.ErrInvalidArgument)
 }

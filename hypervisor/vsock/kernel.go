@@ -30,7 +30,7 @@ const (
 	cidAttempts = 64
 )
 
-// AllocateCID reserves a context id that no VM on this host uses, and gives the open vhost-vsock device that holds it:
+// AllocateCID reserves a context id that no VM on this host uses, and returns the open vhost-vsock device that holds it:
 // it is passed to QEMU as vhostfd (`-device vhost-vsock-pci,guest-cid=CID,vhostfd=N`). The id is free again once all
 // copies of the file are closed. It fails with errdefs.ErrUnavailable where the kernel has no vhost-vsock.
 func AllocateCID(ctx context.Context) (uint32, *os.File, error) {
@@ -99,7 +99,7 @@ type Kernel struct {
 
 var _ Transport = (*Kernel)(nil)
 
-// NewKernel gives the transport to the guest with a context id, such as AllocateCID gave.
+// NewKernel returns the transport to the guest with a context id, such as AllocateCID gave.
 func NewKernel(cid uint32) (*Kernel, error) {
 	if cid < firstGuestCID || cid > lastGuestCID {
 		return nil, fmt.Errorf("vsock context id %d for a guest: %d to %d are possible: %w",

@@ -32,7 +32,7 @@ type Conn interface {
 // Everything that comes out of a Transport was written by the guest and is hostile.
 type Transport interface {
 	// Dial connects to a port of the guest. It waits until the guest's driver is up, or ctx ends. A port without a
-	// listener gives an error that wraps ErrRefused.
+	// listener returns an error that wraps ErrRefused.
 	Dial(ctx context.Context, port uint32) (Conn, error)
 	// Listen accepts the guest's connections to (HostCID, port). Accept returns a Conn. A connection of the guest to a
 	// port without a listener is refused. A port that is in use already gives errdefs.ErrAlreadyExists.

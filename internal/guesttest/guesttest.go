@@ -14,8 +14,8 @@ import (
 	"github.com/u-root/u-root/pkg/cpio"
 )
 
-// Initrd builds the Go program in folder pkg for Linux on arch (Go's name) and gives the path of an initrd that has it as
-// /init beside /dev/console and what else is wanted. It lies in a folder of the test.
+// Initrd builds the Go program in directory pkg for Linux on arch (Go's name) and returns the path of an initrd that has it as
+// /init beside /dev/console and what else is wanted. It lies in a directory of the test.
 func Initrd(t testing.TB, arch, pkg string, more ...cpio.Record) string {
 	t.Helper()
 	dir := t.TempDir()

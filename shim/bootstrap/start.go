@@ -154,7 +154,8 @@ func socketAddress(ctx context.Context, dir, grpcAddress, group string, debug bo
 		return "", err
 	}
 	if path := address[len("unix://"):]; len(path) > maxSocketPath {
-		return "", fmt.Errorf("the socket's path %s has %d bytes, at most %d work: give containerd a shorter folder for the shims' sockets: %w",
+		return "", fmt.Errorf("the socket's path %s has %d bytes, at most %d work: "+
+			"give containerd a shorter directory for the shims' sockets: %w",
 			path, len(path), maxSocketPath, errdefs.ErrInvalidArgument)
 	}
 	return address, nil
@@ -219,7 +220,7 @@ func (l *listener) close(failed bool) {
 	}
 }
 
-// listen makes the socket, or gives the version of the shim that has it.
+// listen makes the socket, or returns the version of the shim that has it.
 func listen(ctx context.Context, c Command, address string) (*listener, int32, error) {
 	l, err := bind(address)
 	if err == nil || !shim.SocketEaddrinuse(err) {

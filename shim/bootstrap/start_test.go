@@ -52,7 +52,7 @@ func marshal(t testing.TB, m proto.Message) []byte {
 	return data
 }
 
-// bootstrapInput is what containerd's core/runtime/v2/command.go writes; 2.3 knows no folder for sockets.
+// bootstrapInput is what containerd's core/runtime/v2/command.go writes; 2.3 knows no directory for sockets.
 func bootstrapInput(t testing.TB, version string, socketDir *string) []byte {
 	p := &bootapi.BootstrapParams{
 		InstanceID: testID, Namespace: testNamespace, LogLevel: bootapi.LogLevelFromString("info"), ContainerdVersion: version,
@@ -300,7 +300,7 @@ func TestStartRefuses(t *testing.T) {
 		"another ns":      {func(c *Command) { c.Namespace, c.Stdin = "other", bytes.NewReader(other) }, "the command line says"},
 		"neither":         {func(c *Command) { c.Stdin = strings.NewReader("\xff\xff") }, "neither"},
 		"too much":        {func(c *Command) { c.Stdin = bytes.NewReader(make([]byte, maxInputBytes+1)) }, "more than"},
-		"long socket dir": {func(c *Command) { c.Stdin = bytes.NewReader(bootstrapInput(t, "v2.4.2", &long)) }, "shorter folder"},
+		"long socket dir": {func(c *Command) { c.Stdin = bytes.NewReader(bootstrapInput(t, "v2.4.2", &long)) }, "shorter directory"},
 		"broken spec": {func(c *Command) {
 			require.NoError(t, os.WriteFile(filepath.Join(c.Dir, "config.json"), []byte("{"), 0o600))
 		}, "config.json"},
@@ -322,7 +322,8 @@ func TestMajorOf(t *testing.T) {
 		paths []string
 		want  int
 	}{
-		"1.7":             {[]string{"github.com/containerd/containerd/cmd/containerd", "github.com/containerd/containerd", "github.com/containerd/log"}, 1},
+		"1.7": {[]string{"github.com/containerd/containerd/cmd/containerd", "github.com/containerd/containerd",
+			"github.com/containerd/log"}, 1},
 		"Debian's 1.7":    {[]string{"github.com/containerd/containerd/cmd/containerd", ""}, 1},
 		"2.1":             {[]string{"github.com/containerd/containerd/v2/cmd/containerd", "github.com/containerd/containerd/v2"}, 2},
 		"k3s with 1.7":    {[]string{"github.com/k3s-io/k3s/cmd/k3s", "github.com/k3s-io/k3s", "github.com/containerd/containerd"}, 1},

@@ -42,7 +42,7 @@ func WriteExit(dir string, e Exit) error {
 	return writeJSON(filepath.Join(dir, exitFile), e)
 }
 
-// ReadExit gives what WriteExit kept; errdefs.ErrNotFound if nothing was.
+// ReadExit returns what WriteExit kept; errdefs.ErrNotFound if nothing was.
 func ReadExit(dir string) (Exit, error) {
 	var e Exit
 	err := readJSON(filepath.Join(dir, exitFile), maxSmallBytes, &e)
@@ -65,7 +65,7 @@ func WriteOptions(dir string, options *anypb.Any) error {
 	return writeFile(path, data)
 }
 
-// ReadOptions gives what WriteOptions kept, nil if there were no options.
+// ReadOptions returns what WriteOptions kept, nil if there were no options.
 func ReadOptions(dir string) (*anypb.Any, error) {
 	data, err := readFile(filepath.Join(dir, optionsFile), maxOptionsBytes)
 	if errdefs.IsNotFound(err) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package bundle names and handles the files that the shim keeps in containerd's bundle folders: the runtime options
+// Package bundle names and handles the files that the shim keeps in containerd's bundle directories: the runtime options
 // that `start` hands to the daemon, who the daemon is, and how a container or sandbox ended. `delete` works from them
 // when no daemon is left.
 //

@@ -53,10 +53,12 @@ type UpdatedResources struct {
 // DecodeUpdate reads the extension UpdatedResourcesKey. Errors are errdefs.ErrInvalidArgument.
 func DecodeUpdate(extension *anypb.Any) (*UpdatedResources, error) {
 	if u := extension.GetTypeUrl(); u != UpdatedResourcesTypeURL {
-		return nil, fmt.Errorf("the sandbox's new resources are of type %.200q, want %q: %w", u, UpdatedResourcesTypeURL, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("the sandbox's new resources are of type %.200q, want %q: %w", u, UpdatedResourcesTypeURL,
+			errdefs.ErrInvalidArgument)
 	}
 	if n := len(extension.GetValue()); n > maxConfigBytes {
-		return nil, fmt.Errorf("the sandbox's new resources have %d bytes, at most %d are read: %w", n, maxConfigBytes, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("the sandbox's new resources have %d bytes, at most %d are read: %w", n, maxConfigBytes,
+			errdefs.ErrInvalidArgument)
 	}
 	// encoding/json of the generated structures on both sides: the field names are those of the json tags.
 	var u UpdatedResources

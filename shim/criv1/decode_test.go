@@ -33,9 +33,10 @@ func full() *runtime.PodSandboxConfig {
 				},
 				RunAsUser: &runtime.Int64Value{Value: 1000},
 			},
-			Sysctls:   map[string]string{"net.core.somaxconn": "1024"},
-			Overhead:  &runtime.LinuxContainerResources{MemoryLimitInBytes: 64 << 20},
-			Resources: &runtime.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 200000, MemoryLimitInBytes: 512 << 20, Unified: map[string]string{"memory.high": "1"}},
+			Sysctls:  map[string]string{"net.core.somaxconn": "1024"},
+			Overhead: &runtime.LinuxContainerResources{MemoryLimitInBytes: 64 << 20},
+			Resources: &runtime.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 200000, MemoryLimitInBytes: 512 << 20,
+				Unified: map[string]string{"memory.high": "1"}},
 		},
 	}
 }

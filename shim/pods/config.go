@@ -38,7 +38,7 @@ type Request struct {
 	OnOOM   func(containerID string)
 }
 
-// loadConfig gives the node's configuration with the pod's annotations applied.
+// loadConfig returns the node's configuration with the pod's annotations applied.
 func loadConfig(ctx context.Context, options *anypb.Any, annotations map[string]string) (*configs.Config, error) {
 	c, err := configs.FromOptions(options)
 	if err != nil {
@@ -66,7 +66,8 @@ func (r Request) base(config *configs.Config, annotations map[string]string) vc.
 }
 
 // FromCRI makes a pod's configuration out of CreateSandbox's.
-func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPath string, annotations map[string]string) (vc.PodConfig, error) {
+func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPath string, annotations map[string]string) (vc.PodConfig,
+	error) {
 	merged := make(map[string]string, len(annotations)+len(c.GetAnnotations()))
 	for _, m := range []map[string]string{annotations, c.GetAnnotations()} {
 		for k, v := range m {

@@ -45,9 +45,11 @@ func TestFromSpecModes(t *testing.T) {
 	limit := int64(1 << 20)
 	spec := &specs.Spec{
 		Hostname: "h", Hooks: &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/hook"}}},
-		Linux: &specs.Linux{CgroupsPath: "/a/b", Sysctl: map[string]string{"k": "v"}, Resources: &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}},
+		Linux: &specs.Linux{CgroupsPath: "/a/b", Sysctl: map[string]string{"k": "v"},
+			Resources: &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}},
 		Annotations: map[string]string{
-			"io.kubernetes.cri.sandbox-memory": "1073741824", "io.kubernetes.cri.sandbox-cpu-quota": "200000", "io.kubernetes.cri.sandbox-cpu-period": "100000",
+			"io.kubernetes.cri.sandbox-memory":    "1073741824",
+			"io.kubernetes.cri.sandbox-cpu-quota": "200000", "io.kubernetes.cri.sandbox-cpu-period": "100000",
 		},
 	}
 	single, err := FromSpec(t.Context(), request(), ModeSingle, spec)
@@ -76,7 +78,8 @@ func TestFromSpecModes(t *testing.T) {
 
 func TestConfigOfOptionsAndAnnotations(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "c.toml")
-	require.NoError(t, os.WriteFile(path, []byte("[sizing]\ndefault_vcpus = 3\n[annotations]\nallowed = [\"io.cloister.sizing.memory-mib\"]\n"), 0o600))
+	require.NoError(t, os.WriteFile(path,
+		[]byte("[sizing]\ndefault_vcpus = 3\n[annotations]\nallowed = [\"io.cloister.sizing.memory-mib\"]\n"), 0o600))
 	options, err := anypb.New(&runtimeoptions.Options{ConfigPath: path})
 	require.NoError(t, err)
 	r := request()

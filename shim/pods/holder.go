@@ -64,7 +64,7 @@ func (h *Holder) Mode() Mode {
 	return h.mode
 }
 
-// Get gives the pod, its id and mode; errdefs.ErrNotFound if there is none yet.
+// Get returns the pod, its id and mode; errdefs.ErrNotFound if there is none yet.
 func (h *Holder) Get() (Pod, string, Mode, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

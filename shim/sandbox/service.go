@@ -93,7 +93,7 @@ func (s *Service) RegisterTTRPC(server *ttrpc.Server) error {
 	return nil
 }
 
-// pod gives the sandbox of an id; errdefs.ErrNotFound if it was not created here.
+// pod returns the sandbox of an id; errdefs.ErrNotFound if it was not created here.
 func (s *Service) pod(id string) (pods.Pod, error) {
 	pod, have, mode, err := s.Holder.Get()
 	if err != nil || mode != pods.ModeSandbox || have != id {
@@ -106,7 +106,8 @@ func (s *Service) pod(id string) (pods.Pod, error) {
 func (s *Service) CreateSandbox(ctx context.Context, r *sandboxapi.CreateSandboxRequest) (_ *sandboxapi.CreateSandboxResponse, err error) {
 	id := r.GetSandboxID()
 	if id == "" || !filepath.IsAbs(r.GetBundlePath()) {
-		return nil, fmt.Errorf("a sandbox needs an id and the absolute path of a bundle, got %q and %q: %w", id, r.GetBundlePath(), errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("a sandbox needs an id and the absolute path of a bundle, got %q and %q: %w", id, r.GetBundlePath(),
+			errdefs.ErrInvalidArgument)
 	}
 	if err := s.Holder.Claim(pods.ModeSandbox, id); err != nil {
 		return nil, err

@@ -31,7 +31,8 @@ type Relay struct {
 	closed   bool
 }
 
-// Open takes the host's ends of a process's streams, except stdin's; see [Relay.OpenStdin]. ctx bounds the start of logging programs. An error leaves nothing
+// Open takes the host's ends of a process's streams, except stdin's; see [Relay.OpenStdin]. ctx bounds the start of logging
+// programs. An error leaves nothing
 // open.
 func Open(ctx context.Context, c Config) (_ *Relay, err error) {
 	r := &Relay{}
@@ -73,7 +74,7 @@ func Open(ctx context.Context, c Config) (_ *Relay, err error) {
 	return r, nil
 }
 
-// sinkFor opens a target, or gives the one that is open already: stdout and stderr may be the same file.
+// sinkFor opens a target, or returns the one that is open already: stdout and stderr may be the same file.
 func (r *Relay) sinkFor(ctx context.Context, c Config, t target, stderr bool, sinks map[string]*sink) (*sink, error) {
 	if t.scheme == "binary" || t.scheme == "binary-v2" {
 		for _, l := range r.loggers {

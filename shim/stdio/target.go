@@ -44,7 +44,8 @@ func parseTarget(raw string) (target, error) {
 			return target{}, fmt.Errorf("stdio %.200q: %w: %w", raw, err, errdefs.ErrInvalidArgument)
 		}
 	case "ttrpc+unix", "ttrpc+vsock", "ttrpc+hvsock", "grpc+unix", "grpc+vsock", "grpc+hvsock":
-		return target{}, fmt.Errorf("stdio %.200q: streaming I/O is not implemented; set io_type = \"fifo\" for the runtime in containerd's configuration: %w",
+		return target{}, fmt.Errorf("stdio %.200q: streaming I/O is not implemented; set io_type = \"fifo\" for the runtime in containerd's "+
+			"configuration: %w",
 			raw, errdefs.ErrNotImplemented)
 	default:
 		return target{}, fmt.Errorf("stdio %.200q has an unknown scheme, want a FIFO's path, file://, binary:// or binary-v2://: %w",

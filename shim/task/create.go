@@ -28,7 +28,8 @@ func (s *Service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*ta
 	ctx = log.WithLogger(ctx, log.G(ctx).WithField("container", r.GetID()))
 	switch {
 	case r.GetID() == "" || !filepath.IsAbs(r.GetBundle()):
-		return nil, fmt.Errorf("create needs an id and the absolute path of a bundle, got %q and %q: %w", r.GetID(), r.GetBundle(), errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("create needs an id and the absolute path of a bundle, got %q and %q: %w", r.GetID(), r.GetBundle(),
+			errdefs.ErrInvalidArgument)
 	case r.GetCheckpoint() != "" || r.GetParentCheckpoint() != "":
 		return nil, fmt.Errorf("restore from a checkpoint: a VM's containers have none: %w", errdefs.ErrNotImplemented)
 	}
@@ -114,10 +115,12 @@ func (s *Service) modeOf(id string, spec *specs.Spec) (pods.Mode, error) {
 	case !cri && mode == pods.ModeNone:
 		return pods.ModeSingle, nil
 	case mode == pods.ModeSingle:
-		return 0, fmt.Errorf("container %s: this shim's VM was made for container %s alone; use CRI or the sandbox API to have several containers in one VM: %w",
+		return 0, fmt.Errorf("container %s: this shim's VM was made for container %s alone; use CRI or the sandbox API to have several "+
+			"containers in one VM: %w",
 			id, sandbox, errdefs.ErrFailedPrecondition)
 	case mode == pods.ModeNone:
-		return 0, fmt.Errorf("container %s: its sandbox %s is not in this shim: %w", id, spec.Annotations[pods.AnnotationSandboxID], errdefs.ErrFailedPrecondition)
+		return 0, fmt.Errorf("container %s: its sandbox %s is not in this shim: %w", id, spec.Annotations[pods.AnnotationSandboxID],
+			errdefs.ErrFailedPrecondition)
 	}
 	if want := spec.Annotations[pods.AnnotationSandboxID]; want != "" && want != sandbox {
 		return 0, fmt.Errorf("container %s belongs to sandbox %s, this shim has %s: %w", id, want, sandbox, errdefs.ErrInvalidArgument)
@@ -126,7 +129,8 @@ func (s *Service) modeOf(id string, spec *specs.Spec) (pods.Mode, error) {
 }
 
 // makePod boots a pod for a task.
-func (s *Service) makePod(ctx context.Context, t *task, r *taskapi.CreateTaskRequest, mode pods.Mode, spec *specs.Spec) (_ pods.Pod, err error) {
+func (s *Service) makePod(ctx context.Context, t *task, r *taskapi.CreateTaskRequest, mode pods.Mode, spec *specs.Spec) (_ pods.Pod,
+	err error) {
 	if err := s.Holder.Claim(mode, t.id); err != nil {
 		return nil, err
 	}
@@ -160,7 +164,8 @@ func (s *Service) makePod(ctx context.Context, t *task, r *taskapi.CreateTaskReq
 }
 
 // createContainer makes a container in the guest, with its own pod in ModeSingle.
-func (s *Service) createContainer(ctx context.Context, t *task, p *process, r *taskapi.CreateTaskRequest, mode pods.Mode, spec *specs.Spec) (err error) {
+func (s *Service) createContainer(ctx context.Context, t *task, p *process, r *taskapi.CreateTaskRequest, mode pods.Mode,
+	spec *specs.Spec) (err error) {
 	p.relay, err = stdio.Open(ctx, stdio.Config{
 		Namespace: s.Namespace, ID: t.id, Stdin: p.stdin, Stdout: p.stdout, Stderr: p.stderr, Terminal: p.terminal,
 	})

@@ -161,10 +161,13 @@ func TestCreateRefuses(t *testing.T) {
 		"checkpoint":        {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Checkpoint: "/x"}, errdefs.ErrNotImplemented},
 		"parent checkpoint": {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, ParentCheckpoint: "/x"}, errdefs.ErrNotImplemented},
 		"no specification":  {&taskapi.CreateTaskRequest{ID: "c", Bundle: t.TempDir()}, errdefs.ErrNotFound},
-		"streaming":         {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Stdout: "ttrpc+unix:///s?streaming_id=c"}, errdefs.ErrNotImplemented},
-		"options":           {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Options: &anypb.Any{TypeUrl: "containerd.runc.v1.Options"}}, errdefs.ErrInvalidArgument},
-		"no sandbox":        {&taskapi.CreateTaskRequest{ID: "m", Bundle: f.bundle("m", member("s"))}, errdefs.ErrFailedPrecondition},
-		"container type":    {&taskapi.CreateTaskRequest{ID: "m", Bundle: f.bundle("t", map[string]string{pods.AnnotationContainerType: "x"})}, errdefs.ErrInvalidArgument},
+		"streaming": {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Stdout: "ttrpc+unix:///s?streaming_id=c"},
+			errdefs.ErrNotImplemented},
+		"options": {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Options: &anypb.Any{TypeUrl: "containerd.runc.v1.Options"}},
+			errdefs.ErrInvalidArgument},
+		"no sandbox": {&taskapi.CreateTaskRequest{ID: "m", Bundle: f.bundle("m", member("s"))}, errdefs.ErrFailedPrecondition},
+		"container type": {&taskapi.CreateTaskRequest{ID: "m", Bundle: f.bundle("t", map[string]string{pods.AnnotationContainerType: "x"})},
+			errdefs.ErrInvalidArgument},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := f.Create(t.Context(), tt.r)

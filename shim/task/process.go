@@ -115,7 +115,7 @@ func (p *process) abandon() bool {
 	return p.started
 }
 
-// holdOOM tells whether the OOM event has to wait for the start's.
+// holdOOM reports whether the OOM event has to wait for the start's.
 func (p *process) holdOOM() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -125,7 +125,7 @@ func (p *process) holdOOM() bool {
 	return p.starting != nil
 }
 
-// gate gives the Start under way, if any, and marks the process as ended if wanted.
+// gate returns the Start under way, if any, and marks the process as ended if wanted.
 func (p *process) gate(ended bool) (starting chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -153,7 +153,7 @@ func (p *process) setExit(e bundle.Exit) {
 	close(p.exited)
 }
 
-// hasExited gives the final exit.
+// hasExited returns the final exit.
 func (p *process) hasExited() (bundle.Exit, bool) {
 	select {
 	case <-p.exited:

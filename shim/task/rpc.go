@@ -151,7 +151,8 @@ func (s *Service) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*em
 	}
 	any := r.GetResources()
 	if url := any.GetTypeUrl(); !strings.HasSuffix(url, "/LinuxResources") {
-		return nil, fmt.Errorf("update of container %s with %q, want LinuxResources of the OCI runtime specification: %w", t.id, url, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("update of container %s with %q, want LinuxResources of the OCI runtime specification: %w", t.id, url,
+			errdefs.ErrInvalidArgument)
 	}
 	var resources specs.LinuxResources
 	if err := json.Unmarshal(any.GetValue(), &resources); err != nil {
@@ -246,7 +247,7 @@ func (s *Service) Shutdown(ctx context.Context, _ *taskapi.ShutdownRequest) (*em
 	return &emptypb.Empty{}, nil
 }
 
-// allPassing tells whether all tasks are being created or deleted. The caller holds mu.
+// allPassing reports whether all tasks are being created or deleted. The caller holds mu.
 func (s *Service) allPassing() bool {
 	for _, t := range s.tasks {
 		if !t.created() {

@@ -101,7 +101,7 @@ type task struct {
 	del    *deletion
 }
 
-// created tells whether Create has worked.
+// created reports whether Create has worked.
 func (t *task) created() bool {
 	select {
 	case <-t.made:
@@ -118,7 +118,7 @@ func notFound(id, execID string) error {
 	return fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound)
 }
 
-// task gives a task that was created.
+// task returns a task that was created.
 func (s *Service) task(id string) (*task, error) {
 	s.mu.Lock()
 	t := s.tasks[id]
@@ -129,7 +129,7 @@ func (s *Service) task(id string) (*task, error) {
 	return t, nil
 }
 
-// process gives the init for an empty exec id.
+// process returns the init for an empty exec id.
 func (s *Service) process(id, execID string) (*process, error) {
 	t, err := s.task(id)
 	if err != nil {

@@ -350,7 +350,8 @@ func TestExitOfAProcessThatEndsAtOnce(t *testing.T) {
 		require.Equal(t, uint32(137), f.wait(id, ""))
 		f.remove(id, "")
 		events := f.events.events()
-		require.Equal(t, []string{"create " + id, "start " + id, "oom " + id, "exit " + id + "/" + id + " 137", "delete " + id + " 137"}, events[len(events)-5:])
+		require.Equal(t, []string{"create " + id, "start " + id, "oom " + id, "exit " + id + "/" + id + " 137", "delete " + id + " 137"},
+			events[len(events)-5:])
 	}
 }
 

@@ -78,7 +78,8 @@ func TestQuote(t *testing.T) {
 	require.Equal(t, strings.Repeat("0b", 48), got["tdx.rtmr0"])
 	require.Equal(t, "0505050505050505", got["tdx.attributes"])
 	want := &tee.ReferenceValues{Platform: tee.TDX, Values: []tee.Value{
-		{Name: "tdx.mrtd", Hex: got["tdx.mrtd"]}, {Name: "tdx.mrconfigid", Hex: got["tdx.mrconfigid"]}, {Name: "tdx.attributes", Hex: got["tdx.attributes"]},
+		{Name: "tdx.mrtd", Hex: got["tdx.mrtd"]}, {Name: "tdx.mrconfigid", Hex: got["tdx.mrconfigid"]}, {Name: "tdx.attributes",
+			Hex: got["tdx.attributes"]},
 	}}
 	require.NoError(t, e.Compare(want))
 	want.Values[0].Hex = got["tdx.rtmr0"]

@@ -24,7 +24,7 @@ const (
 	FeatureTDX = "intel-tdx"
 )
 
-// DescriptorDirs are the folders of descriptors, the administrator's in front of the distribution's.
+// DescriptorDirs are the directories of descriptors, the administrator's in front of the distribution's.
 func DescriptorDirs() []string { return []string{"/etc/qemu/firmware", "/usr/share/qemu/firmware"} }
 
 const (
@@ -63,7 +63,7 @@ func ParseDescriptor(raw []byte) (*Descriptor, error) {
 	return &d, nil
 }
 
-// Fits tells whether the descriptor is one of a stateless image for x86-64 q35 machines with that feature, and what is in
+// Fits reports whether the descriptor is one of a stateless image for x86-64 q35 machines with that feature, and what is in
 // the way if not.
 func (d *Descriptor) Fits(feature string) (reason string, ok bool) {
 	switch {
@@ -82,7 +82,7 @@ func (d *Descriptor) Fits(feature string) (reason string, ok bool) {
 	return "no target x86_64 with a q35 machine", false
 }
 
-// isQ35 tells whether a pattern of machine names takes in versions of q35.
+// isQ35 reports whether a pattern of machine names takes in versions of q35.
 func isQ35(pattern string) bool {
 	if strings.HasPrefix(pattern, "pc-q35-") {
 		return true
@@ -96,7 +96,7 @@ func isQ35(pattern string) bool {
 }
 
 // Find returns the path of the firmware image of the first fitting descriptor. Descriptors are taken in the order of their
-// file names over all folders; one of the same name in a later folder is masked by the earlier one, and an empty file
+// file names over all directories; one of the same name in a later directory is masked by the earlier one, and an empty file
 // masks without being one. errdefs.ErrNotFound tells what was looked at and why nothing fits.
 func Find(dirs []string, feature string) (string, error) {
 	files, err := descriptorFiles(dirs)
@@ -128,7 +128,8 @@ func Find(dirs []string, feature string) (string, error) {
 	if len(seen) > 0 {
 		detail = strings.Join(seen, "; ")
 	}
-	return "", fmt.Errorf("no firmware descriptor with feature %s in %s (%s): %w", feature, strings.Join(dirs, ", "), detail, errdefs.ErrNotFound)
+	return "", fmt.Errorf("no firmware descriptor with feature %s in %s (%s): %w", feature, strings.Join(dirs, ", "), detail,
+		errdefs.ErrNotFound)
 }
 
 // descriptorFiles lists the files that are not masked, in the order of their names.
@@ -147,7 +148,8 @@ func descriptorFiles(dirs []string) ([]string, error) {
 				continue
 			}
 			if len(byName) == maxDescriptors {
-				return nil, fmt.Errorf("firmware descriptors: more than %d files in %s: %w", maxDescriptors, strings.Join(dirs, ", "), errdefs.ErrInvalidArgument)
+				return nil, fmt.Errorf("firmware descriptors: more than %d files in %s: %w", maxDescriptors, strings.Join(dirs, ", "),
+					errdefs.ErrInvalidArgument)
 			}
 			byName[e.Name()] = filepath.Join(dir, e.Name())
 		}

@@ -47,9 +47,9 @@ func TestFindTakesTheFirstThatFits(t *testing.T) {
 	writeFile(t, filepath.Join(usr, "10-flash.json"), descriptor("/10", `"memory"`, `"flash"`))
 	writeFile(t, filepath.Join(usr, "05-broken.json"), "{")
 	writeFile(t, filepath.Join(usr, "01-snp.json~"), descriptor("/01", "", ""))
-	require.NoError(t, os.Mkdir(filepath.Join(usr, "02-folder.json"), 0o700))
+	require.NoError(t, os.Mkdir(filepath.Join(usr, "02-directory.json"), 0o700))
 	find("/60")
-	// Names count over all folders.
+	// Names count over all directories.
 	writeFile(t, filepath.Join(etc, "65-snp.json"), descriptor("/65", "", ""))
 	find("/60")
 	// The administrator's file masks the distribution's; an empty one masks without fitting.

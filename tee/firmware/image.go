@@ -169,7 +169,8 @@ func (i *Image) entry(g GUID) (data []byte, ok bool, err error) {
 func readTable(image []byte) ([]Entry, error) {
 	end := len(image) - resetVector
 	if !bytes.Equal(image[end-16:end], guidFooter[:]) {
-		return nil, malformed("it has no table of entries: no %s in front of the last %d bytes; it is no OVMF, or one without support for SEV and TDX", guidFooter, resetVector)
+		return nil, malformed("it has no table of entries: no %s in front of the last %d bytes; it is no OVMF, or one without support for SEV "+
+			"and TDX", guidFooter, resetVector)
 	}
 	length := int(binary.LittleEndian.Uint16(image[end-entryTail:]))
 	if length < entryTail || length > maxTable || length > end {
@@ -220,7 +221,8 @@ func metadata(image []byte, offset uint32, signature string, section int) ([]byt
 	if string(block[:4]) != signature {
 		return nil, malformed("no %q at %d bytes before the image's end", signature, offset)
 	}
-	length, version, count := binary.LittleEndian.Uint32(block[4:]), binary.LittleEndian.Uint32(block[8:]), binary.LittleEndian.Uint32(block[12:])
+	le := binary.LittleEndian
+	length, version, count := le.Uint32(block[4:]), le.Uint32(block[8:]), le.Uint32(block[12:])
 	switch {
 	case version != 1:
 		return nil, malformed("version %d; known is version 1", version)

@@ -16,7 +16,8 @@ import (
 func TestReadKeyFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key")
 	require.NoError(t, os.WriteFile(path, []byte("secret text"), 0o600))
-	for mode, accepted := range map[os.FileMode]bool{0o600: true, 0o400: true, 0o640: true, 0o604: false, 0o602: false, 0o601: false, 0o644: false} {
+	for mode, accepted := range map[os.FileMode]bool{0o600: true, 0o400: true, 0o640: true, 0o604: false, 0o602: false, 0o601: false,
+		0o644: false} {
 		require.NoError(t, os.Chmod(path, mode))
 		content, err := ReadKeyFile(path, 11)
 		if accepted {

@@ -27,7 +27,7 @@ func (h Host) path(path string) string {
 	return filepath.Join(h.Root, path)
 }
 
-// ReadFile gives a small file's text without white space around it; ok is false if the file is not there.
+// ReadFile returns a small file's text without white space around it; ok is false if the file is not there.
 func (h Host) ReadFile(path string) (text string, ok bool, err error) {
 	f, err := os.Open(h.path(path))
 	switch {
@@ -53,7 +53,7 @@ func (h Host) ModuleParameter(module, name string) (value string, ok bool, err e
 	return h.ReadFile(filepath.Join("/sys/module", module, "parameters", name))
 }
 
-// ModuleLoaded tells whether the kernel has a module, loaded or built in with parameters.
+// ModuleLoaded reports whether the kernel has a module, loaded or built in with parameters.
 func (h Host) ModuleLoaded(module string) bool {
 	fi, err := os.Stat(h.path(filepath.Join("/sys/module", module)))
 	return err == nil && fi.IsDir()
@@ -188,7 +188,7 @@ func (h Host) CanOpen(path string) error {
 	return openError(path, err)
 }
 
-// CanConnect tells whether path is a unix socket. It does not connect: whether somebody listens is seen by who uses it.
+// CanConnect reports whether path is a unix socket. It does not connect: whether somebody listens is seen by who uses it.
 // Errors as with CanOpen.
 func (h Host) CanConnect(path string) error {
 	fi, err := os.Stat(h.path(path))

@@ -144,7 +144,8 @@ func TestMisc(t *testing.T) {
 }
 
 func TestCPUInfo(t *testing.T) {
-	x86 := tree(t, map[string]string{"proc/cpuinfo": "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu vmx tdx_host_platform\n\nprocessor\t: 1\nflags\t\t: fpu\n"})
+	x86 := tree(t, map[string]string{"proc/cpuinfo": "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu vmx " +
+		"tdx_host_platform\n\nprocessor\t: 1\nflags\t\t: fpu\n"})
 	vendor, err := x86.CPUVendor()
 	require.NoError(t, err)
 	require.Equal(t, "GenuineIntel", vendor)
@@ -190,12 +191,12 @@ func TestCPUIDAgreesWithTheKernel(t *testing.T) {
 }
 
 func TestCanOpen(t *testing.T) {
-	h := tree(t, map[string]string{"dev/sev": "", "dev/folder/x": ""})
+	h := tree(t, map[string]string{"dev/sev": "", "dev/directory/x": ""})
 	require.NoError(t, h.CanOpen("/dev/sev"))
 	require.ErrorIs(t, h.CanOpen("/dev/none"), errdefs.ErrNotFound)
 	require.EqualError(t, h.CanOpen("/dev/none"), "/dev/none is not there")
 	require.ErrorIs(t, h.CanOpen("/dev/sev/none"), errdefs.ErrNotFound)
-	require.ErrorIs(t, h.CanOpen("/dev/folder"), errdefs.ErrUnavailable)
+	require.ErrorIs(t, h.CanOpen("/dev/directory"), errdefs.ErrUnavailable)
 	if os.Getuid() != 0 {
 		require.NoError(t, os.Chmod(filepath.Join(h.Root, "dev/sev"), 0))
 		require.ErrorIs(t, h.CanOpen("/dev/sev"), errdefs.ErrPermissionDenied)

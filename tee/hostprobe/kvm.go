@@ -63,7 +63,8 @@ func (h Host) KVMExtension(capability int) (int, error) {
 	f, err := os.OpenFile(h.path(kvmDevice), os.O_RDWR, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return 0, fmt.Errorf("there is no %s: %s: %w", kvmDevice, "enable virtualization in the machine's firmware, "+kvmHint, errdefs.ErrUnavailable)
+		return 0, fmt.Errorf("there is no %s: %s: %w", kvmDevice, "enable virtualization in the machine's firmware, "+kvmHint,
+			errdefs.ErrUnavailable)
 	case err != nil:
 		return 0, fmt.Errorf("%w: %s (%w)", err, kvmHint, errdefs.ErrUnavailable)
 	}

@@ -24,7 +24,7 @@ const (
 	sectorSize = 512
 )
 
-// DecodeAnnotation gives the TOML text of an annotation's value. It is not parsed yet.
+// DecodeAnnotation returns the TOML text of an annotation's value. It is not parsed yet.
 func DecodeAnnotation(value string) ([]byte, error) {
 	if len(value) > MaxAnnotation {
 		return nil, invalid("annotation has %d bytes; the limit is %d", len(value), MaxAnnotation)

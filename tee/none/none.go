@@ -15,7 +15,7 @@ import (
 // Platform of ordinary VMs. The zero value is ready for use.
 type Platform struct{}
 
-// New gives the platform.
+// New returns the platform.
 func New() *Platform { return &Platform{} }
 
 var _ tee.Platform = (*Platform)(nil)
@@ -67,7 +67,7 @@ func (*Platform) Prepare(_ context.Context, doc *hypervisor.Document, in tee.Inp
 	return faults.Of("ordinary VM")
 }
 
-// Measure gives no values: no hardware measures an ordinary VM.
+// Measure returns no values: no hardware measures an ordinary VM.
 func (*Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
 	return &tee.ReferenceValues{
 		Platform: tee.None, VCPUs: doc.CPU.Count, CPUModel: doc.CPU.Model, Parameters: strings.Join(doc.Boot.Parameters, " "),

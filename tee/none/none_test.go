@@ -23,7 +23,7 @@ func TestProbeClaimsNoProtection(t *testing.T) {
 }
 
 func TestPrepareChangesNothing(t *testing.T) {
-	doc := hypervisor.Document{ID: "p", SharedFolders: 2, Boot: hypervisor.Boot{Kernel: "/k", Parameters: []string{"quiet"}}}
+	doc := hypervisor.Document{ID: "p", SharedDirectories: 2, Boot: hypervisor.Boot{Kernel: "/k", Parameters: []string{"quiet"}}}
 	before := doc
 	require.NoError(t, New().Prepare(context.Background(), &doc, tee.Inputs{}))
 	assert.Equal(t, before, doc)

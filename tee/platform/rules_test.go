@@ -40,21 +40,30 @@ func TestFaultsNameTheKey(t *testing.T) {
 		{"debug policy", "tee = {platform = 'snp', snp.policy = 0xb0000}", "tee.snp.policy", "0xb0000: bit 19", "allow_debug"},
 		{"author key alone", "tee = {platform = 'snp', snp.author_key = '/k'}", "tee.snp.author_key", "without tee.snp.id_key", "both"},
 		{"debug attribute", "tee = {platform = 'tdx', tdx.attributes = 0x10000001}", "tee.tdx.attributes", "bit 0", "allow_debug"},
-		{"quote socket without kind", "tee = {platform = 'tdx', tdx.quote_socket = '/run/qgs'}", "tee.tdx.quote_socket", "no known kind", "unix:"},
+		{"quote socket without kind", "tee = {platform = 'tdx', tdx.quote_socket = '/run/qgs'}", "tee.tdx.quote_socket", "no known kind",
+			"unix:"},
 		{"relative quote socket", "tee = {platform = 'tdx', tdx.quote_socket = 'unix:qgs'}", "tee.tdx.quote_socket", "absolute", "unix:"},
-		{"long quote socket", "tee = {platform = 'tdx', tdx.quote_socket = 'unix:/" + strings.Repeat("x", 107) + "'}", "tee.tdx.quote_socket", "more than 107 bytes", "unix:"},
-		{"vsock without port", "tee = {platform = 'tdx', tdx.quote_socket = 'vsock:2'}", "tee.tdx.quote_socket", "CID and port", "vsock:CID:PORT"},
-		{"vsock with a name", "tee = {platform = 'tdx', tdx.quote_socket = 'vsock:host:1'}", "tee.tdx.quote_socket", "CID and port", "vsock:CID:PORT"},
+		{"long quote socket", "tee = {platform = 'tdx', tdx.quote_socket = 'unix:/" + strings.Repeat("x", 107) + "'}", "tee.tdx.quote_socket",
+			"more than 107 bytes", "unix:"},
+		{"vsock without port", "tee = {platform = 'tdx', tdx.quote_socket = 'vsock:2'}", "tee.tdx.quote_socket", "CID and port",
+			"vsock:CID:PORT"},
+		{"vsock with a name", "tee = {platform = 'tdx', tdx.quote_socket = 'vsock:host:1'}", "tee.tdx.quote_socket", "CID and port",
+			"vsock:CID:PORT"},
 		{"debug console", "tee.platform = 'sample'\nlog.debug_console = true", "log.debug_console", "console", "false"},
-		{"emulated hardware", "tee.platform = 'snp'\nhypervisor = {accel = 'tcg', arch = 'amd64'}", "hypervisor.accel", "protects nothing", `"kvm"`},
+		{"emulated hardware", "tee.platform = 'snp'\nhypervisor = {accel = 'tcg', arch = 'amd64'}", "hypervisor.accel", "protects nothing",
+			`"kvm"`},
 		{"snp on s390x", "tee.platform = 'snp'\nhypervisor.arch = 's390x'", "hypervisor.arch", "s390x", "architecture"},
 		{"tdx on s390x", "tee.platform = 'tdx'\nhypervisor.arch = 's390x'", "hypervisor.arch", "s390x", "architecture"},
 		{"se on amd64", "tee = {platform = 'se', se.image = '/x'}\nhypervisor.arch = 'amd64'", "hypervisor.arch", "amd64", "architecture"},
 		{"se without image", "tee.platform = 'se'\nhypervisor.arch = 's390x'", "tee.se.image", "empty", "cloister image se build"},
-		{"se over PCI", "tee = {platform = 'se', se.image = '/x'}\nhypervisor = {arch = 's390x', vsock = 'vhost-user'}", "hypervisor.vsock", "PCI", "vhost"},
-		{"se with a CPU model", "tee = {platform = 'se', se.image = '/x'}\nhypervisor = {arch = 's390x', cpu_model = 'z15'}", "hypervisor.cpu_model", "z15", "host"},
-		{"snp with the host's CPU", "tee.platform = 'snp'\nhypervisor = {arch = 'amd64', cpu_model = 'host,pmu=off'}", "hypervisor.cpu_model", "depends on the machine", "EPYC-v4"},
-		{"tdx with a CPU model", "tee.platform = 'tdx'\nhypervisor = {arch = 'amd64', cpu_model = 'EPYC-v4'}", "hypervisor.cpu_model", "EPYC-v4", "host"},
+		{"se over PCI", "tee = {platform = 'se', se.image = '/x'}\nhypervisor = {arch = 's390x', vsock = 'vhost-user'}", "hypervisor.vsock",
+			"PCI", "vhost"},
+		{"se with a CPU model", "tee = {platform = 'se', se.image = '/x'}\nhypervisor = {arch = 's390x', cpu_model = 'z15'}",
+			"hypervisor.cpu_model", "z15", "host"},
+		{"snp with the host's CPU", "tee.platform = 'snp'\nhypervisor = {arch = 'amd64', cpu_model = 'host,pmu=off'}", "hypervisor.cpu_model",
+			"depends on the machine", "EPYC-v4"},
+		{"tdx with a CPU model", "tee.platform = 'tdx'\nhypervisor = {arch = 'amd64', cpu_model = 'EPYC-v4'}", "hypervisor.cpu_model", "EPYC-v4",
+			"host"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, err := New(forPlatform(load(t, tc.toml)))
@@ -79,7 +88,8 @@ func TestOtherPlatformsSettingsAreNotJudged(t *testing.T) {
 
 // Where the host's architecture is the fault, the platform's key is named: hypervisor.arch was not set.
 func TestPlatformOfAnotherMachine(t *testing.T) {
-	text := map[string]string{configs.ArchAMD64: "tee = {platform = 'se', se.image = '/x'}", configs.ArchS390X: "tee.platform = 'snp'"}[runtime.GOARCH]
+	text := map[string]string{configs.ArchAMD64: "tee = {platform = 'se', se.image = '/x'}",
+		configs.ArchS390X: "tee.platform = 'snp'"}[runtime.GOARCH]
 	if text == "" {
 		t.Skip("no platform is of another architecture than " + runtime.GOARCH)
 	}
@@ -113,9 +123,11 @@ func TestSettingsOfALaunch(t *testing.T) {
 		want   string
 	}{
 		{"nothing", tee.Names(), func(*configs.Config) {}, ""},
-		{"debug console", []tee.Name{tee.Sample, tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Log.DebugConsole = true }, "log.debug_console"},
+		{"debug console", []tee.Name{tee.Sample, tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Log.DebugConsole = true },
+			"log.debug_console"},
 		{"debug console of an ordinary VM", []tee.Name{tee.None}, func(c *configs.Config) { c.Log.DebugConsole = true }, ""},
-		{"emulation", []tee.Name{tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Hypervisor.Accel = "tcg" }, "an emulated CPU protects nothing"},
+		{"emulation", []tee.Name{tee.SNP, tee.TDX, tee.SE}, func(c *configs.Config) { c.Hypervisor.Accel = "tcg" },
+			"an emulated CPU protects nothing"},
 		{"emulation where nothing is protected", []tee.Name{tee.None, tee.Sample}, func(c *configs.Config) { c.Hypervisor.Accel = "tcg" }, ""},
 		{"platform by kernel parameter", tee.Names(), kernelParams("quiet", "cloister.tee=none"), "cloister.tee=none"},
 		{"platform by a quoted kernel parameter", tee.Names(), kernelParams(`"cloister.tee=none"`), "cloister.tee=none"},

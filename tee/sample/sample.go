@@ -113,7 +113,7 @@ func documentFaults(doc *hypervisor.Document) (faults hypervisor.Faults) {
 	return faults
 }
 
-// Measure gives no values: there is no hardware that would report any.
+// Measure returns no values: there is no hardware that would report any.
 func (*Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
 	return &tee.ReferenceValues{
 		Platform: tee.Sample, VCPUs: doc.CPU.Count, CPUModel: doc.CPU.Model, Parameters: strings.Join(doc.Boot.Parameters, " "),

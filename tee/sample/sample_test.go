@@ -34,7 +34,8 @@ func TestPrepareBindsInitdata(t *testing.T) {
 	shared := doc.Boot.Parameters[:1:2]
 	require.NoError(t, New(Config{}).Prepare(context.Background(), doc, tee.Inputs{InitdataDigest: bytes.Repeat([]byte{0xab}, 32)}))
 	assert.Equal(t, &hypervisor.Confidential{Platform: "sample"}, doc.Confidential)
-	assert.Equal(t, []string{"quiet", "cloister.tee=sample", "cloister.initdata=" + strings.Repeat("ab", 32) + strings.Repeat("00", 32)}, doc.Boot.Parameters)
+	assert.Equal(t, []string{"quiet", "cloister.tee=sample", "cloister.initdata=" + strings.Repeat("ab", 32) + strings.Repeat("00", 32)},
+		doc.Boot.Parameters)
 	assert.Equal(t, []string{"quiet"}, shared)
 
 	values, err := New(Config{}).Measure(context.Background(), *doc)
@@ -61,16 +62,20 @@ func TestPrepareRefuses(t *testing.T) {
 		change func(*hypervisor.Document)
 		want   string
 	}{
-		{"shared folders", func(d *hypervisor.Document) { d.SharedFolders = 2 }, "no shared folders"},
-		{"another platform", func(d *hypervisor.Document) { d.Confidential = &hypervisor.Confidential{Platform: "tdx"} }, `platform "tdx" already`},
+		{"shared directories", func(d *hypervisor.Document) { d.SharedDirectories = 2 }, "no shared directories"},
+		{"another platform", func(d *hypervisor.Document) { d.Confidential = &hypervisor.Confidential{Platform: "tdx"} },
+			`platform "tdx" already`},
 		{"another platform's part", func(d *hypervisor.Document) {
 			d.Confidential = &hypervisor.Confidential{Platform: "sample", SNP: &hypervisor.SNP{}}
 		}, "already"},
 		{"no kernel", func(d *hypervisor.Document) { d.Boot.Kernel = "" }, "boot.kernel is not given"},
 		{"guest is not told", func(d *hypervisor.Document) { d.Boot.Parameters = nil }, "given 0 times"},
-		{"guest is told twice", func(d *hypervisor.Document) { d.Boot.Parameters = append(d.Boot.Parameters, "cloister.tee=sample") }, "given 2 times"},
-		{"guest is told another", func(d *hypervisor.Document) { d.Boot.Parameters = []string{"cloister.tee=snp"} }, "cloister.tee=snp names another"},
-		{"foreign binding", func(d *hypervisor.Document) { d.Boot.Parameters = append(d.Boot.Parameters, "cloister.initdata=00") }, "is the launch's to set"},
+		{"guest is told twice", func(d *hypervisor.Document) { d.Boot.Parameters = append(d.Boot.Parameters, "cloister.tee=sample") },
+			"given 2 times"},
+		{"guest is told another", func(d *hypervisor.Document) { d.Boot.Parameters = []string{"cloister.tee=snp"} },
+			"cloister.tee=snp names another"},
+		{"foreign binding", func(d *hypervisor.Document) { d.Boot.Parameters = append(d.Boot.Parameters, "cloister.initdata=00") },
+			"is the launch's to set"},
 		{"parameters beside a sealed image", func(d *hypervisor.Document) { d.Boot.Sealed = true }, "sealed"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -82,9 +87,9 @@ func TestPrepareRefuses(t *testing.T) {
 		})
 	}
 	doc := document("quiet")
-	doc.SharedFolders = 1
+	doc.SharedDirectories = 1
 	err := New(Config{}).Prepare(context.Background(), doc, tee.Inputs{})
-	for _, want := range []string{"shared folders", "given 0 times"} {
+	for _, want := range []string{"shared directories", "given 0 times"} {
 		assert.ErrorContains(t, err, want, "all reasons at once")
 	}
 }

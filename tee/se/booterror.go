@@ -13,7 +13,8 @@ import (
 const noFacility = "Secure unpack facility is not available"
 
 // bootFailed is what stage3a says when the ultravisor refuses: the command, the return code, the reason code.
-var bootFailed = regexp.MustCompile(`Protected boot (?:has )?failed: 0x([0-9a-fA-F]{1,8})(?:, ([A-Z_]{1,40}) - RC: 0x([0-9a-fA-F]{1,8}), RRC: ?0x([0-9a-fA-F]{1,8}))?`)
+var bootFailed = regexp.MustCompile(`Protected boot (?:has )?failed: 0x([0-9a-fA-F]{1,8})` +
+	`(?:, ([A-Z_]{1,40}) - RC: 0x([0-9a-fA-F]{1,8}), RRC: ?0x([0-9a-fA-F]{1,8}))?`)
 
 // maxConsole bounds how much of a console is looked at, in bytes: stage3a speaks before anybody else.
 const maxConsole = 256 << 10
@@ -22,8 +23,10 @@ const maxConsole = 256 << 10
 var ultravisorCodes = map[uint64]string{
 	0x0102: "the image does not match its header",
 	0x0104: "the header's version is not supported by this machine; build the image with a version that it knows",
-	0x0106: "a plaintext control flag of the image is not supported by this machine; build the image without it (`cloister image se inspect` shows the flags)",
-	0x0108: "no host key of this machine opens the image; build it with this machine's host key document (`cloister check --tee se` compares the keys)",
+	0x0106: "a plaintext control flag of the image is not supported by this machine; build the image without it (`cloister image se " +
+		"inspect` shows the flags)",
+	0x0108: "no host key of this machine opens the image; build it with this machine's host key document (`cloister check --tee se` " +
+		"compares the keys)",
 	0x0109: "a secret control flag of the image is not supported by this machine; build the image without it",
 	0x010a: "the image's header is corrupt; copy or build the image again",
 }
@@ -47,7 +50,8 @@ const (
 func explainBootError(console string) string {
 	console = console[:min(len(console), maxConsole)]
 	if strings.Contains(console, noFacility) {
-		return "this VM cannot run Secure Execution images: the CPU that it sees has no unpack facility (161); it runs emulated, or the host is not set up (`cloister check --tee se`)"
+		return "this VM cannot run Secure Execution images: the CPU that it sees has no unpack facility (161); it runs emulated, or the host " +
+			"is not set up (`cloister check --tee se`)"
 	}
 	m := bootFailed.FindStringSubmatch(console)
 	if m == nil {

@@ -133,14 +133,16 @@ func (p *Platform) inspect() (*image.Info, error) {
 	case err != nil:
 		return nil, fmt.Errorf("the image cannot be used: %w", err)
 	case info.PCF&image.NoComponentEncryption != 0:
-		return nil, fmt.Errorf("%s: kernel, initrd and command line are not encrypted, initdata's digest neither: %w", p.cfg.Image, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("%s: kernel, initrd and command line are not encrypted, initdata's digest neither: %w", p.cfg.Image,
+			errdefs.ErrInvalidArgument)
 	case info.PCF&image.AllowDump != 0 && !p.cfg.AllowDebug:
-		return nil, fmt.Errorf("%s allows the host to take dumps of the guest; that is accepted only where debugging is allowed (tee.allow_debug): %w", p.cfg.Image, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("%s allows the host to take dumps of the guest; that is accepted only where debugging is allowed "+
+			"(tee.allow_debug): %w", p.cfg.Image, errdefs.ErrInvalidArgument)
 	}
 	return info, nil
 }
 
-// Measure gives what names the image. Nothing of it depends on the VM's size or CPU.
+// Measure returns what names the image. Nothing of it depends on the VM's size or CPU.
 func (p *Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.ReferenceValues, error) {
 	if c := doc.Confidential; c == nil || !c.SecureExecution || doc.Boot.Kernel != p.cfg.Image {
 		return nil, fmt.Errorf("SE: the document was not prepared for %s: %w", p.cfg.Image, errdefs.ErrInvalidArgument)
@@ -160,7 +162,8 @@ func (p *Platform) Measure(_ context.Context, doc hypervisor.Document) (*tee.Ref
 		{Name: "se.tld", Hex: info.TLD.String(), Note: "digest of the pages' tweaks"},
 	}
 	for _, h := range info.HostKeyHashes {
-		values = append(values, tee.Value{Name: "se.image_phkh", Hex: h.String(), Note: "evidence shows one of these: the machine that opened the image"})
+		values = append(values, tee.Value{Name: "se.image_phkh", Hex: h.String(),
+			Note: "evidence shows one of these: the machine that opened the image"})
 	}
 	return &tee.ReferenceValues{
 		Platform: tee.SE,

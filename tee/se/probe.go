@@ -65,7 +65,8 @@ func (p *Platform) machine() tee.Finding {
 
 func (p *Platform) facilities() tee.Finding {
 	const what = "CPU facilities"
-	const fix = "use IBM z15 or LinuxONE III or later with the feature code for Secure Execution (0115), in an LPAR: a host that is a VM itself does not have them"
+	const fix = "use IBM z15 or LinuxONE III or later with the feature code for Secure Execution (0115), in an LPAR: a host that is a VM " +
+		"itself does not have them"
 	have, err := p.host.Facilities()
 	if err != nil {
 		return missing(what, fix, "%v", err)
@@ -75,7 +76,8 @@ func (p *Platform) facilities() tee.Finding {
 	}
 	if !slices.Contains(have, facilityUnpack) {
 		// A host's kernel may keep it to the guests' CPU model.
-		return tee.Finding{What: what, Result: tee.Note, Detail: fmt.Sprintf("facility %d is there; %d (unpack) is not shown by this kernel, KVM tells below", facilityUltravisor, facilityUnpack)}
+		return tee.Finding{What: what, Result: tee.Note, Detail: fmt.Sprintf("facility %d is there; %d (unpack) is not shown by this kernel, "+
+			"KVM tells below", facilityUltravisor, facilityUnpack)}
 	}
 	return found(what, "%d (ultravisor call) and %d (unpack)", facilityUltravisor, facilityUnpack)
 }
@@ -97,8 +99,12 @@ func (p *Platform) ultravisor() tee.Finding {
 	if err != nil {
 		return missing(what, fix, "%v", err)
 	}
-	if slices.ContainsFunc(strings.Fields(line), func(w string) bool { return slices.Contains([]string{kernelParam, "prot_virt=on", "prot_virt=y"}, w) }) {
-		return missing(what, "look into the kernel's log for \"prot_virt\": the reservation of memory for the ultravisor may have failed, and kdump kernels refuse it",
+	if slices.ContainsFunc(strings.Fields(line), func(w string) bool {
+		return slices.Contains([]string{kernelParam, "prot_virt=on",
+			"prot_virt=y"}, w)
+	}) {
+		return missing(what, "look into the kernel's log for \"prot_virt\": the reservation of memory for the ultravisor may have failed, and "+
+			"kdump kernels refuse it",
 			"%s is not 1 although the kernel's command line has prot_virt", uvHost)
 	}
 	return missing(what, fix, "%s is not 1 and the kernel's command line has no %s", uvHost, kernelParam)
@@ -146,7 +152,8 @@ func (p *Platform) hostKey() tee.Finding {
 	case err != nil:
 		return missing(what, "give this user access to "+uvKeys, "%v", err)
 	case !ok:
-		return tee.Finding{What: what, Result: tee.Note, Detail: fmt.Sprintf("this kernel has no %s (newer ones have it), so that the host's keys are not known; the image is for %s", uvKeys, slots)}
+		return tee.Finding{What: what, Result: tee.Note, Detail: fmt.Sprintf("this kernel has no %s (newer ones have it), so that the host's "+
+			"keys are not known; the image is for %s", uvKeys, slots)}
 	}
 	host, err := parseHostKeys(text)
 	if err != nil {

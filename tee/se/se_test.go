@@ -64,7 +64,8 @@ func testPlatform(t testing.TB, cfg Config) *Platform {
 
 func testDocument() *hypervisor.Document {
 	return &hypervisor.Document{
-		Architecture: hypervisor.ArchS390X, Accelerator: hypervisor.AccelKVM, CPU: hypervisor.CPU{Model: "host", Count: 2}, Memory: hypervisor.Memory{Bytes: 512 << 20},
+		Architecture: hypervisor.ArchS390X, Accelerator: hypervisor.AccelKVM, CPU: hypervisor.CPU{Model: "host",
+			Count: 2}, Memory: hypervisor.Memory{Bytes: 512 << 20},
 		Boot: hypervisor.Boot{Kernel: "/k", Initrd: "/i", Parameters: []string{"a"}},
 	}
 }
@@ -129,18 +130,20 @@ func TestPrepareRefuses(t *testing.T) {
 		change func(*hypervisor.Document)
 		says   string
 	}{
-		"amd64":           {path, func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchAMD64 }, "the VM is for amd64"},
-		"firmware":        {path, func(d *hypervisor.Document) { d.Boot.Firmware = "/f" }, "firmware"},
-		"emulated":        {path, func(d *hypervisor.Document) { d.Accelerator = hypervisor.AccelTCG }, "only KVM"},
-		"CPU model":       {path, func(d *hypervisor.Document) { d.CPU.Model = "z16" }, "unpack facility"},
-		"vsock on PCI":    {path, func(d *hypervisor.Document) { d.Vsock.Kind = hypervisor.VsockVhostUser }, "load the module vhost_vsock"},
-		"shared folders":  {path, func(d *hypervisor.Document) { d.SharedFolders = 1 }, "shared folders"},
-		"another already": {path, func(d *hypervisor.Document) { d.Confidential = &hypervisor.Confidential{Platform: "snp"} }, `"snp" already`},
-		"little memory":   {path, func(d *hypervisor.Document) { d.Memory.Bytes = 1000 }, "memory"},
-		"dumps":           {dump, nil, "allow_debug"},
-		"not encrypted":   {clear, nil, "not encrypted"},
-		"no image":        {kernel, nil, "no Secure Execution image"},
-		"not there":       {path + "x", nil, "no such file"},
+		"amd64":              {path, func(d *hypervisor.Document) { d.Architecture = hypervisor.ArchAMD64 }, "the VM is for amd64"},
+		"firmware":           {path, func(d *hypervisor.Document) { d.Boot.Firmware = "/f" }, "firmware"},
+		"emulated":           {path, func(d *hypervisor.Document) { d.Accelerator = hypervisor.AccelTCG }, "only KVM"},
+		"CPU model":          {path, func(d *hypervisor.Document) { d.CPU.Model = "z16" }, "unpack facility"},
+		"vsock on PCI":       {path, func(d *hypervisor.Document) { d.Vsock.Kind = hypervisor.VsockVhostUser }, "load the module vhost_vsock"},
+		"shared directories": {path, func(d *hypervisor.Document) { d.SharedDirectories = 1 }, "shared directories"},
+		"another already": {path, func(d *hypervisor.Document) {
+			d.Confidential = &hypervisor.Confidential{Platform: "snp"}
+		}, `"snp" already`},
+		"little memory": {path, func(d *hypervisor.Document) { d.Memory.Bytes = 1000 }, "memory"},
+		"dumps":         {dump, nil, "allow_debug"},
+		"not encrypted": {clear, nil, "not encrypted"},
+		"no image":      {kernel, nil, "no Secure Execution image"},
+		"not there":     {path + "x", nil, "no such file"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -156,9 +159,9 @@ func TestPrepareRefuses(t *testing.T) {
 		})
 	}
 	doc := testDocument()
-	doc.Architecture, doc.SharedFolders = hypervisor.ArchAMD64, 1
+	doc.Architecture, doc.SharedDirectories = hypervisor.ArchAMD64, 1
 	err = testPlatform(t, Config{Image: kernel}).Prepare(context.Background(), doc, tee.Inputs{})
-	for _, all := range []string{"amd64", "shared folders", "no Secure Execution image"} {
+	for _, all := range []string{"amd64", "shared directories", "no Secure Execution image"} {
 		require.ErrorContains(t, err, all)
 	}
 	require.NoError(t, testPlatform(t, Config{Image: dump, AllowDebug: true}).Prepare(context.Background(), testDocument(), tee.Inputs{}))
@@ -211,19 +214,24 @@ func TestProbe(t *testing.T) {
 		"is a guest": {change: func(f map[string]string, _ *tee.Host) {
 			f["sys/firmware/uv/prot_virt_host"], f["sys/firmware/uv/prot_virt_guest"] = "0", "1"
 		}, missing: map[string]string{"ultravisor": "is a Secure Execution guest"}},
-		"emulated":     {change: func(_ map[string]string, h *tee.Host) { h.Accelerator = hypervisor.AccelTCG }, missing: map[string]string{"KVM": "tcg"}},
-		"old KVM":      {ext: func(int) (int, error) { return 0, nil }, missing: map[string]string{"KVM": "KVM_CAP_S390_PROTECTED is 0"}},
-		"no KVM":       {ext: func(int) (int, error) { return 0, errors.New("no /dev/kvm") }, missing: map[string]string{"KVM": "no /dev/kvm"}},
-		"another host": {change: func(f map[string]string, _ *tee.Host) { f["sys/firmware/uv/keys/all"] = hashOf(t, 3) }, missing: map[string]string{"host key": hashOf(t, 3)}},
-		"no list":      {change: func(f map[string]string, _ *tee.Host) { delete(f, "sys/firmware/uv/keys/all") }, note: "host key"},
-		"strange list": {change: func(f map[string]string, _ *tee.Host) { f["sys/firmware/uv/keys/all"] = "hello" }, missing: map[string]string{"host key": "no hash"}},
-		"empty list":   {change: func(f map[string]string, _ *tee.Host) { f["sys/firmware/uv/keys/all"] = unused }, missing: map[string]string{"host key": "no key"}},
+		"emulated": {change: func(_ map[string]string, h *tee.Host) { h.Accelerator = hypervisor.AccelTCG },
+			missing: map[string]string{"KVM": "tcg"}},
+		"old KVM": {ext: func(int) (int, error) { return 0, nil }, missing: map[string]string{"KVM": "KVM_CAP_S390_PROTECTED is 0"}},
+		"no KVM":  {ext: func(int) (int, error) { return 0, errors.New("no /dev/kvm") }, missing: map[string]string{"KVM": "no /dev/kvm"}},
+		"another host": {change: func(f map[string]string, _ *tee.Host) { f["sys/firmware/uv/keys/all"] = hashOf(t, 3) },
+			missing: map[string]string{"host key": hashOf(t, 3)}},
+		"no list": {change: func(f map[string]string, _ *tee.Host) { delete(f, "sys/firmware/uv/keys/all") }, note: "host key"},
+		"strange list": {change: func(f map[string]string, _ *tee.Host) { f["sys/firmware/uv/keys/all"] = "hello" },
+			missing: map[string]string{"host key": "no hash"}},
+		"empty list": {change: func(f map[string]string, _ *tee.Host) { f["sys/firmware/uv/keys/all"] = unused },
+			missing: map[string]string{"host key": "no key"}},
 		"long list": {change: func(f map[string]string, _ *tee.Host) {
 			f["sys/firmware/uv/keys/all"] = strings.Repeat(unused+"\n", 16)
 		}, missing: map[string]string{"host key": "16 lines"}},
-		"no image":     {image: path + "x", missing: map[string]string{"image": "no such file", "host key": "no image"}},
-		"no QEMU":      {change: func(_ map[string]string, h *tee.Host) { h.VMM = nil }, missing: map[string]string{"VMM": "none was found"}},
-		"QEMU without": {change: func(_ map[string]string, h *tee.Host) { h.VMM = vmm("no s390-pv-guest") }, missing: map[string]string{"VMM": "no s390-pv-guest"}},
+		"no image": {image: path + "x", missing: map[string]string{"image": "no such file", "host key": "no image"}},
+		"no QEMU":  {change: func(_ map[string]string, h *tee.Host) { h.VMM = nil }, missing: map[string]string{"VMM": "none was found"}},
+		"QEMU without": {change: func(_ map[string]string, h *tee.Host) { h.VMM = vmm("no s390-pv-guest") },
+			missing: map[string]string{"VMM": "no s390-pv-guest"}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -281,19 +289,20 @@ func TestExplainBootError(t *testing.T) {
 		"": "", "Linux version 6.12\n": "", "Protected boot failed: ": "",
 		"\n!Secure unpack facility is not available\n": "no unpack facility",
 		line("0x102", "0x1a"):                          "(ALD); copy",
-		line("0x0102", "0x1b"):                         "RC 0x0102, RRC 0x1b): the image does not match its header: the content of its components is another (PLD)",
-		line("0x102", "0x1c"):                          "(TLD)",
-		line("0x102", "0x1d"):                          "number of its pages",
-		line("0x102", "0x77"):                          "does not match its header; copy",
-		line("0x104", "0x0"):                           "version",
-		line("0x106", "0x0"):                           "plaintext control flag",
-		line("0x108", "0x5"):                           "another than that of the image: no host key",
-		line("0x108", "0x1"):                           "): no host key",
-		line("0x109", "0x0"):                           "secret control flag",
-		line("0x10a", "0x0"):                           "corrupt",
-		line("0x999", "0x0"):                           "not known",
-		"Protected boot has failed: 0xa02\n":           "refused the image (0xa02)",
-		strings.Repeat("x", maxConsole) + noFacility:   "",
+		line("0x0102", "0x1b"): "RC 0x0102, RRC 0x1b): the image does not match its header: the content of its " +
+			"components is another (PLD)",
+		line("0x102", "0x1c"):                        "(TLD)",
+		line("0x102", "0x1d"):                        "number of its pages",
+		line("0x102", "0x77"):                        "does not match its header; copy",
+		line("0x104", "0x0"):                         "version",
+		line("0x106", "0x0"):                         "plaintext control flag",
+		line("0x108", "0x5"):                         "another than that of the image: no host key",
+		line("0x108", "0x1"):                         "): no host key",
+		line("0x109", "0x0"):                         "secret control flag",
+		line("0x10a", "0x0"):                         "corrupt",
+		line("0x999", "0x0"):                         "not known",
+		"Protected boot has failed: 0xa02\n":         "refused the image (0xa02)",
+		strings.Repeat("x", maxConsole) + noFacility: "",
 	} {
 		got := explainBootError(console)
 		if want == "" {

@@ -47,7 +47,8 @@ func CPUSignature(model string) (uint32, error) {
 	for o := range strings.SplitSeq(options, ",") {
 		name, _, _ := strings.Cut(o, "=")
 		if slices.Contains([]string{"family", "model", "stepping"}, strings.TrimLeft(name, "+-")) {
-			return 0, fmt.Errorf("CPU option %q changes the signature of model %s, which is part of the measurement; leave it out: %w", o, model, errdefs.ErrInvalidArgument)
+			return 0, fmt.Errorf("CPU option %q changes the signature of model %s, which is part of the measurement; leave it out: %w", o, model,
+				errdefs.ErrInvalidArgument)
 		}
 	}
 	if model == ibpb {

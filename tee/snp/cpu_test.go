@@ -55,7 +55,7 @@ func TestCPUSignaturesAreQEMUs(t *testing.T) {
 	lines := bufio.NewScanner(stdout)
 	lines.Buffer(nil, 4<<20)
 	require.True(t, lines.Scan(), "the greeting")
-	// ask gives false if QEMU refuses.
+	// ask returns false if QEMU refuses.
 	ask := func(command string, arguments any, result any) bool {
 		require.NoError(t, json.NewEncoder(stdin).Encode(map[string]any{"execute": command, "arguments": arguments}))
 		require.True(t, lines.Scan(), lines.Err())

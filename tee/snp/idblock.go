@@ -49,7 +49,7 @@ const (
 	authAuthorKey       = 0x880
 )
 
-// Sign gives the ID block and its authentication information. author may be nil; with it the ID key is signed by the
+// Sign returns the ID block and its authentication information. author may be nil; with it the ID key is signed by the
 // author key, so that a verifier can trust one author and have changing ID keys.
 func (i Identity) Sign(id, author *ecdsa.PrivateKey) (block, auth []byte, err error) {
 	block = i.Block()
@@ -68,7 +68,7 @@ func (i Identity) Sign(id, author *ecdsa.PrivateKey) (block, auth []byte, err er
 	return block, auth, nil
 }
 
-// place writes a key and its signature of a message, and gives the key's bytes.
+// place writes a key and its signature of a message, and returns the key's bytes.
 func place(auth []byte, key *ecdsa.PrivateKey, atSignature, atKey int, message []byte) ([]byte, error) {
 	signature, err := sign(key, message)
 	if err != nil {
@@ -91,7 +91,7 @@ type Verified struct {
 	AuthorKeyDigest *Digest
 }
 
-// VerifyIDBlock checks what Sign made from the bytes alone, as the CPU's firmware does. author tells whether an author key
+// VerifyIDBlock checks what Sign made from the bytes alone, as the CPU's firmware does. author reports whether an author key
 // is to be there. errdefs.ErrInvalidArgument: a firmware would refuse it.
 func VerifyIDBlock(block, auth []byte, author bool) (*Verified, error) {
 	wrong := func(reason string) error {
@@ -99,7 +99,8 @@ func VerifyIDBlock(block, auth []byte, author bool) (*Verified, error) {
 	}
 	switch {
 	case len(block) != abi.SNPIDBlockSize || len(auth) != abi.SNPIDAuthSize:
-		return nil, wrong(fmt.Sprintf("%d bytes with %d bytes of authentication, want %d and %d", len(block), len(auth), abi.SNPIDBlockSize, abi.SNPIDAuthSize))
+		return nil, wrong(fmt.Sprintf("%d bytes with %d bytes of authentication, want %d and %d", len(block), len(auth), abi.SNPIDBlockSize,
+			abi.SNPIDAuthSize))
 	case binary.LittleEndian.Uint32(auth[authIDAlgo:]) != algoECDSAP384:
 		return nil, wrong("the ID key's algorithm is not ECDSA P-384 with SHA-384")
 	case author && binary.LittleEndian.Uint32(auth[authAuthorAlgo:]) != algoECDSAP384:

@@ -57,7 +57,8 @@ func TestIDAuthBytes(t *testing.T) {
 		hex.EncodeToString(reversed(elliptic.P384().Params().Gx.FillBytes(make([]byte, 48))))+half+
 		hex.EncodeToString(reversed(elliptic.P384().Params().Gy.FillBytes(make([]byte, 48))))+half, hex.EncodeToString(auth[0x240:0x240+148]))
 	require.Equal(t, "73a93281427cce8571be72e1d03b15a9ef46ecd647e2f4276079fe9a75ec6cd43424ba782f837c60d25b98baa2e4ea0f"+half+
-		"742be4d20294aaec7ff785423cb587a7f678e15f66016666b188da9117e0d67de30805ea2c636b87ae5c3d884ebfa2b0"+half, hex.EncodeToString(auth[0x40:0x40+144]))
+		"742be4d20294aaec7ff785423cb587a7f678e15f66016666b188da9117e0d67de30805ea2c636b87ae5c3d884ebfa2b0"+half,
+		hex.EncodeToString(auth[0x40:0x40+144]))
 	_, again, err := testIdentity().Sign(fixedKey(t, 1), nil)
 	require.NoError(t, err)
 	require.Equal(t, auth, again)
@@ -71,8 +72,10 @@ func TestSignaturesAreDeterministic(t *testing.T) {
 	require.NoError(t, err)
 	signature, err := sign(key, []byte("sample"))
 	require.NoError(t, err)
-	require.Equal(t, "94edbb92a5ecb8aad4736e56c691916b3f88140666ce9fa73d64c4ea95ad133c81a648152e44acf96e36dd1e80fabe46", hex.EncodeToString(reversed(signature[:48])))
-	require.Equal(t, "99ef4aeb15f178cea1fe40db2603138f130e740a19624526203b6351d0a3a94fa329c145786e679e7b82c71a38628ac8", hex.EncodeToString(reversed(signature[72:120])))
+	require.Equal(t, "94edbb92a5ecb8aad4736e56c691916b3f88140666ce9fa73d64c4ea95ad133c81a648152e44acf96e36dd1e80fabe46",
+		hex.EncodeToString(reversed(signature[:48])))
+	require.Equal(t, "99ef4aeb15f178cea1fe40db2603138f130e740a19624526203b6351d0a3a94fa329c145786e679e7b82c71a38628ac8",
+		hex.EncodeToString(reversed(signature[72:120])))
 }
 
 func TestSignedIDBlocksVerify(t *testing.T) {
@@ -113,7 +116,8 @@ func TestEachByteOfAnIDBlockIsSigned(t *testing.T) {
 	for at := range block {
 		refused(block, at)
 	}
-	for _, at := range []int{0, 4, 8, 0x3f, 0x40, 0x6f, 0x70, 0x88, 0xd0, 0x23f, 0x240, 0x244, 0x273, 0x274, 0x28c, 0x2d4, 0x643, 0x644, 0x67f, 0x680, 0x6c8, 0x710,
+	for _, at := range []int{0, 4, 8, 0x3f, 0x40, 0x6f, 0x70, 0x88, 0xd0, 0x23f, 0x240, 0x244, 0x273, 0x274, 0x28c, 0x2d4, 0x643, 0x644, 0x67f,
+		0x680, 0x6c8, 0x710,
 		0x87f, 0x880, 0x884, 0x8cc, 0x914, 0xc83, 0xc84, 0xfff} {
 		refused(auth, at)
 	}
@@ -125,21 +129,26 @@ func TestEachByteOfAnIDBlockIsSigned(t *testing.T) {
 
 // TestPublishedIDBlock: values that another implementation's tests expect for these keys and this digest.
 func TestPublishedIDBlock(t *testing.T) {
-	for point, want := range map[string]string{
-		"04b20fd1a1c2bd2b65183a76e2390ac805f6d8e5e2af725e5a8e93cf87ec029f9d45eb326b04b92beb714e14fa986f8a9a2c94a0b8ab30cc76352675944876891e954ff6ef5826a6231ba6d6d7f6ebfb68ce330e1e59394efb7080883ddc69364b": "hwt+NcU/inLQ0yL3WrKvgmJ5Kq9leWIs5BMcPyHyied8sFYKXjuQs5MuZ07HCcsU",
-		"0406811fc62409bf2d9ae51c07423254d893c6c23fbf164af3383b0f813a627e6168d9067a7f4bd97990588c18411210a032b420a22656d271dcfd4e25668c72fd58bb5f6851fe472f9d160f880b14df4c3623068962cde4d608e737342da912c9": "YxEcNLv8Ckk4+aAJvQdJgNgXIyPmFZnJ/TNtqGcySOHcqY0L6PdjdqEGuK/UwKBX",
+	for _, c := range []struct{ point, want string }{
+		{"04b20fd1a1c2bd2b65183a76e2390ac805f6d8e5e2af725e5a8e93cf87ec029f9d45eb326b04b92beb714e14fa986f8a9a" +
+			"2c94a0b8ab30cc76352675944876891e954ff6ef5826a6231ba6d6d7f6ebfb68ce330e1e59394efb7080883ddc69364b",
+			"hwt+NcU/inLQ0yL3WrKvgmJ5Kq9leWIs5BMcPyHyied8sFYKXjuQs5MuZ07HCcsU"},
+		{"0406811fc62409bf2d9ae51c07423254d893c6c23fbf164af3383b0f813a627e6168d9067a7f4bd97990588c18411210a0" +
+			"32b420a22656d271dcfd4e25668c72fd58bb5f6851fe472f9d160f880b14df4c3623068962cde4d608e737342da912c9",
+			"YxEcNLv8Ckk4+aAJvQdJgNgXIyPmFZnJ/TNtqGcySOHcqY0L6PdjdqEGuK/UwKBX"},
 	} {
-		raw, err := hex.DecodeString(point)
+		raw, err := hex.DecodeString(c.point)
 		require.NoError(t, err)
 		key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P384(), raw)
 		require.NoError(t, err)
 		digest, err := KeyDigest(key)
 		require.NoError(t, err)
-		require.Equal(t, want, base64.StdEncoding.EncodeToString(digest[:]))
+		require.Equal(t, c.want, base64.StdEncoding.EncodeToString(digest[:]))
 	}
 	digest, err := base64.StdEncoding.DecodeString("B28FLQi9p6cAqipgjFyqawDrrSl7bWioWkWx5mmlWLZ+G5HShKMB/mPE+gdQRn7t")
 	require.NoError(t, err)
-	require.Equal(t, "B28FLQi9p6cAqipgjFyqawDrrSl7bWioWkWx5mmlWLZ+G5HShKMB/mPE+gdQRn7tAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABAAAAAAAAAAAAAwAAAAAA",
+	require.Equal(t, "B28FLQi9p6cAqipgjFyqawDrrSl7bWioWkWx5mmlWLZ+G5HShKMB/mPE+gdQRn7t"+
+		"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABAAAAAAAAAAAAAwAAAAAA",
 		base64.StdEncoding.EncodeToString(Identity{Digest: Digest(digest), Policy: 0x30000}.Block()))
 }
 
@@ -191,7 +200,8 @@ func TestLoadKey(t *testing.T) {
 		{"no elliptic-curve key", pemOf("PRIVATE KEY", otherKind), 0o600},
 		{"not readable as PKCS#8", pemOf("PRIVATE KEY", sec1), 0o600},
 		{"not readable as SEC 1", pemOf("EC PRIVATE KEY", pkcs8), 0o600},
-		{"encrypted", pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Headers: map[string]string{"Proc-Type": "4,ENCRYPTED"}, Bytes: sec1}), 0o600},
+		{"encrypted", pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Headers: map[string]string{"Proc-Type": "4,ENCRYPTED"}, Bytes: sec1}),
+			0o600},
 		{`PEM block "PUBLIC KEY"`, pemOf("PUBLIC KEY", sec1), 0o600},
 		{"open to all users (mode 0644)", pemOf("PRIVATE KEY", pkcs8), 0o644},
 		{"more than the 65536", make([]byte, 65537), 0o600},

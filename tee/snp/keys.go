@@ -77,14 +77,16 @@ func parseKey(raw []byte) (*ecdsa.PrivateKey, error) {
 			}
 			keys = append(keys, k)
 		default:
-			return nil, fmt.Errorf("it has a PEM block %.40q, want \"PRIVATE KEY\" or \"EC PRIVATE KEY\": %w", block.Type, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("it has a PEM block %.40q, want \"PRIVATE KEY\" or \"EC PRIVATE KEY\": %w", block.Type,
+				errdefs.ErrInvalidArgument)
 		}
 	}
 	switch {
 	case len(keys) != 1:
 		return nil, fmt.Errorf("%d private keys, want one in PEM: %w", len(keys), errdefs.ErrInvalidArgument)
 	case keys[0].Curve != elliptic.P384():
-		return nil, fmt.Errorf("its curve is %s, want P-384 (openssl ecparam -name secp384r1 -genkey -noout): %w", keys[0].Curve.Params().Name, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("its curve is %s, want P-384 (openssl ecparam -name secp384r1 -genkey -noout): %w", keys[0].Curve.Params().Name,
+			errdefs.ErrInvalidArgument)
 	}
 	return keys[0], nil
 }
@@ -112,7 +114,7 @@ func KeyDigest(key *ecdsa.PublicKey) (Digest, error) {
 	return sha512.Sum384(b), nil
 }
 
-// sign gives a signature as the firmware reads it: r and s little-endian. Without a source of randomness it is
+// sign returns a signature as the firmware reads it: r and s little-endian. Without a source of randomness it is
 // deterministic, RFC 6979.
 func sign(key *ecdsa.PrivateKey, message []byte) ([]byte, error) {
 	hash := sha512.Sum384(message)

@@ -57,7 +57,8 @@ func (l Launch) Digests(first, last int) ([]Digest, error) {
 	digests := []Digest{c.ld}
 	if last > 1 {
 		if !image.HasReset {
-			return nil, fmt.Errorf("the firmware does not say where further virtual CPUs start (SEV-ES reset block); with it a VM can have one: %w", errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("the firmware does not say where further virtual CPUs start (SEV-ES reset block); with it a VM can have one: %w",
+				errdefs.ErrInvalidArgument)
 		}
 		ap := vmsa(image.ResetEIP, l.CPUSignature, l.GuestFeatures)
 		for len(digests) < last {
@@ -77,10 +78,12 @@ func (l Launch) sections(c *launchContext, image *firmware.Image) error {
 	for n, s := range image.SNP {
 		gpa, size := uint64(s.Base), uint64(s.Size)
 		if size == 0 {
-			return fmt.Errorf("section %d of the firmware's SNP metadata, %s, is empty, which KVM refuses; the build is not one for SEV-SNP: %w", n, s.Type, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("section %d of the firmware's SNP metadata, %s, is empty, which KVM refuses; the build is not one for SEV-SNP: %w", n,
+				s.Type, errdefs.ErrInvalidArgument)
 		}
 		if s.Type != firmware.SNPMemory && s.Type != firmware.SNPSVSMCAA && size != pageSize {
-			return fmt.Errorf("section %d of the firmware's SNP metadata, %s, has %#x bytes, want one page: %w", n, s.Type, size, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("section %d of the firmware's SNP metadata, %s, has %#x bytes, want one page: %w", n, s.Type, size,
+				errdefs.ErrInvalidArgument)
 		}
 		switch s.Type {
 		case firmware.SNPMemory, firmware.SNPSVSMCAA:
@@ -104,11 +107,13 @@ func (l Launch) sections(c *launchContext, image *firmware.Image) error {
 			}
 			c.normal(gpa, page)
 		default:
-			return fmt.Errorf("section %d of the firmware's SNP metadata is of %s, which is not known: its measurement cannot be predicted: %w", n, s.Type, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("section %d of the firmware's SNP metadata is of %s, which is not known: its measurement cannot be predicted: %w", n,
+				s.Type, errdefs.ErrInvalidArgument)
 		}
 	}
 	if l.Hashes != nil && !hashed {
-		return fmt.Errorf("the firmware's SNP metadata have no section KERNEL_HASHES: it cannot check what it boots: %w", errdefs.ErrInvalidArgument)
+		return fmt.Errorf("the firmware's SNP metadata have no section KERNEL_HASHES: it cannot check what it boots: %w",
+			errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
@@ -120,9 +125,11 @@ func (l Launch) hashPage(image *firmware.Image, gpa uint64) ([]byte, error) {
 	case a == nil:
 		return nil, fmt.Errorf("the firmware has no entry for a hash table: it cannot check what it boots: %w", errdefs.ErrInvalidArgument)
 	case a.Size < HashTableSize:
-		return nil, fmt.Errorf("the firmware's place for a hash table has %d bytes, want %d: %w", a.Size, HashTableSize, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("the firmware's place for a hash table has %d bytes, want %d: %w", a.Size, HashTableSize,
+			errdefs.ErrInvalidArgument)
 	case uint64(a.Base) < gpa || uint64(a.Base)+HashTableSize > gpa+pageSize:
-		return nil, fmt.Errorf("the firmware looks for a hash table at %#x, which is not in its section KERNEL_HASHES at %#x: %w", a.Base, gpa, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("the firmware looks for a hash table at %#x, which is not in its section KERNEL_HASHES at %#x: %w", a.Base, gpa,
+			errdefs.ErrInvalidArgument)
 	default:
 		page := make([]byte, pageSize)
 		copy(page[uint64(a.Base)-gpa:], table[:])

@@ -35,7 +35,8 @@ func testFile(t *testing.T, variable string) string {
 
 // testHashes are of no files that exist.
 func testHashes() *Hashes {
-	return &Hashes{Parameters: HashParameters("console=ttyS0 quiet"), Initrd: sha256.Sum256([]byte("initrd")), Kernel: sha256.Sum256([]byte("kernel"))}
+	return &Hashes{Parameters: HashParameters("console=ttyS0 quiet"), Initrd: sha256.Sum256([]byte("initrd")),
+		Kernel: sha256.Sum256([]byte("kernel"))}
 }
 
 func testLaunch() Launch {
@@ -53,7 +54,8 @@ func TestThePublishedDigest(t *testing.T) {
 	require.NoError(t, err)
 	d, err := Launch{Firmware: image, CPUSignature: signature, GuestFeatures: 1}.Digest(1)
 	require.NoError(t, err)
-	require.Equal(t, "11570979c77a0adb515761a702527c8b9e11554e730552621d950988613a3a75c6ff1703f540bd22a9beede8fe7a97e3", hex.EncodeToString(d[:]))
+	require.Equal(t, "11570979c77a0adb515761a702527c8b9e11554e730552621d950988613a3a75c6ff1703f540bd22a9beede8fe7a97e3",
+		hex.EncodeToString(d[:]))
 }
 
 // TestPublishedDigestsWithHashes: values of another implementation, for a kernel and an initrd without content. It starts

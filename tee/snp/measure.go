@@ -56,11 +56,14 @@ func (p *Platform) MeasureRange(ctx context.Context, doc hypervisor.Document, fi
 			return nil, fmt.Errorf("measure: %w", err)
 		}
 		if n := doc.CPU.Count; n >= first && n <= last && v.Identity.Digest != digests[n-first] {
-			return nil, fmt.Errorf("measure: the ID block is of another launch, %x; this one is %x: %w", v.Identity.Digest, digests[n-first], errdefs.ErrFailedPrecondition)
+			return nil, fmt.Errorf("measure: the ID block is of another launch, %x; this one is %x: %w", v.Identity.Digest, digests[n-first],
+				errdefs.ErrFailedPrecondition)
 		}
-		keys = append(keys, tee.Value{Name: "snp.id_key_digest", Hex: hex.EncodeToString(v.IDKeyDigest[:]), Note: "the key that signed the ID block"})
+		keys = append(keys, tee.Value{Name: "snp.id_key_digest", Hex: hex.EncodeToString(v.IDKeyDigest[:]),
+			Note: "the key that signed the ID block"})
 		if v.AuthorKeyDigest != nil {
-			keys = append(keys, tee.Value{Name: "snp.author_key_digest", Hex: hex.EncodeToString(v.AuthorKeyDigest[:]), Note: "the key that signed the ID key"})
+			keys = append(keys, tee.Value{Name: "snp.author_key_digest", Hex: hex.EncodeToString(v.AuthorKeyDigest[:]),
+				Note: "the key that signed the ID key"})
 		}
 	}
 	policy := binary.LittleEndian.AppendUint64(nil, s.Policy) // as the report has it

@@ -23,7 +23,7 @@ import (
 
 // Config of the platform, as the configuration file has it.
 type Config struct {
-	// Firmware is the path of the image; empty: found by QEMU's firmware descriptors in the folders Descriptors (none:
+	// Firmware is the path of the image; empty: found by QEMU's firmware descriptors in the directories Descriptors (none:
 	// firmware.DescriptorDirs).
 	Firmware    string
 	Descriptors []string
@@ -148,9 +148,11 @@ func (*Platform) HostCanRead(doc hypervisor.Document) bool {
 // Explain knows the words of QEMU (accel/kvm, target/i386/kvm, target/i386/sev.c).
 func (*Platform) Explain(exit hypervisor.Exit) string {
 	return tee.Advise(exit.VMMLog,
-		tee.Advice{Said: "vm-type SEV-SNP not supported by KVM", Do: "KVM on this host runs no SEV-SNP guests; `cloister check --tee snp` tells what is missing"},
+		tee.Advice{Said: "vm-type SEV-SNP not supported by KVM", Do: "KVM on this host runs no SEV-SNP guests; `cloister check --tee snp` " +
+			"tells what is missing"},
 		tee.NoPrivateMemory,
-		tee.Advice{Said: "cbitpos check failed", Do: "the C-bit's position in the VM's description is not this host's; `cloister check --tee snp` tells what the host has"},
+		tee.Advice{Said: "cbitpos check failed", Do: "the C-bit's position in the VM's description is not this host's; `cloister check --tee " +
+			"snp` tells what the host has"},
 	)
 }
 
@@ -272,5 +274,6 @@ func (p *Platform) acceptedFirmware() (path, digest string, err error) {
 }
 
 // fixFirmware is what to do about a firmware image that is missing, or another build than is needed.
-const fixFirmware = "install a build of edk2's OvmfPkg/AmdSev, which compares what it boots with the hashes (Debian: ovmf-amdsev), set tee.snp.firmware if no " +
+const fixFirmware = "install a build of edk2's OvmfPkg/AmdSev, which compares what it boots with the hashes (Debian: ovmf-amdsev), set " +
+	"tee.snp.firmware if no " +
 	"descriptor names it, and add its digest to tee.snp.firmware_digests, if it is such a build from a source that you trust with your guests"

@@ -189,7 +189,8 @@ func TestMeasureWithoutInitrdAndInitdata(t *testing.T) {
 	v, err := p.Measure(context.Background(), s.doc)
 	require.NoError(t, err)
 	want, err := Launch{Firmware: firmwaretest.SNP().Bytes(), CPUSignature: 0x800f12, GuestFeatures: 1,
-		Hashes: &Hashes{Parameters: HashParameters("console=ttyS0 quiet"), Initrd: sha256.Sum256(nil), Kernel: sha256.Sum256(bzImage())}}.Digest(2)
+		Hashes: &Hashes{Parameters: HashParameters("console=ttyS0 quiet"), Initrd: sha256.Sum256(nil),
+			Kernel: sha256.Sum256(bzImage())}}.Digest(2)
 	require.NoError(t, err)
 	require.Equal(t, hex.EncodeToString(want[:]), value(t, v, "snp.launch_digest"))
 	require.Len(t, v.Values, 2, "launch digest and policy")
@@ -252,7 +253,7 @@ func TestPrepareRefusesDocuments(t *testing.T) {
 		{"1025 virtual CPUs", func(d *hypervisor.Document) { d.CPU.Count = 1025 }},
 		{"sealed for another platform", func(d *hypervisor.Document) { d.Boot.Sealed = true }},
 		{"boot.kernel is not given", func(d *hypervisor.Document) { d.Boot.Kernel = "" }},
-		{"shared folders", func(d *hypervisor.Document) { d.SharedFolders = 1 }},
+		{"shared directories", func(d *hypervisor.Document) { d.SharedDirectories = 1 }},
 		{"prepared for tdx already", func(d *hypervisor.Document) {
 			d.Confidential = &hypervisor.Confidential{Platform: "tdx", TDX: &hypervisor.TDX{}}
 		}},
@@ -267,9 +268,9 @@ func TestPrepareRefusesDocuments(t *testing.T) {
 	}
 
 	s := newSetup(t)
-	s.doc.CPU.Model, s.doc.SharedFolders, s.config.Digests = "host", 4, nil
+	s.doc.CPU.Model, s.doc.SharedDirectories, s.config.Digests = "host", 4, nil
 	err := s.platform(t).Prepare(context.Background(), &s.doc, tee.Inputs{})
-	for _, want := range []string{"host", "shared folders", "firmware_digests"} {
+	for _, want := range []string{"host", "shared directories", "firmware_digests"} {
 		require.ErrorContains(t, err, want, "all reasons in one")
 	}
 }
@@ -280,7 +281,8 @@ func TestPrepareRefusesFirmware(t *testing.T) {
 		change     func(*setup)
 		kind       error
 	}{
-		{"not on the list", "none of the 1 accepted ones", func(s *setup) { s.config.Digests = []string{strings.Repeat("00", 32)} }, errdefs.ErrInvalidArgument},
+		{"not on the list", "none of the 1 accepted ones", func(s *setup) { s.config.Digests = []string{strings.Repeat("00", 32)} },
+			errdefs.ErrInvalidArgument},
 		{"empty list", "since tee.snp.firmware_digests is empty", func(s *setup) { s.config.Digests = nil }, errdefs.ErrInvalidArgument},
 		{"without kernel hashes", "no section KERNEL_HASHES", func(s *setup) {
 			image := firmwaretest.SNP()
@@ -292,9 +294,11 @@ func TestPrepareRefusesFirmware(t *testing.T) {
 			image.HashTable = nil
 			s.config.Firmware, s.config.Digests[0] = write(t, "OVMF.fd", image.Bytes())
 		}, errdefs.ErrInvalidArgument},
-		{"no firmware at all", "malformed", func(s *setup) { s.config.Firmware, s.config.Digests[0] = write(t, "OVMF.fd", bzImage()) }, errdefs.ErrInvalidArgument},
+		{"no firmware at all", "malformed", func(s *setup) { s.config.Firmware, s.config.Digests[0] = write(t, "OVMF.fd", bzImage()) },
+			errdefs.ErrInvalidArgument},
 		{"missing", "no such file", func(s *setup) { s.config.Firmware = "/nonexistent/OVMF.fd" }, os.ErrNotExist},
-		{"no descriptor", "install a build of edk2's OvmfPkg/AmdSev", func(s *setup) { s.config.Firmware, s.config.Descriptors = "", []string{t.TempDir()} }, errdefs.ErrNotFound},
+		{"no descriptor", "install a build of edk2's OvmfPkg/AmdSev",
+			func(s *setup) { s.config.Firmware, s.config.Descriptors = "", []string{t.TempDir()} }, errdefs.ErrNotFound},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newSetup(t)

@@ -49,7 +49,8 @@ var policyNames = [...]struct {
 	name string
 }{
 	{PolicySMT, "smt"}, {PolicyMigrateMA, "migrate-ma"}, {PolicyDebug, "debug"}, {PolicySingleSocket, "single-socket"}, {PolicyCXL, "cxl"},
-	{PolicyAES256XTS, "aes-256-xts"}, {PolicyNoRAPL, "no-rapl"}, {PolicyCiphertextHiding, "ciphertext-hiding"}, {PolicyNoPageSwap, "no-page-swap"},
+	{PolicyAES256XTS, "aes-256-xts"}, {PolicyNoRAPL, "no-rapl"}, {PolicyCiphertextHiding, "ciphertext-hiding"}, {PolicyNoPageSwap,
+		"no-page-swap"},
 }
 
 // ABI is the lowest version of the firmware's ABI that may run the guest.
@@ -83,7 +84,8 @@ func (p Policy) Faults(allowDebug bool) (faults tee.Faults) {
 		fault("clear it", "bit 18 allows a migration agent, which gets all of the guest's memory; no agent is supported")
 	}
 	if p&PolicyDebug != 0 && !allowDebug {
-		fault("clear it, or set tee.allow_debug = true for a test that protects nothing", "bit 19 (debug) lets the host read and change the guest")
+		fault("clear it, or set tee.allow_debug = true for a test that protects nothing",
+			"bit 19 (debug) lets the host read and change the guest")
 	}
 	return faults
 }

@@ -12,7 +12,8 @@ import (
 	"github.com/cloister-project/cloister/tee/hostprobe"
 )
 
-const fixFirmwareSettings = "take a host with an AMD EPYC 7003 or later, and switch on SMEE, SEV-ES, the RMP table and SEV-SNP in the machine's firmware settings"
+const fixFirmwareSettings = "take a host with an AMD EPYC 7003 or later, and switch on SMEE, SEV-ES, the RMP table and SEV-SNP in the " +
+	"machine's firmware settings"
 
 // Probe goes from the CPU to what is configured, in the order in which a node is set up.
 func (p *Platform) Probe(_ context.Context, h tee.Host) []tee.Finding {
@@ -46,11 +47,13 @@ func (p *Platform) probeCPU() tee.Finding {
 	case !sev.SNP:
 		return finding(what, fmt.Sprintf("CPUID 0x8000001F shows SEV %t, SEV-ES %t, SEV-SNP false", sev.SEV, sev.ES), fixFirmwareSettings)
 	}
-	return finding(what, fmt.Sprintf("C-bit %d, %d bits of physical address reserved, %d ASIDs", sev.CBitPosition, sev.ReducedPhysBits, sev.ASIDs), "")
+	return finding(what, fmt.Sprintf("C-bit %d, %d bits of physical address reserved, %d ASIDs", sev.CBitPosition, sev.ReducedPhysBits,
+		sev.ASIDs), "")
 }
 
 func (p *Platform) probeParameter(name string) tee.Finding {
-	const fix = "run a kernel 6.11 or newer as host with kvm_amd's parameters sev=1 sev_es=1 sev_snp=1, and without iommu=pt; if the value stays N, the kernel's log says why (dmesg | grep -e SEV -e RMP)"
+	const fix = "run a kernel 6.11 or newer as host with kvm_amd's parameters sev=1 sev_es=1 sev_snp=1, and without iommu=pt; if the value " +
+		"stays N, the kernel's log says why (dmesg | grep -e SEV -e RMP)"
 	what := "kvm_amd's parameter " + name
 	value, ok, err := p.host.ModuleParameter("kvm_amd", name)
 	switch {
@@ -82,7 +85,8 @@ func (p *Platform) probeKVM(accelerator hypervisor.Accelerator) tee.Finding {
 	case err != nil:
 		return finding(what, err.Error(), fix)
 	case types&(1<<hostprobe.VMTypeSNP) == 0:
-		return finding(what, fmt.Sprintf("KVM on this host offers VM types %s; SEV-SNP needs type %d", hostprobe.DescribeVMTypes(types), hostprobe.VMTypeSNP), fix)
+		return finding(what, fmt.Sprintf("KVM on this host offers VM types %s; SEV-SNP needs type %d", hostprobe.DescribeVMTypes(types),
+			hostprobe.VMTypeSNP), fix)
 	}
 	return finding(what, "KVM offers VM types "+hostprobe.DescribeVMTypes(types), "")
 }
@@ -124,7 +128,8 @@ func (p *Platform) probeASIDs() tee.Finding {
 	case !ok:
 		return tee.Finding{What: what, Result: tee.Note, Detail: "this kernel does not count them (misc cgroup controller, resource sev_es)"}
 	case current >= capacity:
-		return finding(what, fmt.Sprintf("%d of %d are in use", current, capacity), "stop other SEV-ES and SEV-SNP VMs, or leave more ASIDs to them in the machine's firmware settings (SEV-ES ASID space limit)")
+		return finding(what, fmt.Sprintf("%d of %d are in use", current, capacity),
+			"stop other SEV-ES and SEV-SNP VMs, or leave more ASIDs to them in the machine's firmware settings (SEV-ES ASID space limit)")
 	}
 	return finding(what, fmt.Sprintf("%d of %d", capacity-current, capacity), "")
 }

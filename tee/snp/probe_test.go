@@ -22,9 +22,10 @@ import (
 func goodHost() map[string]string {
 	return map[string]string{
 		"/proc/cpuinfo":                      "processor\t: 0\nvendor_id\t: AuthenticAMD\n",
-		"/sys/module/kvm_amd/parameters/sev": "Y\n", "/sys/module/kvm_amd/parameters/sev_es": "Y\n", "/sys/module/kvm_amd/parameters/sev_snp": "Y\n",
-		"/dev/sev":                     "",
-		"/sys/fs/cgroup/misc.capacity": "sev 410\nsev_es 99\n", "/sys/fs/cgroup/misc.current": "sev 0\nsev_es 3\n",
+		"/sys/module/kvm_amd/parameters/sev": "Y\n", "/sys/module/kvm_amd/parameters/sev_es": "Y\n",
+		"/sys/module/kvm_amd/parameters/sev_snp": "Y\n",
+		"/dev/sev":                               "",
+		"/sys/fs/cgroup/misc.capacity":           "sev 410\nsev_es 99\n", "/sys/fs/cgroup/misc.current": "sev 0\nsev_es 3\n",
 	}
 }
 
@@ -64,7 +65,8 @@ func TestProbeOfAHostThatHasAll(t *testing.T) {
 		require.NotEmpty(t, f.Detail)
 		order = append(order, f.What)
 	}
-	require.Equal(t, []string{"CPU with SEV-SNP", "kvm_amd's parameter sev", "kvm_amd's parameter sev_es", "kvm_amd's parameter sev_snp", "/dev/sev",
+	require.Equal(t, []string{"CPU with SEV-SNP", "kvm_amd's parameter sev", "kvm_amd's parameter sev_es", "kvm_amd's parameter sev_snp",
+		"/dev/sev",
 		"KVM's VM type SEV-SNP", "VMM", "firmware", "keys of the ID block", "free ASIDs"}, order)
 	require.Equal(t, "96 of 99", findings[9].Detail)
 	require.NoError(t, tee.Supported(tee.SNP, findings))
@@ -78,13 +80,15 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 		what, detail string
 		change       func(*probeCase)
 	}{
-		{"CPU with SEV-SNP", "the CPU is GenuineIntel's", func(c *probeCase) { c.files["/proc/cpuinfo"] = "vendor_id : GenuineIntel\n"; c.sev = noSEV }},
+		{"CPU with SEV-SNP", "the CPU is GenuineIntel's",
+			func(c *probeCase) { c.files["/proc/cpuinfo"] = "vendor_id : GenuineIntel\n"; c.sev = noSEV }},
 		{"CPU with SEV-SNP", "shows no memory encryption", func(c *probeCase) { c.sev = noSEV }},
 		{"CPU with SEV-SNP", "SEV true, SEV-ES true, SEV-SNP false", func(c *probeCase) {
 			c.sev = func() (hostprobe.SEVInfo, bool) { return hostprobe.SEVInfo{SEV: true, ES: true}, true }
 		}},
 		{"kvm_amd's parameter sev", `it is "N"`, with("/sys/module/kvm_amd/parameters/sev", "N\n")},
-		{"kvm_amd's parameter sev_snp", "not loaded, or is too old", func(c *probeCase) { delete(c.files, "/sys/module/kvm_amd/parameters/sev_snp") }},
+		{"kvm_amd's parameter sev_snp", "not loaded, or is too old",
+			func(c *probeCase) { delete(c.files, "/sys/module/kvm_amd/parameters/sev_snp") }},
 		{"/dev/sev", "is not there", func(c *probeCase) { delete(c.files, "/dev/sev") }},
 		{"KVM's VM type SEV-SNP", "KVM on this host offers VM types {default}; SEV-SNP needs type 4", func(c *probeCase) { c.types = 1 }},
 		{"KVM's VM type SEV-SNP", "no /dev/kvm", func(c *probeCase) { c.types = -1 }},

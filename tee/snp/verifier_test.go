@@ -29,7 +29,7 @@ import (
 
 // These tests boot AMD's firmware under emulation, with the hash table put where QEMU would put it for a real SEV-SNP guest.
 // Nothing protects the guest here. What is real is the firmware's verifier: it compares the table with the kernel, initrd
-// and command line that it gets from QEMU. CLOISTER_TEST_GUEST is a folder with the guest image (vmlinuz, initrd.img);
+// and command line that it gets from QEMU. CLOISTER_TEST_GUEST is a directory with the guest image (vmlinuz, initrd.img);
 // without it, CLOISTER_TEST_KERNEL is booted to testdata/init.
 const (
 	bootTimeout   = 180 * time.Second // emulation on a busy machine
@@ -47,8 +47,9 @@ type bootFiles struct {
 func (b bootFiles) table(t *testing.T) []byte {
 	t.Helper()
 	doc := hypervisor.Document{
-		CPU:          hypervisor.CPU{Model: "EPYC-v4", Count: 1},
-		Boot:         hypervisor.Boot{Firmware: testFile(t, "CLOISTER_TEST_OVMF_AMDSEV"), Kernel: b.kernel, Initrd: b.initrd, Parameters: strings.Fields(b.parameters)},
+		CPU: hypervisor.CPU{Model: "EPYC-v4", Count: 1},
+		Boot: hypervisor.Boot{Firmware: testFile(t, "CLOISTER_TEST_OVMF_AMDSEV"), Kernel: b.kernel, Initrd: b.initrd,
+			Parameters: strings.Fields(b.parameters)},
 		Confidential: &hypervisor.Confidential{SNP: &hypervisor.SNP{KernelHashes: true}},
 	}
 	l, _, err := (&Platform{config: Config{GuestFeatures: 1}}).launch(context.Background(), doc)
@@ -129,7 +130,8 @@ func (e *emulated) wait(t *testing.T, text string) time.Duration {
 func boot(t *testing.T, guest bootFiles, table []byte) *emulated {
 	t.Helper()
 	binary, image := testFile(t, "CLOISTER_TEST_QEMU"), testFile(t, "CLOISTER_TEST_OVMF_AMDSEV")
-	args := []string{"-machine", "q35,accel=tcg", "-cpu", "max", "-m", "1024", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+	args := []string{"-machine", "q35,accel=tcg", "-cpu", "max", "-m", "1024", "-nodefaults", "-no-user-config", "-display", "none",
+		"-no-reboot",
 		"-bios", image, "-kernel", guest.kernel, "-initrd", guest.initrd, "-append", guest.parameters,
 		"-serial", "stdio", "-chardev", "socket,id=qmp,fd=3", "-mon", "chardev=qmp,mode=control"}
 	if table != nil {

@@ -25,7 +25,7 @@ type ACPI hypervisor.ACPITables
 // maxACPI bounds one blob; QEMU pads tables to 128 KiB at least and limits them to 2 MiB.
 const maxACPI = 4 << 20
 
-// ReadACPI reads a folder with the files table-loader, rsdp and tables, the blobs without any change.
+// ReadACPI reads a directory with the files table-loader, rsdp and tables, the blobs without any change.
 func ReadACPI(dir string) (*ACPI, error) {
 	var a ACPI
 	for _, blob := range (*hypervisor.ACPITables)(&a).Blobs() {
@@ -56,7 +56,8 @@ const (
 func (a *ACPI) check() error {
 	switch {
 	case len(a.Loader) == 0 || len(a.Loader)%loaderCommand != 0:
-		return fmt.Errorf("ACPI blobs: table-loader has %d bytes, which are no commands of %d bytes: %w", len(a.Loader), loaderCommand, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("ACPI blobs: table-loader has %d bytes, which are no commands of %d bytes: %w", len(a.Loader), loaderCommand,
+			errdefs.ErrInvalidArgument)
 	case len(a.RSDP) < 20 || string(a.RSDP[:8]) != "RSD PTR ":
 		return fmt.Errorf("ACPI blobs: rsdp does not start with \"RSD PTR \": %w", errdefs.ErrInvalidArgument)
 	}

@@ -60,7 +60,8 @@ func Authenticode(image []byte) (Digest, error) {
 	case directories > 16 || optDirectoryBase+directories*directorySize > optSize:
 		return Digest{}, notPE("%d data directories do not fit into its optional header of %d bytes", directories, optSize)
 	case table+sections*sectionSize > headers || headers > size:
-		return Digest{}, notPE("its headers (%d bytes, %d sections) do not fit into the %d bytes given for them, or those into the file", table, sections, headers)
+		return Digest{}, notPE("its headers (%d bytes, %d sections) do not fit into the %d bytes given for them, or those into the file", table,
+			sections, headers)
 	}
 
 	h := sha512.New384()
@@ -90,7 +91,8 @@ func Authenticode(image []byte) (Digest, error) {
 	end, signed := headers, size-certSize
 	for _, e := range extents {
 		if e.start != end || e.start+e.size > signed {
-			return Digest{}, notPE("the section at %#x (%#x bytes) does not follow %#x, the end of what is in front of it, or leaves the file", e.start, e.size, end)
+			return Digest{}, notPE("the section at %#x (%#x bytes) does not follow %#x, the end of what is in front of it, or leaves the file",
+				e.start, e.size, end)
 		}
 		h.Write(image[e.start:][:e.size])
 		end += e.size

@@ -45,7 +45,7 @@ var attributeNames = map[int]string{
 type Config struct {
 	// Firmware is the path of a firmware image with TDX metadata; empty: found by QEMU's firmware descriptors.
 	Firmware string
-	// Descriptors are the folders of firmware descriptors; empty: QEMU's own.
+	// Descriptors are the directories of firmware descriptors; empty: QEMU's own.
 	Descriptors []string
 	// Digests are SHA-256 digests (64 hexadecimal digits) of the firmware images that are accepted. With none, no image
 	// is accepted.
@@ -60,8 +60,8 @@ type Config struct {
 	QuoteSocket string
 	// MROwner and MROwnerConfig are 48 bytes in hexadecimal digits, or empty for zeros.
 	MROwner, MROwnerConfig string
-	// ACPI is a folder with the ACPI blobs of the VM to be measured (see ReadACPI); empty: RTMR0 is not predicted. Only
-	// Measure looks at it. Where it has a folder hypervisor.ACPIDirectory(n), that one is taken for a VM with n virtual CPUs.
+	// ACPI is a directory with the ACPI blobs of the VM to be measured (see ReadACPI); empty: RTMR0 is not predicted. Only
+	// Measure looks at it. Where it has a directory hypervisor.ACPIDirectory(n), that one is taken for a VM with n virtual CPUs.
 	ACPI string
 	// Tables makes the ACPI blobs of a VM that is measured, and says in a few words how, as hypervisor.TableMaker does; nil:
 	// those of ACPI are taken. It is called for firmware only of which RTMR0 can be predicted with them.

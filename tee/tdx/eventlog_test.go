@@ -78,7 +78,7 @@ func parseLog(t *testing.T, b []byte) (out []tcgEvent) {
 	return out
 }
 
-// startTPM runs a software TPM and gives the other end of its control channel.
+// startTPM runs a software TPM and returns the other end of its control channel.
 func startTPM(t *testing.T, ctx context.Context, swtpm string) *os.File {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -211,7 +211,8 @@ func TestFirmwareMeasuresWhatIsPredicted(t *testing.T) {
 				require.Equal(t, of(one[:1]), started, "the kernel's PE hash")
 			}
 			require.NoError(t, err)
-			require.Equal(t, []Digest{one[1].Digest, one[3].Digest, one[4].Digest}, digests(func(e tcgEvent) bool { return e.kind == evAction }), "the boot's steps")
+			require.Equal(t, []Digest{one[1].Digest, one[3].Digest, one[4].Digest}, digests(func(e tcgEvent) bool { return e.kind == evAction }),
+				"the boot's steps")
 			two, err := rtmr2(prof, m.parameters, initrd)
 			require.NoError(t, err)
 			require.Equal(t, of(two), digests(func(e tcgEvent) bool { return e.kind == evEventTag && e.pcr == pcrLinux }), "parameters and initrd")

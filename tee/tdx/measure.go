@@ -152,7 +152,7 @@ func (p *Platform) acpi(ctx context.Context, doc hypervisor.Document) (a *ACPI, 
 	case dir == "":
 		return nil, "", nil
 	default:
-		if sized := filepath.Join(dir, hypervisor.ACPIDirectory(doc.CPU.Count)); isFolder(sized) {
+		if sized := filepath.Join(dir, hypervisor.ACPIDirectory(doc.CPU.Count)); isDirectory(sized) {
 			dir = sized
 		}
 		if a, err = ReadACPI(dir); err != nil {
@@ -166,13 +166,15 @@ func (p *Platform) acpi(ctx context.Context, doc hypervisor.Document) (a *ACPI, 
 	case n == doc.CPU.Count:
 		return a, how, nil
 	case p.cfg.Tables != nil:
-		return nil, "", &tablesError{fmt.Errorf("the ACPI tables of %s are of a VM with %d CPUs, this one has %d: %w", how, n, doc.CPU.Count, errdefs.ErrInternal)}
+		return nil, "", &tablesError{fmt.Errorf("the ACPI tables of %s are of a VM with %d CPUs, this one has %d: %w", how, n, doc.CPU.Count,
+			errdefs.ErrInternal)}
 	default:
-		return nil, "", fmt.Errorf("the ACPI tables in %s are of a VM with %d CPUs, this one has %d: %w", dir, n, doc.CPU.Count, errdefs.ErrNotImplemented)
+		return nil, "", fmt.Errorf("the ACPI tables in %s are of a VM with %d CPUs, this one has %d: %w", dir, n, doc.CPU.Count,
+			errdefs.ErrNotImplemented)
 	}
 }
 
-func isFolder(path string) bool {
+func isDirectory(path string) bool {
 	fi, err := os.Stat(path)
 	return err == nil && fi.IsDir()
 }

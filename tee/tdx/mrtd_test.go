@@ -27,7 +27,8 @@ func fileFromEnv(t testing.TB, name string) string {
 func TestMRTDOfAPublicFirmware(t *testing.T) {
 	fw, err := readImage(fileFromEnv(t, "CLOISTER_TEST_OVMF"))
 	require.NoError(t, err)
-	require.Equal(t, "7b456907dd0786d415999e801a1ac4637b8ed4d7cf5378cfc6edbe5e574dd773", fw.digest, "another build of the firmware than the check values are of")
+	require.Equal(t, "7b456907dd0786d415999e801a1ac4637b8ed4d7cf5378cfc6edbe5e574dd773", fw.digest,
+		"another build of the firmware than the check values are of")
 	single, two := MRTD(fw.raw, fw.parsed)
 	require.Equal(t, "4c7206f0f483c524f12c366c711e9049030a8d47c471ee5aa9c4999a08de4057fb887fed0744d5631a212967fb231c47", single.String())
 	require.Equal(t, "acccbcc870a381adab0d3919d90a7f268ac3b0364771f202ed4bb4e892d045b33db3b32e6924cba830a724eed443f7e1", two.String())
@@ -37,7 +38,8 @@ func TestMRTDOfAPublicFirmware(t *testing.T) {
 		if s.Type == firmware.TDXConfiguration {
 			found = true
 			volume := fw.raw[s.DataOffset:][:s.RawSize]
-			require.Equal(t, "f87302177b059d54a2cf0c5f13340dbabf5c9dd60dc3f996c68b776fbe4de959769443a3d8ef6538b97d7e151c8298e8", sum(volume).String())
+			require.Equal(t, "f87302177b059d54a2cf0c5f13340dbabf5c9dd60dc3f996c68b776fbe4de959769443a3d8ef6538b97d7e151c8298e8",
+				sum(volume).String())
 			require.True(t, emptyVariables(volume))
 		}
 	}
@@ -100,9 +102,10 @@ func TestHandOff(t *testing.T) {
 	require.Equal(t, []memoryRange{{0x820000, 0x80000000, hobUnaccepted}, {1 << 32, 3 << 31, hobUnaccepted}}, memory(4<<30))
 
 	for name, bad := range map[string][]firmware.TDXSection{
-		"no hand-off block":  sections[:2],
-		"two of them":        append([]firmware.TDXSection{{MemAddress: 0x1000, MemSize: 0x1000, Type: firmware.TDXHandOff}}, sections...),
-		"overlapping ranges": append([]firmware.TDXSection{{MemAddress: 0x805000, MemSize: 0x2000, Type: firmware.TDXTemporaryMemory}}, sections...),
+		"no hand-off block": sections[:2],
+		"two of them":       append([]firmware.TDXSection{{MemAddress: 0x1000, MemSize: 0x1000, Type: firmware.TDXHandOff}}, sections...),
+		"overlapping ranges": append([]firmware.TDXSection{{MemAddress: 0x805000, MemSize: 0x2000, Type: firmware.TDXTemporaryMemory}},
+			sections...),
 	} {
 		_, err := handOff(bad, 2<<30)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, name)

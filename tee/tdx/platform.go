@@ -51,7 +51,8 @@ func (*Platform) HostCanRead(doc hypervisor.Document) bool {
 // Explain knows the words of QEMU (accel/kvm, target/i386/kvm).
 func (*Platform) Explain(exit hypervisor.Exit) string {
 	return tee.Advise(exit.VMMLog,
-		tee.Advice{Said: "vm-type TDX not supported by KVM", Do: "KVM on this host runs no TDX guests; `cloister check --tee tdx` tells what is missing"},
+		tee.Advice{Said: "vm-type TDX not supported by KVM", Do: "KVM on this host runs no TDX guests; `cloister check --tee tdx` tells what " +
+			"is missing"},
 		tee.NoPrivateMemory,
 	)
 }
@@ -151,7 +152,8 @@ func readImage(path string) (*image, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, &firmware.Error{Err: fmt.Errorf("the firmware %s is not there: %w", path, errdefs.ErrNotFound), Fix: fixFirmware}
 	} else if err != nil {
-		return nil, &firmware.Error{Err: fmt.Errorf("the firmware cannot be read: %w", err), Fix: "make the file readable, or correct tee.tdx.firmware"}
+		return nil, &firmware.Error{Err: fmt.Errorf("the firmware cannot be read: %w", err),
+			Fix: "make the file readable, or correct tee.tdx.firmware"}
 	}
 	parsed, err := firmware.Parse(raw, firmware.FeatureTDX)
 	if err != nil {
@@ -166,7 +168,8 @@ func readImage(path string) (*image, error) {
 // tdxSections demands what a VMM demands: code that is measured, and one place for the hand-off block.
 func tdxSections(parsed *firmware.Image) error {
 	if parsed.TDX == nil {
-		return fmt.Errorf("it has no TDX metadata, so that no TD can start with it; take an image built for TDX (OvmfPkg/IntelTdx, or OVMF with TDX support): %w",
+		return fmt.Errorf("it has no TDX metadata, so that no TD can start with it; take an image built for TDX (OvmfPkg/IntelTdx, or OVMF "+
+			"with TDX support): %w",
 			errdefs.ErrInvalidArgument)
 	}
 	code, handOffs := 0, 0

@@ -54,7 +54,8 @@ func compress(t testing.TB, content string) []byte {
 func testSections() []firmware.TDXSection {
 	size := uint32(testPages * firmware.PageSize)
 	return []firmware.TDXSection{
-		{DataOffset: testVolume, RawSize: size - testVolume, MemAddress: 1<<32 - uint64(size) + testVolume, MemSize: uint64(size) - testVolume, Type: firmware.TDXBootFirmware, Attributes: firmware.TDXExtend},
+		{DataOffset: testVolume, RawSize: size - testVolume, MemAddress: 1<<32 - uint64(size) + testVolume, MemSize: uint64(size) - testVolume,
+			Type: firmware.TDXBootFirmware, Attributes: firmware.TDXExtend},
 		{RawSize: testVolume, MemAddress: 1<<32 - uint64(size), MemSize: testVolume, Type: firmware.TDXConfiguration},
 		{MemAddress: 0x810000, MemSize: 0x10000, Type: firmware.TDXTemporaryMemory},
 		{MemAddress: 0x809000, MemSize: 0x2000, Type: firmware.TDXHandOff},
@@ -190,7 +191,7 @@ func TestPrepareRefusesDocuments(t *testing.T) {
 		"0 virtual CPUs":           func(d *hypervisor.Document) { d.CPU.Count = 0 },
 		"sealed for another":       func(d *hypervisor.Document) { d.Boot.Sealed = true },
 		"boot.kernel is not given": func(d *hypervisor.Document) { d.Boot.Kernel = "" },
-		"shared_folders 3":         func(d *hypervisor.Document) { d.SharedFolders = 3 },
+		"shared_directories 3":     func(d *hypervisor.Document) { d.SharedDirectories = 3 },
 		"8388608 bytes of memory":  func(d *hypervisor.Document) { d.Memory.Bytes = 8 << 20 },
 		"one of platform \"snp\"": func(d *hypervisor.Document) {
 			d.Confidential = &hypervisor.Confidential{Platform: "snp", SNP: &hypervisor.SNP{}}
@@ -209,9 +210,9 @@ func TestPrepareRefusesDocuments(t *testing.T) {
 		require.JSONEq(t, string(before), string(after), "a refused document stays as it was")
 	}
 	doc := testDocument(t)
-	doc.CPU.Model, doc.SharedFolders = "max", 1
+	doc.CPU.Model, doc.SharedDirectories = "max", 1
 	err := mustNew(t, Config{Firmware: "/none", Attributes: DefaultAttributes}).Prepare(context.Background(), &doc, tee.Inputs{})
-	for _, all := range []string{"CPU model", "shared folders", "/none is not there"} {
+	for _, all := range []string{"CPU model", "shared directories", "/none is not there"} {
 		require.ErrorContains(t, err, all, "all reasons are told at once")
 	}
 }
@@ -224,16 +225,18 @@ func TestPrepareRefusesFirmware(t *testing.T) {
 	unmeasured := testSections()
 	unmeasured[0].Attributes = 0
 	for want, sections := range map[string][]firmware.TDXSection{
-		"has no TDX metadata":                nil,
-		"0 sections of code":                 without(0),
-		"0 for the hand-off block":           without(3),
-		"is not measured":                    unmeasured,
-		"2 for the hand-off block":           append(testSections(), firmware.TDXSection{MemAddress: 0x1000, MemSize: 0x1000, Type: firmware.TDXHandOff}),
+		"has no TDX metadata":      nil,
+		"0 sections of code":       without(0),
+		"0 for the hand-off block": without(3),
+		"is not measured":          unmeasured,
+		"2 for the hand-off block": append(testSections(),
+			firmware.TDXSection{MemAddress: 0x1000, MemSize: 0x1000, Type: firmware.TDXHandOff}),
 		"reaches beyond|reach beyond|beyond": func() []firmware.TDXSection { s := testSections(); s[0].RawSize += 1 << 20; return s }(),
 	} {
 		path, digest := writeFirmware(t, "", sections)
 		doc := testDocument(t)
-		err := mustNew(t, Config{Firmware: path, Digests: []string{digest}, Attributes: DefaultAttributes}).Prepare(context.Background(), &doc, tee.Inputs{})
+		err := mustNew(t, Config{Firmware: path, Digests: []string{digest}, Attributes: DefaultAttributes}).Prepare(context.Background(), &doc,
+			tee.Inputs{})
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, want)
 		require.Regexp(t, want, err.Error())
 	}
@@ -241,7 +244,8 @@ func TestPrepareRefusesFirmware(t *testing.T) {
 	path, digest := writeFirmware(t, driversOld, testSections())
 	for name, digests := range map[string][]string{"list of accepted firmware is empty": nil, "not on the list": {strings.Repeat("0", 64)}} {
 		doc := testDocument(t)
-		err := mustNew(t, Config{Firmware: path, Digests: digests, Attributes: DefaultAttributes}).Prepare(context.Background(), &doc, tee.Inputs{})
+		err := mustNew(t, Config{Firmware: path, Digests: digests, Attributes: DefaultAttributes}).Prepare(context.Background(), &doc,
+			tee.Inputs{})
 		require.ErrorContains(t, err, name)
 		require.ErrorContains(t, err, digest, "the digest is told, so that it can be accepted")
 	}
@@ -250,7 +254,8 @@ func TestPrepareRefusesFirmware(t *testing.T) {
 func TestFirmwareByDescriptor(t *testing.T) {
 	path, digest := writeFirmware(t, driversOld, testSections())
 	dir := t.TempDir()
-	d := fmt.Sprintf(`{"description":"d","interface-types":["uefi"],"mapping":{"device":"memory","filename":%q},"targets":[{"architecture":"x86_64","machines":["pc-q35-*"]}],"features":["intel-tdx"],"tags":[]}`, path)
+	d := fmt.Sprintf(`{"description":"d","interface-types":["uefi"],"mapping":{"device":"memory","filename":%q},`+
+		`"targets":[{"architecture":"x86_64","machines":["pc-q35-*"]}],"features":["intel-tdx"],"tags":[]}`, path)
 	p := mustNew(t, Config{Descriptors: []string{dir}, Digests: []string{digest}, Attributes: DefaultAttributes})
 	doc := testDocument(t)
 	err := p.Prepare(context.Background(), &doc, tee.Inputs{})
@@ -295,7 +300,8 @@ func TestMeasure(t *testing.T) {
 	for _, v := range r.Values {
 		names = append(names, v.Name)
 	}
-	require.Equal(t, []string{"tdx.mrtd", "tdx.mrtd_two_pass", "tdx.rtmr0", "tdx.rtmr1", "tdx.rtmr2", "tdx.mrconfigid", "tdx.attributes"}, names)
+	require.Equal(t, []string{"tdx.mrtd", "tdx.mrtd_two_pass", "tdx.rtmr0", "tdx.rtmr1", "tdx.rtmr2", "tdx.mrconfigid", "tdx.attributes"},
+		names)
 
 	fw, err := readImage(cfg.Firmware)
 	require.NoError(t, err)
@@ -343,10 +349,12 @@ func TestMeasureSaysWhatItCannotPredict(t *testing.T) {
 		missing map[string]string
 	}{
 		"older build without tables": {driversOld, map[string]string{"tdx.rtmr0": "were not given"}},
-		"kernel in parts":            {driversParts, map[string]string{"tdx.rtmr0": "were not given", "tdx.rtmr1": "whose header QEMU has changed"}},
-		"newer build":                {driversNew, map[string]string{"tdx.rtmr0": "SMBIOS"}},
-		"no measuring driver":        {driversPlain, map[string]string{"tdx.rtmr0": "TdTcg2Dxe", "tdx.rtmr1": "TdTcg2Dxe", "tdx.rtmr2": "TdTcg2Dxe"}},
-		"another kind of firmware":   {"", map[string]string{"tdx.rtmr0": "as OVMF", "tdx.rtmr1": "as OVMF", "tdx.rtmr2": "as OVMF"}},
+		"kernel in parts": {driversParts, map[string]string{"tdx.rtmr0": "were not given",
+			"tdx.rtmr1": "whose header QEMU has changed"}},
+		"newer build": {driversNew, map[string]string{"tdx.rtmr0": "SMBIOS"}},
+		"no measuring driver": {driversPlain, map[string]string{"tdx.rtmr0": "TdTcg2Dxe", "tdx.rtmr1": "TdTcg2Dxe",
+			"tdx.rtmr2": "TdTcg2Dxe"}},
+		"another kind of firmware": {"", map[string]string{"tdx.rtmr0": "as OVMF", "tdx.rtmr1": "as OVMF", "tdx.rtmr2": "as OVMF"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := mustNew(t, testConfig(t, tt.drivers))

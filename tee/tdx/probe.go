@@ -19,10 +19,12 @@ const (
 	vmmType     = "tdx-guest"
 	keyResource = "tdx"
 	fixKernel   = "run Linux 6.16 or later (or a distribution's kernel with TDX), built with CONFIG_INTEL_TDX_HOST and CONFIG_KVM_INTEL_TDX"
-	fixFirmware = "name a firmware image with TDX metadata and without Secure Boot keys in tee.tdx.firmware (Debian 13's OVMF.fd 2025.02, or a build of " +
+	fixFirmware = "name a firmware image with TDX metadata and without Secure Boot keys in tee.tdx.firmware (Debian 13's OVMF.fd 2025.02, " +
+		"or a build of " +
 		"edk2's OvmfPkg/IntelTdx; Debian's ovmf-inteltdx starts no unsigned kernel)"
 	fixMachine   = "use a machine with an Intel Xeon of the 5th generation or later, or a 4th generation one made for TDX"
-	fixParameter = "load kvm_intel with tdx=1, switch TDX, TME-MT and SGX on in the machine's firmware, and read what the kernel says (dmesg: virt/tdx)"
+	fixParameter = "load kvm_intel with tdx=1, switch TDX, TME-MT and SGX on in the machine's firmware, and read what the kernel says " +
+		"(dmesg: virt/tdx)"
 )
 
 // Probe looks at the host in the order in which TDX is set up.
@@ -80,7 +82,8 @@ func (p *Platform) probeKVM(h tee.Host) []tee.Finding {
 	const what = "KVM's VM types"
 	var out []tee.Finding
 	if h.Accelerator != "" && h.Accelerator != hypervisor.AccelKVM {
-		out = append(out, missing("accelerator", "make KVM usable and set hypervisor.accel to \"kvm\" or \"auto\"", "VMs run with %q, TDs need %q", h.Accelerator, hypervisor.AccelKVM))
+		out = append(out, missing("accelerator", "make KVM usable and set hypervisor.accel to \"kvm\" or \"auto\"",
+			"VMs run with %q, TDs need %q", h.Accelerator, hypervisor.AccelKVM))
 	}
 	types, err := p.host.VMTypes()
 	if err != nil {
@@ -88,7 +91,8 @@ func (p *Platform) probeKVM(h tee.Host) []tee.Finding {
 	}
 	offers := hostprobe.DescribeVMTypes(types)
 	if types&(1<<hostprobe.VMTypeTDX) == 0 {
-		return append(out, missing(what, fixKernel+"; "+fixParameter, "KVM on this host offers VM types %s; TDX needs type %d", offers, hostprobe.VMTypeTDX))
+		return append(out, missing(what, fixKernel+"; "+fixParameter, "KVM on this host offers VM types %s; TDX needs type %d", offers,
+			hostprobe.VMTypeTDX))
 	}
 	out = append(out, ok(what, "%s", offers))
 	for _, c := range []struct {
@@ -142,7 +146,8 @@ func (p *Platform) probeFirmware() []tee.Finding {
 	out := []tee.Finding{ok(what, "%s, SHA-256 %s, sections %s", fw.path, fw.digest, strings.Join(kinds, " "))}
 	for _, s := range fw.parsed.TDX {
 		if s.Type == firmware.TDXConfiguration && !emptyVariables(fw.raw[s.DataOffset:][:s.RawSize]) {
-			out = append(out, note("Secure Boot", "this firmware brings variables of its own: with keys enrolled it starts kernels that are signed for them only"))
+			out = append(out, note("Secure Boot", "this firmware brings variables of its own: with keys enrolled it starts kernels that are "+
+				"signed for them only"))
 		}
 	}
 	return out

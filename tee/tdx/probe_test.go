@@ -39,8 +39,9 @@ func wholeHost(t *testing.T) *fakeHost {
 			"sys/fs/cgroup/misc.current":          "tdx 3\n",
 		},
 		extensions: map[int]int{
-			hostprobe.CapVMTypes: 1<<hostprobe.VMTypeDefault | 1<<hostprobe.VMTypeTDX, hostprobe.CapMemoryAttributes: hostprobe.MemoryAttributePrivate,
-			hostprobe.CapGuestMemfd: 1, hostprobe.CapX86APICBusCyclesNS: 1,
+			hostprobe.CapVMTypes:          1<<hostprobe.VMTypeDefault | 1<<hostprobe.VMTypeTDX,
+			hostprobe.CapMemoryAttributes: hostprobe.MemoryAttributePrivate,
+			hostprobe.CapGuestMemfd:       1, hostprobe.CapX86APICBusCyclesNS: 1,
 		},
 		host:   tee.Host{Accelerator: hypervisor.AccelKVM, VMM: vmm("")},
 		config: testConfig(t, driversOld),
@@ -77,7 +78,8 @@ func TestProbeOfAWholeHost(t *testing.T) {
 		require.NotEmpty(t, f.Detail)
 	}
 	require.Equal(t, []string{
-		"Intel CPU", "kvm_intel parameter tdx", "KVM's VM types", "KVM_CAP_MEMORY_ATTRIBUTES", "KVM_CAP_GUEST_MEMFD", "KVM_CAP_X86_APIC_BUS_CYCLES_NS",
+		"Intel CPU", "kvm_intel parameter tdx", "KVM's VM types", "KVM_CAP_MEMORY_ATTRIBUTES", "KVM_CAP_GUEST_MEMFD",
+		"KVM_CAP_X86_APIC_BUS_CYCLES_NS",
 		"Quote Generation Service", "VMM", "firmware with TDX metadata", "free TDX key ids",
 	}, order)
 	require.NoError(t, tee.Supported(tee.TDX, findings))
@@ -90,31 +92,37 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 		detail string
 		result tee.Result
 	}{
-		"AMD":          {func(h *fakeHost) { h.files["proc/cpuinfo"] = "vendor_id : AuthenticAMD\n" }, "Intel CPU", "AuthenticAMD", tee.Missing},
-		"no /proc":     {func(h *fakeHost) { delete(h.files, "proc/cpuinfo") }, "Intel CPU", "cannot be read", tee.Missing},
-		"switched off": {func(h *fakeHost) { h.files["sys/module/kvm_intel/parameters/tdx"] = "N" }, "kvm_intel parameter tdx", `"N"`, tee.Missing},
-		"no module":    {func(h *fakeHost) { delete(h.files, "sys/module/kvm_intel/parameters/tdx") }, "kvm_intel parameter tdx", "not loaded", tee.Missing},
+		"AMD":      {func(h *fakeHost) { h.files["proc/cpuinfo"] = "vendor_id : AuthenticAMD\n" }, "Intel CPU", "AuthenticAMD", tee.Missing},
+		"no /proc": {func(h *fakeHost) { delete(h.files, "proc/cpuinfo") }, "Intel CPU", "cannot be read", tee.Missing},
+		"switched off": {func(h *fakeHost) { h.files["sys/module/kvm_intel/parameters/tdx"] = "N" }, "kvm_intel parameter tdx", `"N"`,
+			tee.Missing},
+		"no module": {func(h *fakeHost) { delete(h.files, "sys/module/kvm_intel/parameters/tdx") }, "kvm_intel parameter tdx", "not loaded",
+			tee.Missing},
 		"old module": {func(h *fakeHost) {
 			delete(h.files, "sys/module/kvm_intel/parameters/tdx")
 			h.files["sys/module/kvm_intel/version"] = ""
 		}, "kvm_intel parameter tdx", "no such parameter", tee.Missing},
-		"emulation":      {func(h *fakeHost) { h.host.Accelerator = hypervisor.AccelTCG }, "accelerator", `"tcg"`, tee.Missing},
-		"no KVM":         {func(h *fakeHost) { h.kvm = errors.New("gone") }, "KVM's VM types", "gone", tee.Missing},
-		"no VM type":     {func(h *fakeHost) { h.extensions[hostprobe.CapVMTypes] = 1 }, "KVM's VM types", "offers VM types {default}; TDX needs type 5", tee.Missing},
-		"SNP only":       {func(h *fakeHost) { h.extensions[hostprobe.CapVMTypes] = 0x11 }, "KVM's VM types", "{default, SEV-SNP}", tee.Missing},
-		"no attributes":  {func(h *fakeHost) { h.extensions[hostprobe.CapMemoryAttributes] = 1 }, "KVM_CAP_MEMORY_ATTRIBUTES", "answers 1", tee.Missing},
+		"emulation": {func(h *fakeHost) { h.host.Accelerator = hypervisor.AccelTCG }, "accelerator", `"tcg"`, tee.Missing},
+		"no KVM":    {func(h *fakeHost) { h.kvm = errors.New("gone") }, "KVM's VM types", "gone", tee.Missing},
+		"no VM type": {func(h *fakeHost) { h.extensions[hostprobe.CapVMTypes] = 1 }, "KVM's VM types",
+			"offers VM types {default}; TDX needs type 5", tee.Missing},
+		"SNP only": {func(h *fakeHost) { h.extensions[hostprobe.CapVMTypes] = 0x11 }, "KVM's VM types", "{default, SEV-SNP}", tee.Missing},
+		"no attributes": {func(h *fakeHost) { h.extensions[hostprobe.CapMemoryAttributes] = 1 }, "KVM_CAP_MEMORY_ATTRIBUTES", "answers 1",
+			tee.Missing},
 		"no guest_memfd": {func(h *fakeHost) { delete(h.extensions, hostprobe.CapGuestMemfd) }, "KVM_CAP_GUEST_MEMFD", "answers 0", tee.Missing},
-		"no bus cycles":  {func(h *fakeHost) { delete(h.extensions, hostprobe.CapX86APICBusCyclesNS) }, "KVM_CAP_X86_APIC_BUS_CYCLES_NS", "answers 0", tee.Missing},
-		"no quotes":      {func(h *fakeHost) { h.config.QuoteSocket = "" }, "Quote Generation Service", "cannot be attested", tee.Note},
-		"QGS down":       {func(h *fakeHost) { h.config.QuoteSocket = "unix:/none/qgs" }, "Quote Generation Service", "/none/qgs is not there: guests start but cannot be attested", tee.Note},
-		"QGS by vsock":   {func(h *fakeHost) { h.config.QuoteSocket = "vsock:2:4050" }, "Quote Generation Service", "CID 2 port 4050", tee.Note},
-		"no QEMU":        {func(h *fakeHost) { h.host.VMM = nil }, "VMM", "none was found", tee.Missing},
-		"old QEMU":       {func(h *fakeHost) { h.host.VMM = vmm("no tdx-guest") }, "VMM", "no tdx-guest", tee.Missing},
-		"no firmware":    {func(h *fakeHost) { h.config.Firmware = "/none" }, "firmware with TDX metadata", "/none is not there", tee.Missing},
-		"not accepted":   {func(h *fakeHost) { h.config.Digests = nil }, "firmware with TDX metadata", "SHA-256 digest", tee.Missing},
-		"keys in use":    {func(h *fakeHost) { h.files["sys/fs/cgroup/misc.current"] = "tdx 31" }, "free TDX key ids", "all 31", tee.Missing},
-		"keys unknown":   {func(h *fakeHost) { delete(h.files, "sys/fs/cgroup/misc.capacity") }, "free TDX key ids", "does not count", tee.Note},
-		"keys broken":    {func(h *fakeHost) { h.files["sys/fs/cgroup/misc.current"] = "tdx x" }, "free TDX key ids", "cannot be read", tee.Note},
+		"no bus cycles": {func(h *fakeHost) { delete(h.extensions, hostprobe.CapX86APICBusCyclesNS) }, "KVM_CAP_X86_APIC_BUS_CYCLES_NS",
+			"answers 0", tee.Missing},
+		"no quotes": {func(h *fakeHost) { h.config.QuoteSocket = "" }, "Quote Generation Service", "cannot be attested", tee.Note},
+		"QGS down": {func(h *fakeHost) { h.config.QuoteSocket = "unix:/none/qgs" }, "Quote Generation Service",
+			"/none/qgs is not there: guests start but cannot be attested", tee.Note},
+		"QGS by vsock": {func(h *fakeHost) { h.config.QuoteSocket = "vsock:2:4050" }, "Quote Generation Service", "CID 2 port 4050", tee.Note},
+		"no QEMU":      {func(h *fakeHost) { h.host.VMM = nil }, "VMM", "none was found", tee.Missing},
+		"old QEMU":     {func(h *fakeHost) { h.host.VMM = vmm("no tdx-guest") }, "VMM", "no tdx-guest", tee.Missing},
+		"no firmware":  {func(h *fakeHost) { h.config.Firmware = "/none" }, "firmware with TDX metadata", "/none is not there", tee.Missing},
+		"not accepted": {func(h *fakeHost) { h.config.Digests = nil }, "firmware with TDX metadata", "SHA-256 digest", tee.Missing},
+		"keys in use":  {func(h *fakeHost) { h.files["sys/fs/cgroup/misc.current"] = "tdx 31" }, "free TDX key ids", "all 31", tee.Missing},
+		"keys unknown": {func(h *fakeHost) { delete(h.files, "sys/fs/cgroup/misc.capacity") }, "free TDX key ids", "does not count", tee.Note},
+		"keys broken":  {func(h *fakeHost) { h.files["sys/fs/cgroup/misc.current"] = "tdx x" }, "free TDX key ids", "cannot be read", tee.Note},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := wholeHost(t)

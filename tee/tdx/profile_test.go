@@ -18,12 +18,14 @@ func TestReadProfile(t *testing.T) {
 		image []byte
 		want  profile
 	}{
-		"older":            {compress(t, driversOld), profile{measures: true, acpi: true, wholeKernel: true, initrd: initrdBehind}},
-		"newer":            {compress(t, driversNew), profile{measures: true, acpi: true, wholeKernel: true, fwcfg: true, initrd: initrdInFront}},
-		"no measurements":  {compress(t, driversPlain), profile{acpi: true, initrd: initrdBehind}},
-		"both texts":       {compress(t, " initrd=initrd\x00initrd=initrd \x00"), profile{}},
-		"traces in front":  {append([]byte("QEMU FW CFG\x00"), compress(t, driversOld)...), profile{measures: true, acpi: true, wholeKernel: true, fwcfg: true, initrd: initrdBehind}},
-		"behind a decoy":   {append(append(decoy, 4, 0, 1, 0), compress(t, driversOld)...), profile{measures: true, acpi: true, wholeKernel: true, initrd: initrdBehind}},
+		"older":           {compress(t, driversOld), profile{measures: true, acpi: true, wholeKernel: true, initrd: initrdBehind}},
+		"newer":           {compress(t, driversNew), profile{measures: true, acpi: true, wholeKernel: true, fwcfg: true, initrd: initrdInFront}},
+		"no measurements": {compress(t, driversPlain), profile{acpi: true, initrd: initrdBehind}},
+		"both texts":      {compress(t, " initrd=initrd\x00initrd=initrd \x00"), profile{}},
+		"traces in front": {append([]byte("QEMU FW CFG\x00"), compress(t, driversOld)...),
+			profile{measures: true, acpi: true, wholeKernel: true, fwcfg: true, initrd: initrdBehind}},
+		"behind a decoy": {append(append(decoy, 4, 0, 1, 0), compress(t, driversOld)...),
+			profile{measures: true, acpi: true, wholeKernel: true, initrd: initrdBehind}},
 		"traces elsewhere": {append([]byte("ACPI DATA\x00"), compress(t, "nothing")...), profile{}},
 	} {
 		got, err := readProfile(tt.image)

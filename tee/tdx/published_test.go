@@ -57,12 +57,14 @@ func TestRegistersOfAPublishedTD(t *testing.T) {
 		published(t, "rsdp", "6bc203b3843388cc4918459c3f5c6d1300a796fb594781b7ecfaa3ae7456975f095bfcc1156c9f2d25e8b8bc1b520f66"),
 		published(t, "tables", "ec9e8622a100c399d71062a945f95d8e4cdb7294e8b1c6d17a6a8d37b5084444000a78b007ef533f290243421256d25c"))
 	zero = append(zero, bootOptions()...)
-	require.Equal(t, "85e0855a6384fa1c8a6ab36d0dcbfaa11a5753e5a070c08218ae5fe872fcb86967fd2449c29e22e59dc9fec998cb6547", Extend(zero...).String())
+	require.Equal(t, "85e0855a6384fa1c8a6ab36d0dcbfaa11a5753e5a070c08218ae5fe872fcb86967fd2449c29e22e59dc9fec998cb6547",
+		Extend(zero...).String())
 
 	one, err := rtmr1(profile{wholeKernel: true}, testPE(nil))
 	require.NoError(t, err)
 	one[0] = published(t, "kernel", "f51c5215e1ae1e5202fb0a710248e13c2bf2824b7f0b2a1675f63e9fd37befb93fbb97a4f8630879168b76aee3b198e2")
-	require.Equal(t, "4a7db64a609c77e85f603c23e9a9fd03bfd9e6b52ce527f774a598e66d58386026cea79b2aea13b81a0b70cfacdec0ca", Extend(one...).String())
+	require.Equal(t, "4a7db64a609c77e85f603c23e9a9fd03bfd9e6b52ce527f774a598e66d58386026cea79b2aea13b81a0b70cfacdec0ca",
+		Extend(one...).String())
 
 	require.Equal(t, "8a4fe048fea22663152ef128853caa5c033cbe66baf32ba1ff7f6b1afc1624c279f50a4cbc522a735ca6f69551e61ef2", Extend(
 		published(t, "parameters", "a68ac6d65dd62f392826c2ae44f6846363ced3418c96574b3e168de9205c8553b8198c3b9d206bc432d70a923c25b098"),

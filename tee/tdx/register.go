@@ -15,7 +15,7 @@ const DigestSize = abi.TDXDigestSize
 // Digest is a SHA-384 digest or a register's value.
 type Digest [DigestSize]byte
 
-// String gives lower-case hexadecimal digits.
+// String returns lower-case hexadecimal digits.
 func (d Digest) String() string { return hex.EncodeToString(d[:]) }
 
 // Event is one measurement that goes into a register.

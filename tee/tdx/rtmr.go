@@ -74,7 +74,8 @@ func rtmr0(fw *image, p profile, memory uint64, acpi *ACPI) ([]Event, error) {
 	}
 	switch {
 	case p.fwcfg:
-		return unsupported("this firmware (edk2 later than stable202502) also measures SMBIOS tables, boot settings of the VMM and more boot options, which cannot be computed here")
+		return unsupported("this firmware (edk2 later than stable202502) also measures SMBIOS tables, boot settings of the VMM and more boot " +
+			"options, which cannot be computed here")
 	case p.secureBoot:
 		return unsupported("this firmware is built with Secure Boot, and what its variables hold when they are measured is not known")
 	case !p.acpi:
@@ -126,7 +127,8 @@ func rtmr1(p profile, kernel []byte) ([]Event, error) {
 		return nil, err
 	}
 	if !p.wholeKernel {
-		return nil, fmt.Errorf("this firmware (edk2 older than stable202502) takes a kernel whose header QEMU has changed, by addresses that are not known here: %w", errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("this firmware (edk2 older than stable202502) takes a kernel whose header QEMU has changed, by addresses that "+
+			"are not known here: %w", errdefs.ErrNotImplemented)
 	}
 	return []Event{
 		{"kernel", digest},
@@ -141,7 +143,8 @@ func rtmr1(p profile, kernel []byte) ([]Event, error) {
 func rtmr2(p profile, parameters string, initrd []byte) ([]Event, error) {
 	for _, r := range parameters {
 		if r == 0 || r > 0x7e {
-			return nil, fmt.Errorf("the kernel's parameters hold the character %#x, which firmware turns into something unknown: %w", r, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("the kernel's parameters hold the character %#x, which firmware turns into something unknown: %w", r,
+				errdefs.ErrInvalidArgument)
 		}
 	}
 	if initrd == nil {
@@ -153,7 +156,8 @@ func rtmr2(p profile, parameters string, initrd []byte) ([]Event, error) {
 	case initrdInFront:
 		parameters = "initrd=initrd " + parameters
 	default:
-		return nil, fmt.Errorf("where this firmware puts \"initrd=initrd\" among the kernel's parameters is not known: %w", errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("where this firmware puts \"initrd=initrd\" among the kernel's parameters is not known: %w",
+			errdefs.ErrNotImplemented)
 	}
 	return []Event{event("parameters", utf16Bytes(parameters+"\x00")), event("initrd", initrd)}, nil
 }

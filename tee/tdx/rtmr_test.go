@@ -117,7 +117,8 @@ func TestRTMR0(t *testing.T) {
 	require.Equal(t, sum(hob), events[0].Digest)
 	require.Equal(t, sum(volume), events[1].Digest)
 	starts(t, events[2:8], "9dc3a1f8", "6f2e3cbc", "d607c0ef", "08a74f89", "18cc6e01", "394341b7182c")
-	require.Equal(t, []Digest{sum(acpi.Loader), sum(acpi.RSDP), sum(acpi.Tables)}, []Digest{events[8].Digest, events[9].Digest, events[10].Digest})
+	require.Equal(t, []Digest{sum(acpi.Loader), sum(acpi.RSDP), sum(acpi.Tables)},
+		[]Digest{events[8].Digest, events[9].Digest, events[10].Digest})
 	starts(t, events[11:], "1dd6f7b457ad", "23ada07f5261")
 
 	two := *fw

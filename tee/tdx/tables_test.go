@@ -42,7 +42,7 @@ func TestTablesMade(t *testing.T) {
 	require.Len(t, got.Hex, 2*DigestSize)
 	require.Equal(t, noteRTMR0+"those of a test", got.Note)
 
-	// The same tables from folders, one for each size.
+	// The same tables from directories, one for each size.
 	cfg := testConfig(t, driversOld)
 	cfg.ACPI = t.TempDir()
 	for _, n := range []int{1, 3} {

@@ -107,7 +107,8 @@ func skipWithoutHardware(t *testing.T, n *harness.Node, name tee.Name) {
 // predicted is what `cloister measure` says of the pods that a handler's configuration starts.
 func predicted(t *testing.T, n *harness.Node, name tee.Name, flags ...string) []tee.ReferenceValues {
 	t.Helper()
-	text := succeed(t, n.Command(testContext(t), append([]string{filepath.Join(n.Artifacts().Bin, "cloister"), "measure", "--tee", string(name),
+	text := succeed(t, n.Command(testContext(t), append([]string{filepath.Join(n.Artifacts().Bin, "cloister"), "measure", "--tee",
+		string(name),
 		"--json", "--config", filepath.Join(n.Dir, handlerOf(name), "cloister.toml")}, flags...)...))
 	var said struct {
 		ReferenceValues []tee.ReferenceValues `json:"reference_values"`
@@ -219,7 +220,8 @@ func tsmReport(t *testing.T, n *harness.Node, pod *harness.Pod, provider string)
 
 // checkLaunches starts a pod for each of launchCases and compares its report with the prediction for it, and with that
 // for the others, which must not fit.
-func checkLaunches(t *testing.T, name tee.Name, provider, mainValue string, check func(raw, nonce []byte, want *tee.ReferenceValues, doc *initdata.Document) error) {
+func checkLaunches(t *testing.T, name tee.Name, provider, mainValue string,
+	check func(raw, nonce []byte, want *tee.ReferenceValues, doc *initdata.Document) error) {
 	n := sharedNode(t)
 	overlayOfOperator(t, n, handlerOf(name))
 	path, doc := hardwareInitdata(t)

@@ -33,7 +33,8 @@ func hostArch() string { return runtime.GOARCH }
 func evidenceImage(t *testing.T, n *harness.Node, arch string) (name string) {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "evidence")
-	build := exec.CommandContext(testContext(t), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", program, "./testdata/evidence")
+	build := exec.CommandContext(testContext(t), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", program,
+		"./testdata/evidence")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+arch)
 	out, err := build.CombinedOutput()
 	require.NoError(t, err, string(out))
@@ -70,15 +71,15 @@ func toolFails(t *testing.T, c *harness.Container, args []string, want ...string
 // checkDeviceRules opens a device that containers do not have, the way that the tool opens /dev/uv. The log of the
 // kernel is one on every architecture. A container that is not privileged gets nowhere.
 func checkDeviceRules(t *testing.T, pod *harness.Pod, image string) {
-	const folder = "/sys/class/mem/kmsg"
+	const directory = "/sys/class/mem/kmsg"
 	c := runContainer(t, pod, harness.ContainerSpec{Image: image, Change: privilegedContainer})
 	for _, want := range []string{"the container's device rules refused it; opened without them", "opened at once"} {
-		got, err := c.Output(testContext(t), evidenceTool, "open", folder)
+		got, err := c.Output(testContext(t), evidenceTool, "open", directory)
 		require.NoError(t, err)
 		assert.Equal(t, want, got)
 	}
 	plain := runContainer(t, pod, harness.ContainerSpec{Image: image})
-	toolFails(t, plain, []string{"open", folder}, "take the device rules off the container", "operation not permitted")
+	toolFails(t, plain, []string{"open", directory}, "take the device rules off the container", "operation not permitted")
 }
 
 // withReportModules is the node's initrd with the modules of reports loaded in every guest, without the drivers that need
@@ -107,7 +108,8 @@ func withReportModules(t *testing.T, n *harness.Node) (path string) {
 		over.WriteByte(0)
 	}
 	w := cpio.Newc.Writer(over)
-	require.NoError(t, w.WriteRecord(cpio.StaticRecord([]byte(list), cpio.Info{Ino: 1, NLink: 1, Name: "lib/modules/load", Mode: cpio.S_IFREG | 0o444})))
+	require.NoError(t, w.WriteRecord(cpio.StaticRecord([]byte(list),
+		cpio.Info{Ino: 1, NLink: 1, Name: "lib/modules/load", Mode: cpio.S_IFREG | 0o444})))
 	require.NoError(t, cpio.WriteTrailer(w))
 	path = filepath.Join(t.TempDir(), "initrd.img")
 	require.NoError(t, os.WriteFile(path, over.Bytes(), 0o600))
@@ -151,7 +153,8 @@ func TestReportToolOnS390X(t *testing.T) {
 	exchange, err := attest.NewExchange(request, secret.Flags).Marshal()
 	require.NoError(t, err)
 	user := base64.StdEncoding.EncodeToString(make([]byte, attest.UserDataSize))
-	toolFails(t, c, []string{"uv", base64.StdEncoding.EncodeToString(exchange), user}, "no /dev/uv: ", "/sys/class/misc/uv/dev: no such file or directory")
+	toolFails(t, c, []string{"uv", base64.StdEncoding.EncodeToString(exchange), user}, "no /dev/uv: ",
+		"/sys/class/misc/uv/dev: no such file or directory")
 	toolFails(t, c, []string{"uv", base64.StdEncoding.EncodeToString(exchange[:40]), user}, "attestation exchange: ")
 	t.Run("device rules", func(t *testing.T) { checkDeviceRules(t, pod, image) })
 }

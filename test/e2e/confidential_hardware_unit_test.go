@@ -43,7 +43,8 @@ func TestHardwareLaneReasons(t *testing.T) {
 		device = `{"what": "/dev/sev", "result": "MISSING", "detail": "is not there", "fix": "load ccp"}`
 	)
 	report := func(usable, node, platform string) string {
-		return `{"usable": ` + usable + `, "node": [` + node + `], "platforms": [{"platform": "snp", "description": "x", "configured": true, "usable": true, "findings": [` + platform + `]}]}`
+		return `{"usable": ` + usable + `, "node": [` + node +
+			`], "platforms": [{"platform": "snp", "description": "x", "configured": true, "usable": true, "findings": [` + platform + `]}]}`
 	}
 	for _, tt := range []struct{ name, printed, reason, fault string }{
 		{name: "usable", printed: report("true", fine, fine+","+note)},
@@ -62,9 +63,12 @@ func TestHardwareLaneReasons(t *testing.T) {
 		{name: "two values", printed: report("true", fine, fine) + "{}", fault: "printed no JSON"},
 		{name: "another shape", printed: `[]`, fault: "printed no JSON"},
 		{name: "empty", printed: `{}`, fault: "told of 0 platforms"},
-		{name: "a configuration that is not valid", printed: `{"usable": false, "node": [{"what": "configuration", "result": "MISSING", "detail": "tee.policy: no number"}], "platforms": []}`,
+		{name: "a configuration that is not valid",
+			printed: `{"usable": false, "node": [{"what": "configuration", "result": "MISSING", "detail": "tee.policy: no number"}], ` +
+				`"platforms": []}`,
 			fault: "tee.policy: no number"},
-		{name: "another platform", printed: `{"usable": true, "platforms": [{"platform": "tdx", "findings": [` + fine + `]}]}`, fault: `told of platform "tdx", snp was asked for`},
+		{name: "another platform", printed: `{"usable": true, "platforms": [{"platform": "tdx", "findings": [` + fine + `]}]}`,
+			fault: `told of platform "tdx", snp was asked for`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			reason, err := laneReason(tee.SNP, tt.printed)
@@ -119,7 +123,8 @@ func TestHardwareComparisons(t *testing.T) {
 	bound := initdata.Bind(doc.Digest(), 64)
 	text := hex.EncodeToString(digest)
 	wantSNP := &tee.ReferenceValues{Platform: tee.SNP, Values: []tee.Value{
-		{Name: "snp.launch_digest", Hex: text}, {Name: "snp.policy", Hex: "0000030000000000"}, {Name: "snp.host_data", Hex: hex.EncodeToString(bound[:32])},
+		{Name: "snp.launch_digest", Hex: text}, {Name: "snp.policy", Hex: "0000030000000000"}, {Name: "snp.host_data",
+			Hex: hex.EncodeToString(bound[:32])},
 	}}
 	wantTDX := &tee.ReferenceValues{Platform: tee.TDX, Values: []tee.Value{
 		{Name: "tdx.mrtd", Hex: text}, {Name: "tdx.rtmr0", Hex: text}, {Name: "tdx.rtmr1", Hex: text}, {Name: "tdx.rtmr2", Hex: text},

@@ -66,7 +66,8 @@ func TestConfidentialInitdata(t *testing.T) {
 		assert.Contains(t, info["initdata"], "sha256:"+hex.EncodeToString(doc.Digest()))
 		require.NoError(t, pod.Stop(testContext(t)))
 
-		_, err = n.CRI().RunPod(testContext(t), harness.PodSpec{Handler: harness.HandlerSample, Annotations: map[string]string{kataInitdata: "!"}})
+		_, err = n.CRI().RunPod(testContext(t), harness.PodSpec{Handler: harness.HandlerSample,
+			Annotations: map[string]string{kataInitdata: "!"}})
 		require.ErrorContains(t, err, "initdata")
 	})
 	t.Run("not valid", func(t *testing.T) {

@@ -50,7 +50,8 @@ func TestLoneContainerIsRefusedBeforeItsVM(t *testing.T) {
 	require.NoError(t, os.WriteFile(qemu, []byte(script), 0o755))
 	withSettings(t, n, fmt.Sprintf("[hypervisor]\npath = %q\n", qemu))
 	mount := "type=bind,src=/dev/null,dst=/null,options=rbind:ro"
-	r := run(t, n.Ctr(testContext(t), ctrRun(n, "--rm", "--device", "/dev/loop-control", "--mount", mount, harness.BusyboxImage, "refused", "true")...))
+	r := run(t, n.Ctr(testContext(t), ctrRun(n, "--rm", "--device", "/dev/loop-control", "--mount", mount, harness.BusyboxImage, "refused",
+		"true")...))
 	assert.NotZero(t, r.status)
 	requireContains(t, r.stderr, "/dev/loop-control", "/dev/null of the host", "at /null")
 	assert.NoFileExists(t, started)
@@ -93,7 +94,8 @@ func checkConfidentialGuest(t *testing.T, pod *harness.Pod) {
 		assert.Equal(t, "1", features[33:34], "VIRTIO_F_ACCESS_PLATFORM of device type %s", kind)
 	}
 	t.Logf("virtio devices by type: %v", types)
-	for kind, name := range map[string]string{"0x0004": "entropy", "0x0005": "balloon", "0x0018": "memory", "0x001a": "file system", "0x001b": "pmem"} {
+	for kind, name := range map[string]string{"0x0004": "entropy", "0x0005": "balloon", "0x0018": "memory", "0x001a": "file system",
+		"0x001b": "pmem"} {
 		assert.Zero(t, types[kind], "virtio %s device", name)
 	}
 	assert.NotZero(t, types["0x0001"], "network")
@@ -109,7 +111,7 @@ func checkConfidentialStats(t *testing.T, pod *harness.Pod) {
 	assert.NotZero(t, stats.GetMemory().GetWorkingSetBytes().GetValue())
 }
 
-// kubeletPod is a pod's folder as the kubelet has it.
+// kubeletPod is a pod's directory as the kubelet has it.
 type kubeletPod struct {
 	t    *testing.T
 	dir  string
@@ -120,16 +122,16 @@ func newKubeletPod(t *testing.T, pod *harness.Pod) *kubeletPod {
 	return &kubeletPod{t: t, dir: filepath.Join(t.TempDir(), "pods", pod.Config.GetMetadata().GetUid())}
 }
 
-func (k *kubeletPod) folder(path string) string {
+func (k *kubeletPod) directory(path string) string {
 	dir := filepath.Join(k.dir, path)
 	require.NoError(k.t, os.MkdirAll(dir, 0o755))
 	return dir
 }
 
-// volume writes a volume, or changes it, as the kubelet's AtomicWriter does: a new folder, a link's rename, the old
-// folder's end.
+// volume writes a volume, or changes it, as the kubelet's AtomicWriter does: a new directory, a link's rename, the old
+// directory's end.
 func (k *kubeletPod) volume(kind, name string, files map[string]string) string {
-	dir := k.folder("volumes/kubernetes.io~" + kind + "/" + name)
+	dir := k.directory("volumes/kubernetes.io~" + kind + "/" + name)
 	k.turn++
 	now := fmt.Sprintf("..2026_01_02_03_04_05.%09d", k.turn)
 	for file, content := range files {
@@ -153,7 +155,7 @@ func checkConfidentialVolumes(t *testing.T, pod *harness.Pod) {
 	large := strings.Repeat("0123456789abcdef", 100_000) // more than one message holds
 	config := k.volume("configmap", "settings", map[string]string{"mode": "old", "pair": "old", "sub/file": "deep"})
 	secret := k.volume("secret", "key", map[string]string{"token": "s3cret", "large": large})
-	termination := filepath.Join(k.folder("containers/main"), "0a1b2c3d")
+	termination := filepath.Join(k.directory("containers/main"), "0a1b2c3d")
 	require.NoError(t, os.WriteFile(termination, []byte("of an earlier container"), 0o666))
 	require.NoError(t, os.Chmod(termination, 0o666))
 
@@ -210,7 +212,7 @@ m=$(cat $d/mode 2>/dev/null) && p=$(cat $d/pair 2>/dev/null) || continue
 // checkScratchVolumes: an emptyDir is the guest's own, and its containers'.
 func checkScratchVolumes(t *testing.T, pod *harness.Pod) {
 	k := newKubeletPod(t, pod)
-	dir := k.folder("volumes/kubernetes.io~empty-dir/scratch")
+	dir := k.directory("volumes/kubernetes.io~empty-dir/scratch")
 	require.NoError(t, os.Chmod(dir, 0o777))
 	mounts := []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/scratch"}}
 	one := runContainer(t, pod, harness.ContainerSpec{Mounts: mounts})
@@ -229,14 +231,14 @@ func checkScratchVolumes(t *testing.T, pod *harness.Pod) {
 // checkConfidentialRefusals: one error tells everything that cannot be had, and the pod lives on.
 func checkConfidentialRefusals(t *testing.T, pod *harness.Pod) {
 	k := newKubeletPod(t, pod)
-	volume := k.folder("volumes/kubernetes.io~csi/pvc-1/mount")
-	part := filepath.Join(k.folder("volumes/kubernetes.io~empty-dir/e"), "sub")
+	volume := k.directory("volumes/kubernetes.io~csi/pvc-1/mount")
+	part := filepath.Join(k.directory("volumes/kubernetes.io~empty-dir/e"), "sub")
 	require.NoError(t, os.MkdirAll(part, 0o755))
-	folder := t.TempDir()
+	directory := t.TempDir()
 	c, err := pod.Create(testContext(t), harness.ContainerSpec{
 		Script: idle,
 		Mounts: []*runtimeapi.Mount{
-			{HostPath: folder, ContainerPath: "/folder", Readonly: true},
+			{HostPath: directory, ContainerPath: "/directory", Readonly: true},
 			{HostPath: "/etc/passwd", ContainerPath: "/etc/passwd"},
 			{HostPath: volume, ContainerPath: "/data"},
 			{HostPath: part, ContainerPath: "/part"},
@@ -251,7 +253,7 @@ func checkConfidentialRefusals(t *testing.T, pod *harness.Pod) {
 	require.Error(t, err)
 	t.Logf("the error: %v", err)
 	requireContains(t, err.Error(),
-		folder+" at /folder (hostPath)", "/etc/passwd at /etc/passwd (hostPath)", "volume pvc-1 (kubernetes.io~csi) at /data",
+		directory+" at /directory (hostPath)", "/etc/passwd at /etc/passwd (hostPath)", "volume pvc-1 (kubernetes.io~csi) at /data",
 		"a part of the emptyDir e", "/dev/loop-control", "a ConfigMap, a Secret or an emptyDir")
 	runContainer(t, pod, harness.ContainerSpec{})
 }

@@ -196,7 +196,8 @@ func checkCtrDetached(t *testing.T, n *harness.Node) {
 	})
 	t.Run("tmpfs", func(t *testing.T) {
 		assert.Equal(t, "8192", succeed(t, n.Ctr(ctx, exec("df", "sh", "-c", "df -k /scratch | awk 'NR==2 { print $2 }'")...)))
-		r := run(t, n.Ctr(ctx, exec("fill", "sh", "-c", "head -c 9000000 /dev/zero > /scratch/fill; wc -c < /scratch/fill; rm -f /scratch/fill; touch /file")...))
+		r := run(t, n.Ctr(ctx, exec("fill", "sh", "-c", "head -c 9000000 /dev/zero > /scratch/fill; wc -c < /scratch/fill; rm -f "+
+			"/scratch/fill; touch /file")...))
 		filled, err := strconv.Atoi(strings.TrimSpace(r.stdout))
 		require.NoError(t, err)
 		assert.LessOrEqual(t, filled, 8<<20)

@@ -71,10 +71,11 @@ func checkCannotBegin(t *testing.T, pod *harness.Pod) {
 		spec harness.ContainerSpec
 		text string
 	}{
-		{"not in PATH", harness.ContainerSpec{Command: []string{"no-such-command"}}, `exec: "no-such-command": executable file not found in $PATH`},
+		{"not in PATH", harness.ContainerSpec{Command: []string{"no-such-command"}},
+			`exec: "no-such-command": executable file not found in $PATH`},
 		{"no such path", harness.ContainerSpec{Command: []string{"/no/such"}}, `exec: "/no/such": stat /no/such: no such file or directory`},
 		{"not executable", harness.ContainerSpec{Command: []string{"/etc/passwd"}}, `exec: "/etc/passwd": permission denied`},
-		{"a folder", harness.ContainerSpec{Command: []string{"/etc"}}, `exec: "/etc": is a directory`},
+		{"a directory", harness.ContainerSpec{Command: []string{"/etc"}}, `exec: "/etc": is a directory`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			ctx := testContext(t)

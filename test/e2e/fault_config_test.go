@@ -39,7 +39,8 @@ func TestFaultsOfTheNode(t *testing.T) {
 			want: []string{"hypervisor.initrd", "/nowhere/initrd", "no such file", "make guest"},
 		},
 		{
-			name: "everything is missing", settings: "hypervisor.kernel = '/nowhere/k'\nhypervisor.initrd = '/nowhere/i'\nhypervisor.path = '/nowhere/q'",
+			name: "everything is missing", settings: "hypervisor.kernel = '/nowhere/k'\nhypervisor.initrd = '/nowhere/i'\nhypervisor.path = " +
+				"'/nowhere/q'",
 			want: []string{"hypervisor.kernel", "hypervisor.initrd", "hypervisor.path", "make guest", "qemu-system-x86"},
 		},
 		{
@@ -68,7 +69,7 @@ func TestFaultsOfTheNode(t *testing.T) {
 			want: []string{text, "rootfs.cache_dir", "not a directory"},
 		},
 		{
-			name: "state folder is below a file", settings: fmt.Sprintf("state.dir = %q", filepath.Join(n.CloisterConfig, "x")),
+			name: "state directory is below a file", settings: fmt.Sprintf("state.dir = %q", filepath.Join(n.CloisterConfig, "x")),
 			want: []string{"state.dir", "not a directory"},
 		},
 	} {
@@ -96,7 +97,7 @@ func TestFaultsOfTheNode(t *testing.T) {
 		unmount()
 		requireNothingLeft(t, n)
 	})
-	t.Run("disk of the state folder is full", func(t *testing.T) {
+	t.Run("disk of the state directory is full", func(t *testing.T) {
 		state, unmount := mountTmpfs(t, n, "full", "size=4k,nr_inodes=2")
 		withSettings(t, n, fmt.Sprintf("state.dir = %q", state))
 		pod, err := n.CRI().RunPod(testContext(t), harness.PodSpec{Handler: harness.HandlerCloister})

@@ -62,7 +62,8 @@ func TestAgentEnds(t *testing.T) {
 // A guest that is told to power off and does not is killed when timeouts.stop is over.
 func TestGuestDoesNotPowerOff(t *testing.T) {
 	n := sharedNode(t)
-	withSettings(t, n, fmt.Sprintf("[hypervisor]\ninitrd = %q\nkernel_params = ['e2e.fault=stays-up']\n[timeouts]\nstop = '3s'\n", faultyInitrd(t, n)))
+	withSettings(t, n, fmt.Sprintf("[hypervisor]\ninitrd = %q\nkernel_params = ['e2e.fault=stays-up']\n[timeouts]\nstop = '3s'\n",
+		faultyInitrd(t, n)))
 	pod := runPod(t, n, harness.PodSpec{})
 	c := runContainer(t, pod, harness.ContainerSpec{})
 	require.NoError(t, pod.Stop(testContext(t)))

@@ -154,7 +154,7 @@ func faultyInitrd(t *testing.T, n *harness.Node) string {
 	return path
 }
 
-// mountTmpfs mounts a file system in memory in the node's folder until the test's end.
+// mountTmpfs mounts a file system in memory in the node's directory until the test's end.
 func mountTmpfs(t *testing.T, n *harness.Node, name, options string) (path string, unmount func()) {
 	t.Helper()
 	path = filepath.Join(n.Dir, name)

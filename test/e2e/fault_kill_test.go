@@ -91,7 +91,7 @@ func TestShimAndContainerdAreKilled(t *testing.T) {
 	removeAll(t, n, pod)
 }
 
-// virtiofsd is killed: what the guest reads from the host's folder can never be answered, so the pod ends.
+// virtiofsd is killed: what the guest reads from the host's directory can never be answered, so the pod ends.
 func TestVirtiofsdIsKilled(t *testing.T) {
 	n := sharedNode(t)
 	ctx := testContext(t)
@@ -161,7 +161,8 @@ func TestContainerdIsRestarted(t *testing.T) {
 	}
 
 	// A process that ignores SIGTERM is killed when its grace is over.
-	stubborn := runContainer(t, pod, harness.ContainerSpec{Script: "trap 'echo ignored' TERM; echo trapped; while :; do sleep 3600 & wait $!; done"})
+	stubborn := runContainer(t, pod, harness.ContainerSpec{Script: "trap 'echo ignored' TERM; echo trapped; while :; do sleep 3600 & wait " +
+		"$!; done"})
 	require.NoError(t, stubborn.WaitLog(ctx, "trapped\n"))
 	require.NoError(t, stubborn.Stop(ctx, time.Second))
 	requireKilled(t, stubborn)

@@ -42,12 +42,13 @@ func TestCommandsThatCannotRun(t *testing.T) {
 		outcomes[handler] = map[string]outcome{}
 		pod := runPod(t, n, harness.PodSpec{Handler: handler})
 		for name, spec := range map[string]harness.ContainerSpec{
-			"image without layers":        {Image: empty.Name, Command: []string{"/nothing"}},
-			"no such file":                {Command: []string{"/no/such/program"}},
-			"not in PATH":                 {Command: []string{"nosuchprogram"}},
-			"not executable":              {Command: []string{"/etc/passwd"}},
-			"a folder":                    {Command: []string{"/etc"}},
-			"working folder below a file": {Command: []string{"/bin/true"}, Change: func(c *runtimeapi.ContainerConfig) { c.WorkingDir = "/etc/passwd/x" }},
+			"image without layers": {Image: empty.Name, Command: []string{"/nothing"}},
+			"no such file":         {Command: []string{"/no/such/program"}},
+			"not in PATH":          {Command: []string{"nosuchprogram"}},
+			"not executable":       {Command: []string{"/etc/passwd"}},
+			"a directory":          {Command: []string{"/etc"}},
+			"working directory below a file": {Command: []string{"/bin/true"},
+				Change: func(c *runtimeapi.ContainerConfig) { c.WorkingDir = "/etc/passwd/x" }},
 		} {
 			c, err := pod.Create(ctx, spec)
 			require.NoError(t, err, name)
@@ -111,14 +112,14 @@ func TestCtrFaults(t *testing.T) {
 		assert.Contains(t, got.stderr, strings.TrimSpace(essence(want.stderr)))
 		requireNothingLeft(t, n)
 	})
-	t.Run("state folder is there already", func(t *testing.T) {
-		folder := stateFolder(n, n.Name, "twice")
-		require.NoError(t, os.MkdirAll(folder, 0o700))
+	t.Run("state directory is there already", func(t *testing.T) {
+		directory := stateDirectory(n, n.Name, "twice")
+		require.NoError(t, os.MkdirAll(directory, 0o700))
 		got := runTask("io.containerd.cloister.v2", "twice", "true")
 		assert.NotZero(t, got.status)
-		requireContains(t, got.stderr, folder, "is there already", "containerd-shim-cloister-v2 delete")
-		assert.DirExists(t, folder, "it is another's")
-		require.NoError(t, os.Remove(folder))
+		requireContains(t, got.stderr, directory, "is there already", "containerd-shim-cloister-v2 delete")
+		assert.DirExists(t, directory, "it is another's")
+		require.NoError(t, os.Remove(directory))
 		requireNothingLeft(t, n)
 	})
 	t.Run("socket of a dead shim is in the way", func(t *testing.T) {
@@ -143,8 +144,8 @@ func TestCtrFaults(t *testing.T) {
 	})
 }
 
-// stateFolder is where the shim keeps the state of a pod: its name is a hash, since sockets live below it.
-func stateFolder(n *harness.Node, namespace, id string) string {
+// stateDirectory is where the shim keeps the state of a pod: its name is a hash, since sockets live below it.
+func stateDirectory(n *harness.Node, namespace, id string) string {
 	sum := sha256.Sum256([]byte(namespace + "\x00" + id))
 	return filepath.Join(n.CloisterState, hex.EncodeToString(sum[:8]))
 }
@@ -185,12 +186,13 @@ func TestRefusals(t *testing.T) {
 		requireRefused(t, harness.ContainerSpec{
 			Mounts: []*runtimeapi.Mount{
 				{HostPath: both, ContainerPath: "/both", Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL},
-				{HostPath: socket, ContainerPath: "/socket"}, {HostPath: fifo, ContainerPath: "/fifo"}, {HostPath: "/dev/null", ContainerPath: "/device"},
+				{HostPath: socket, ContainerPath: "/socket"}, {HostPath: fifo, ContainerPath: "/fifo"}, {HostPath: "/dev/null",
+					ContainerPath: "/device"},
 			},
 			Change: func(c *runtimeapi.ContainerConfig) {
 				c.Devices = []*runtimeapi.Device{{HostPath: "/dev/loop-control", ContainerPath: "/dev/loop-control", Permissions: "rwm"}}
 			},
-		}, "/dev/loop-control", "none of the host's devices", "/both", "Bidirectional", socket, fifo, "/device", "only files and folders")
+		}, "/dev/loop-control", "none of the host's devices", "/both", "Bidirectional", socket, fifo, "/device", "only files and directories")
 	})
 	t.Run("source of a mount is removed", func(t *testing.T) {
 		gone := filepath.Join(dir, "gone")
@@ -223,7 +225,7 @@ func TestRefusals(t *testing.T) {
 		require.NoError(t, c.Remove(ctx))
 	})
 	t.Run("virtiofsd is missing", func(t *testing.T) {
-		requireRefused(t, harness.ContainerSpec{Mounts: []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/folder"}}},
+		requireRefused(t, harness.ContainerSpec{Mounts: []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/directory"}}},
 			"hypervisor.virtiofsd", "/nowhere/virtiofsd", "install virtiofsd")
 	})
 	t.Run("disk of the layer cache is full", func(t *testing.T) {
@@ -261,7 +263,7 @@ func TestRefusals(t *testing.T) {
 	removeAll(t, n, pod)
 }
 
-// filesIn lists all files below a folder.
+// filesIn lists all files below a directory.
 func filesIn(t *testing.T, dir string) map[string]bool {
 	t.Helper()
 	files := map[string]bool{}

@@ -66,7 +66,8 @@ func checkPod(t *testing.T, pod *harness.Pod) {
 func checkContainer(t *testing.T, pod *harness.Pod) {
 	ctx := testContext(t)
 	for i := range 2 {
-		c, err := pod.Run(ctx, harness.ContainerSpec{Name: "again", Script: "echo out; echo err >&2; " + idle, Change: logNamed("again-" + itoa(int64(i)))})
+		c, err := pod.Run(ctx, harness.ContainerSpec{Name: "again", Script: "echo out; echo err >&2; " + idle,
+			Change: logNamed("again-" + itoa(int64(i)))})
 		require.NoError(t, err)
 		cleanup(t, "removing the container", c.Remove)
 		require.NoError(t, c.WaitLog(ctx, "out\n"))
@@ -116,9 +117,10 @@ func checkEmpty(t *testing.T, n *harness.Node, pod *harness.Pod) {
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(tools, "busybox"), binary, 0o755))
 	status, stdout, _ := ended(t, pod, harness.ContainerSpec{
-		Image:   emptyImage,
-		Command: []string{"/tools/busybox", "sh", "-c", "cd /; for f in *; do echo $f; done; echo x > /new && busybox=/tools/busybox && $busybox cat /new"},
-		Mounts:  []*runtimeapi.Mount{{HostPath: tools, ContainerPath: "/tools", Readonly: true}},
+		Image: emptyImage,
+		Command: []string{"/tools/busybox", "sh", "-c", "cd /; for f in *; do echo $f; done; echo x > /new && busybox=/tools/busybox && " +
+			"$busybox cat /new"},
+		Mounts: []*runtimeapi.Mount{{HostPath: tools, ContainerPath: "/tools", Readonly: true}},
 	})
 	assert.Zero(t, status.GetExitCode())
 	assert.Equal(t, "dev\netc\nproc\nsys\ntools\nx\n", stdout)

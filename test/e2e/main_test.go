@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// sharedNode gives the test the shared node. Whatever the test makes must be removed when it ends; what is left fails it.
+// sharedNode returns the shared node. Whatever the test makes must be removed when it ends; what is left fails it.
 func sharedNode(t *testing.T) *harness.Node {
 	t.Helper()
 	shared.mu.Lock()

@@ -15,20 +15,20 @@ import (
 	"github.com/cloister-project/cloister/test/harness"
 )
 
-// checkMounts is about folders and files of the host in containers, and about what else a container brings along.
+// checkMounts is about directories and files of the host in containers, and about what else a container brings along.
 func checkMounts(t *testing.T, pod *harness.Pod) {
 	dir := t.TempDir()
-	folder, fixed, file := filepath.Join(dir, "folder"), filepath.Join(dir, "fixed"), filepath.Join(dir, "file")
-	require.NoError(t, os.Mkdir(folder, 0o777))
+	directory, fixed, file := filepath.Join(dir, "directory"), filepath.Join(dir, "fixed"), filepath.Join(dir, "file")
+	require.NoError(t, os.Mkdir(directory, 0o777))
 	require.NoError(t, os.Mkdir(fixed, 0o755))
 	require.NoError(t, os.WriteFile(filepath.Join(fixed, "inside"), []byte("fixed\n"), 0o644))
 	require.NoError(t, os.WriteFile(file, []byte("one\n"), 0o644))
 	secret := filepath.Join(dir, "secret")
 	require.NoError(t, os.WriteFile(secret, []byte("not shared\n"), 0o644))
-	require.NoError(t, os.Symlink(secret, filepath.Join(folder, "escape")))
+	require.NoError(t, os.Symlink(secret, filepath.Join(directory, "escape")))
 
 	mounts := []*runtimeapi.Mount{
-		{HostPath: folder, ContainerPath: "/folder"},
+		{HostPath: directory, ContainerPath: "/directory"},
 		{HostPath: fixed, ContainerPath: "/deep/down/fixed", Readonly: true},
 		{HostPath: file, ContainerPath: "/etc/single"},
 		{HostPath: file, ContainerPath: "/etc/single-ro", Readonly: true},
@@ -36,19 +36,19 @@ func checkMounts(t *testing.T, pod *harness.Pod) {
 	one := runContainer(t, pod, harness.ContainerSpec{Mounts: mounts})
 	two := runContainer(t, pod, harness.ContainerSpec{Mounts: mounts[:1]})
 
-	t.Run("folder, both ways", func(t *testing.T) {
-		require.NoError(t, os.WriteFile(filepath.Join(folder, "from-host"), []byte("hello\n"), 0o644))
-		assert.Equal(t, "hello", output(t, one, "cat /folder/from-host"))
-		output(t, one, "echo answer > /folder/from-guest; mkdir /folder/sub; echo 2 > /folder/sub/file; rm /folder/from-host")
-		got, err := os.ReadFile(filepath.Join(folder, "from-guest"))
+	t.Run("directory, both ways", func(t *testing.T) {
+		require.NoError(t, os.WriteFile(filepath.Join(directory, "from-host"), []byte("hello\n"), 0o644))
+		assert.Equal(t, "hello", output(t, one, "cat /directory/from-host"))
+		output(t, one, "echo answer > /directory/from-guest; mkdir /directory/sub; echo 2 > /directory/sub/file; rm /directory/from-host")
+		got, err := os.ReadFile(filepath.Join(directory, "from-guest"))
 		require.NoError(t, err)
 		assert.Equal(t, "answer\n", string(got))
-		assert.FileExists(t, filepath.Join(folder, "sub", "file"))
-		assert.NoFileExists(t, filepath.Join(folder, "from-host"))
-		assert.Equal(t, "answer", output(t, two, "cat /folder/from-guest"), "both containers have the same folder")
+		assert.FileExists(t, filepath.Join(directory, "sub", "file"))
+		assert.NoFileExists(t, filepath.Join(directory, "from-host"))
+		assert.Equal(t, "answer", output(t, two, "cat /directory/from-guest"), "both containers have the same directory")
 	})
 	t.Run("no way out of it", func(t *testing.T) {
-		result, err := one.Exec(testContext(t), "cat", "/folder/escape")
+		result, err := one.Exec(testContext(t), "cat", "/directory/escape")
 		require.NoError(t, err)
 		assert.NotZero(t, result.ExitCode, "the link leads to the container's own files")
 		assert.NotContains(t, result.Stdout, "not shared")
@@ -74,19 +74,20 @@ func checkMounts(t *testing.T, pod *harness.Pod) {
 	})
 	t.Run("large file", func(t *testing.T) {
 		data := randomBytes(4 << 20)
-		require.NoError(t, os.WriteFile(filepath.Join(folder, "large"), data, 0o644))
-		assert.Equal(t, sum(data), strings.Fields(output(t, one, "sha256sum /folder/large"))[0])
-		output(t, one, "cp /folder/large /folder/copy")
-		got, err := os.ReadFile(filepath.Join(folder, "copy"))
+		require.NoError(t, os.WriteFile(filepath.Join(directory, "large"), data, 0o644))
+		assert.Equal(t, sum(data), strings.Fields(output(t, one, "sha256sum /directory/large"))[0])
+		output(t, one, "cp /directory/large /directory/copy")
+		got, err := os.ReadFile(filepath.Join(directory, "copy"))
 		require.NoError(t, err)
 		assert.Equal(t, sum(data), sum(got))
 	})
 	t.Run("gone with its container", func(t *testing.T) {
 		require.NoError(t, two.Remove(testContext(t)))
-		assert.Equal(t, "answer", output(t, one, "cat /folder/from-guest"))
+		assert.Equal(t, "answer", output(t, one, "cat /directory/from-guest"))
 	})
 	t.Run("not there", func(t *testing.T) {
-		c, err := pod.Create(testContext(t), harness.ContainerSpec{Mounts: []*runtimeapi.Mount{{HostPath: fixed + "/inside", ContainerPath: "/x"}}})
+		c, err := pod.Create(testContext(t), harness.ContainerSpec{Mounts: []*runtimeapi.Mount{{HostPath: fixed + "/inside",
+			ContainerPath: "/x"}}})
 		require.NoError(t, err)
 		cleanup(t, "removing the container", c.Remove)
 		require.NoError(t, os.Remove(filepath.Join(fixed, "inside")))

@@ -99,13 +99,15 @@ func TestFiveContainers(t *testing.T) {
 	})
 	t.Run("files of the pod", func(t *testing.T) {
 		assert.Equal(t, pod.Config.GetHostname(), output(t, all[0], "cat /etc/hostname"))
-		assert.Equal(t, []string{"nameserver 10.88.0.1", "options ndots:3", "search cloister.test"}, sortedLines(output(t, all[0], "cat /etc/resolv.conf")))
+		assert.Equal(t, []string{"nameserver 10.88.0.1", "options ndots:3", "search cloister.test"},
+			sortedLines(output(t, all[0], "cat /etc/resolv.conf")))
 		assert.Regexp(t, `(?m)^127\.0\.0\.1\s+localhost`, output(t, all[0], "cat /etc/hosts"))
 		assert.Contains(t, output(t, all[0], "ping -c 1 -W 30 localhost"), "127.0.0.1")
 	})
 	t.Run("list", func(t *testing.T) {
 		answer, err := n.CRI().Runtime.ListContainers(testContext(t), &runtimeapi.ListContainersRequest{
-			Filter: &runtimeapi.ContainerFilter{PodSandboxId: pod.ID, State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING}},
+			Filter: &runtimeapi.ContainerFilter{PodSandboxId: pod.ID,
+				State: &runtimeapi.ContainerStateValue{State: runtimeapi.ContainerState_CONTAINER_RUNNING}},
 		})
 		require.NoError(t, err)
 		assert.Len(t, answer.GetContainers(), 5)
@@ -127,7 +129,8 @@ func TestSharedProcesses(t *testing.T) {
 	share := &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_POD}
 	pod := runPod(t, n, harness.PodSpec{Change: func(c *runtimeapi.PodSandboxConfig) { c.Linux.SecurityContext.NamespaceOptions = share }})
 	spec := func(script string) harness.ContainerSpec {
-		return harness.ContainerSpec{Script: script, Change: func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions = share }}
+		return harness.ContainerSpec{Script: script,
+			Change: func(c *runtimeapi.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions = share }}
 	}
 	one := runContainer(t, pod, spec("echo one > /mine; "+idle+"; : marker-one"))
 	two := runContainer(t, pod, spec("{ trap '' TERM; while :; do sleep 1000; done; } & echo $! > /child; "+idle))
@@ -154,7 +157,8 @@ func TestFivePods(t *testing.T) {
 	)
 	for i := range pods {
 		all.Go(func() (err error) {
-			if pods[i], err = n.CRI().RunPod(ctx, harness.PodSpec{Handler: harness.HandlerCloister, Name: fmt.Sprintf("five-pods-%d", i)}); err != nil {
+			if pods[i], err = n.CRI().RunPod(ctx, harness.PodSpec{Handler: harness.HandlerCloister,
+				Name: fmt.Sprintf("five-pods-%d", i)}); err != nil {
 				return err
 			}
 			containers[i], err = pods[i].Run(ctx, harness.ContainerSpec{

@@ -144,7 +144,7 @@ func checkForeignNetwork(t *testing.T, n *harness.Node, pod *harness.Pod) {
 	assert.Equal(t, "served", output(t, client, "until nc "+ip+" 9000 < /dev/null; do usleep 50000; done"))
 }
 
-// checkForeignVolumes: these guests have no virtio-fs, so that small volumes are copied, and live folders refused.
+// checkForeignVolumes: these guests have no virtio-fs, so that small volumes are copied, and live directories refused.
 func checkForeignVolumes(t *testing.T, pod *harness.Pod) {
 	k := newKubeletPod(t, pod)
 	config := k.volume("configmap", "settings", map[string]string{"mode": "old"})
@@ -189,9 +189,10 @@ func checkForeignSeccomp(t *testing.T, pod *harness.Pod) {
 	profile := filepath.Join(t.TempDir(), "profile.json")
 	require.NoError(t, os.WriteFile(profile, []byte(`{"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_S390X"],
 		"syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}]}`), 0o600))
-	c := runContainer(t, pod, harness.ContainerSpec{Name: "filtered", Image: s390xImage, Change: secured(func(s *runtimeapi.LinuxContainerSecurityContext) {
-		s.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: profile}
-	})})
+	c := runContainer(t, pod, harness.ContainerSpec{Name: "filtered", Image: s390xImage,
+		Change: secured(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.Seccomp = &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: profile}
+		})})
 	result, err := c.Exec(testContext(t), "mkdir", "/forbidden")
 	require.NoError(t, err)
 	assert.NotZero(t, result.ExitCode)

@@ -82,7 +82,8 @@ func checkSecurity(t *testing.T, n *harness.Node, pod *harness.Pod) {
 		assert.Equal(t, map[string]string{"NoNewPrivs": "0", "CapEff": "00000000a80425fb"}, statusOf(t, c, "NoNewPrivs", "CapEff"))
 	})
 	t.Run("read-only root", func(t *testing.T) {
-		c := runContainer(t, pod, harness.ContainerSpec{Change: secured(func(s *runtimeapi.LinuxContainerSecurityContext) { s.ReadonlyRootfs = true })})
+		c := runContainer(t, pod,
+			harness.ContainerSpec{Change: secured(func(s *runtimeapi.LinuxContainerSecurityContext) { s.ReadonlyRootfs = true })})
 		result, err := c.Exec(testContext(t), "touch", "/file")
 		require.NoError(t, err)
 		assert.NotZero(t, result.ExitCode)

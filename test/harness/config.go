@@ -30,7 +30,7 @@ const (
 // PauseImage is the sandbox image that containerd 2.4 asks for by default.
 const PauseImage = "registry.k8s.io/pause:3.10.2"
 
-// containerdConfig keeps every path below the node's folder: what is not named here has a default outside of it.
+// containerdConfig keeps every path below the node's directory: what is not named here has a default outside of it.
 // Version 4 is containerd 2.4's (addresses moved to io.containerd.server.v1.*).
 var containerdConfig = template.Must(template.New("config.toml").Parse(`version = 4
 root = '{{.Root}}'
@@ -118,7 +118,7 @@ disabled_plugins = [
 {{- end}}
 `))
 
-// cloisterConfig points Cloister at the artifacts and keeps its state below the node's folder.
+// cloisterConfig points Cloister at the artifacts and keeps its state below the node's directory.
 var cloisterConfig = template.Must(template.New("cloister.toml").Parse(`[hypervisor]
 path = '{{.QEMU}}'
 kernel = '{{.Kernel}}'

@@ -57,8 +57,10 @@ func (p *Pod) Create(ctx context.Context, spec ContainerSpec) (*Container, error
 		Mounts:   spec.Mounts,
 		LogPath:  spec.Name + ".log",
 		Linux: &runtimeapi.LinuxContainerConfig{
-			Resources:       &runtimeapi.LinuxContainerResources{},
-			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}},
+			Resources: &runtimeapi.LinuxContainerResources{},
+			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+				NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER},
+			},
 		},
 	}
 	for key, value := range spec.Env {
@@ -160,7 +162,8 @@ func (c *Container) Output(ctx context.Context, command ...string) (string, erro
 		return "", err
 	}
 	if result.ExitCode != 0 {
-		return "", fmt.Errorf("exec of %q in %s: exit status %d: %s", command, c.Config.GetMetadata().GetName(), result.ExitCode, strings.TrimSpace(result.Stderr))
+		return "", fmt.Errorf("exec of %q in %s: exit status %d: %s", command, c.Config.GetMetadata().GetName(), result.ExitCode,
+			strings.TrimSpace(result.Stderr))
 	}
 	return strings.TrimSuffix(result.Stdout, "\n"), nil
 }

@@ -89,8 +89,10 @@ func (c *CRI) RunPod(ctx context.Context, spec PodSpec) (*Pod, error) {
 		DnsConfig:    &runtimeapi.DNSConfig{Servers: []string{"10.88.0.1"}, Searches: []string{"cloister.test"}},
 		Annotations:  maps.Clone(spec.Annotations),
 		Linux: &runtimeapi.LinuxPodSandboxConfig{
-			CgroupParent:    "/" + c.node.Name + "/" + name,
-			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}},
+			CgroupParent: "/" + c.node.Name + "/" + name,
+			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+				NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER},
+			},
 		},
 	}
 	if spec.Change != nil {

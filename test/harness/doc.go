@@ -3,7 +3,7 @@
 // Package harness runs a private containerd for end-to-end tests, the main job and the benchmarks.
 //
 // A [Node] is one containerd 2.4 with everything that belongs to it (root, state, sockets, CNI configuration, logs,
-// Cloister's own configuration and state) below one folder, /var/tmp/clXXXXXX, and with a network namespace of the same
+// Cloister's own configuration and state) below one directory, /var/tmp/clXXXXXX, and with a network namespace of the same
 // name in which containerd, its shims and its CNI plugins run. Nothing of the machine's own containerd, network or
 // configuration is touched. These runtime handlers are there:
 //
@@ -25,8 +25,8 @@
 //
 // States: a Node is started by [Start], containerd in it may be stopped and started again any number of times
 // ([Node.StopContainerd], [Node.StartContainerd]), and [Node.Stop] ends it: every process it started is killed by pid,
-// mounts and the namespace are undone, the folder is removed. Stop may be repeated. Each node is registered in the
-// cache's nodes folder while it lives, so that `make stop` finds nodes that were kept or whose owner was killed.
+// mounts and the namespace are undone, the directory is removed. Stop may be repeated. Each node is registered in the
+// cache's nodes directory while it lives, so that `make stop` finds nodes that were kept or whose owner was killed.
 //
 // A Node is for one goroutine where it starts and stops; everything else may be used concurrently.
 package harness

@@ -61,7 +61,7 @@ func TestNodeWithRunc(t *testing.T) {
 	defer cancel()
 	leaks, err := n.Leaks(brief)
 	require.NoError(t, err)
-	for _, kind := range []string{"process", "link", "mount", "cgroup", "folder", "file"} {
+	for _, kind := range []string{"process", "link", "mount", "cgroup", "directory", "file"} {
 		assert.True(t, hasKind(leaks, kind), "%s not seen in %v", kind, leaks)
 	}
 	require.NoError(t, pod.Remove(ctx))
@@ -75,7 +75,8 @@ func TestTools(t *testing.T) {
 	require.NoError(t, n.Import(ctx, deep))
 
 	for _, snapshotter := range []string{"overlayfs", "erofs"} {
-		out, err := n.Ctr(ctx, "run", "--rm", "--snapshotter", snapshotter, "--runc-binary", filepath.Join(n.Artifacts().Conformance, "runc"), deep.Name, "one-"+snapshotter,
+		out, err := n.Ctr(ctx, "run", "--rm", "--snapshotter", snapshotter, "--runc-binary", filepath.Join(n.Artifacts().Conformance, "runc"),
+			deep.Name, "one-"+snapshotter,
 			"sh", "-c", "cat /top; ls /layers | wc -l").Output()
 		require.NoError(t, err, n.LogTail(20))
 		// 19 numbered files and the last gone-file.
@@ -83,7 +84,8 @@ func TestTools(t *testing.T) {
 	}
 	out, err := n.Crictl(ctx, "info").CombinedOutput()
 	require.NoError(t, err, string(out))
-	out, err = n.Nerdctl(ctx, "run", "--rm", "--runtime", "io.containerd.runc.v2", "--network", n.Name, BusyboxImage, "ip", "addr").CombinedOutput()
+	out, err = n.Nerdctl(ctx, "run", "--rm", "--runtime", "io.containerd.runc.v2", "--network", n.Name, BusyboxImage, "ip",
+		"addr").CombinedOutput()
 	require.NoError(t, err, string(out))
 	assert.Contains(t, string(out), "10.88.")
 }
@@ -128,7 +130,8 @@ func TestKeptNodeIsFoundAndStopped(t *testing.T) {
 }
 
 func TestStartFails(t *testing.T) {
-	_, err := Start(t.Context(), Options{Artifacts: Artifacts{Repository: "/nowhere", Cache: t.TempDir(), Conformance: "/nowhere", QEMU: "/nowhere", MkfsErofs: "/nowhere", Busybox: "/nowhere"}})
+	_, err := Start(t.Context(), Options{Artifacts: Artifacts{Repository: "/nowhere", Cache: t.TempDir(), Conformance: "/nowhere",
+		QEMU: "/nowhere", MkfsErofs: "/nowhere", Busybox: "/nowhere"}})
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}

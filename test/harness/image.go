@@ -21,14 +21,14 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// File is an entry of a layer. Its type follows from what is set: Link is a symbolic link, Dir a folder, else a file
+// File is an entry of a layer. Its type follows from what is set: Link is a symbolic link, Dir a directory, else a file
 // with Body. A name like "etc/.wh.passwd" is a whiteout, as the OCI image specification has it.
 type File struct {
 	Name string
 	Body []byte
 	Link string
 	Dir  bool
-	// Mode are the permission bits; 0 is 0755 for folders and 0644 for files.
+	// Mode are the permission bits; 0 is 0755 for directories and 0644 for files.
 	Mode int64
 	// UID and GID own the entry.
 	UID, GID int
@@ -81,7 +81,8 @@ func busybox(name, path, askedFor string) (*Image, error) {
 		File{Name: "usr/bin", Link: "../bin"},
 		File{Name: "sbin", Link: "bin"},
 		File{Name: "home/user", Dir: true, UID: 1000, GID: 1000},
-		File{Name: "etc/passwd", Body: []byte("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")},
+		File{Name: "etc/passwd",
+			Body: []byte("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")},
 		File{Name: "etc/group", Body: []byte("root:x:0:\nuser:x:1000:\nextra:x:2000:user\nnogroup:x:65534:\n")},
 		File{Name: "etc/nsswitch.conf", Body: []byte("hosts: files dns\n")},
 		File{Name: "etc/os-release", Body: []byte("ID=cloister-test\nPRETTY_NAME='Cloister test image'\n")},

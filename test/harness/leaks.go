@@ -31,10 +31,10 @@ type snapshot map[string]struct{}
 //
 //   - processes that belong to the node, however (see processes), and their children by the same rule;
 //   - links in the node's network namespace, except its own bridge, and links of the host;
-//   - mounts below or from the node's folder, among them references to network namespaces;
+//   - mounts below or from the node's directory, among them references to network namespaces;
 //   - named network namespaces;
 //   - cgroups of all hierarchies with the node's name in their path;
-//   - files, folders, sockets and FIFOs in containerd's and Cloister's state, its layer cache's unfinished files,
+//   - files, directories, sockets and FIFOs in containerd's and Cloister's state, its layer cache's unfinished files,
 //     CNI's leases and results, and in /tmp, /run and /dev/shm what has the node's name;
 //   - loop devices backed by files of the node.
 //
@@ -208,7 +208,7 @@ func (n *Node) snapTree(s snapshot, root string) error {
 		if err != nil {
 			return err
 		}
-		// Empty folders that stand for a namespace or a store are no leftovers; what is in them is.
+		// Empty directories that stand for a namespace or a store are no leftovers; what is in them is.
 		if path == root || d.IsDir() && (slices.Contains(keptFiles, d.Name()) || d.Name() == n.Name) {
 			return nil
 		}
@@ -217,7 +217,7 @@ func (n *Node) snapTree(s snapshot, root string) error {
 		}
 		s.add(kindOf(d.Type()), path)
 		if d.IsDir() {
-			return fs.SkipDir // one leftover a folder is enough, and a rootfs may be mounted in it
+			return fs.SkipDir // one leftover a directory is enough, and a rootfs may be mounted in it
 		}
 		return nil
 	})
@@ -230,7 +230,7 @@ func kindOf(mode fs.FileMode) string {
 	case fs.ModeNamedPipe:
 		return "fifo"
 	case fs.ModeDir:
-		return "folder"
+		return "directory"
 	default:
 		return "file"
 	}

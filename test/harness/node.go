@@ -18,7 +18,7 @@ import (
 	"github.com/cloister-project/cloister/internal/procid"
 )
 
-// baseDir holds the nodes' folders: short, for the sake of socket paths, and on a disk even where /tmp is in memory.
+// baseDir holds the nodes' directories: short, for the sake of socket paths, and on a disk even where /tmp is in memory.
 const baseDir = "/var/tmp"
 
 // startBudget is how long containerd may take until its CRI answers and is ready.
@@ -38,11 +38,11 @@ type Options struct {
 // Node is a private containerd; see the package comment.
 type Node struct {
 	// Name is that of the network namespace, the CNI network, its bridge, the cgroup parent and the containerd
-	// namespace of things made without CRI; the folder's last element.
+	// namespace of things made without CRI; the directory's last element.
 	Name string
 	// Dir holds everything of the node.
 	Dir string
-	// Root and State are containerd's folders, Socket its gRPC address.
+	// Root and State are containerd's directories, Socket its gRPC address.
 	Root, State, Socket string
 	// CloisterConfig is the ConfigPath of Cloister's handlers; CloisterState and LayerCache what it sets there.
 	CloisterConfig, CloisterState, LayerCache string
@@ -170,7 +170,7 @@ func (n *Node) CRI() *CRI { return n.cri }
 // Artifacts are what the node was made of.
 func (n *Node) Artifacts() Artifacts { return n.artifacts }
 
-// Stop ends the node and everything in it, and removes its folder. It may be repeated, and is meant to clean up after
+// Stop ends the node and everything in it, and removes its directory. It may be repeated, and is meant to clean up after
 // any failure: it takes nothing for granted and reports what it could not undo.
 func (n *Node) Stop(ctx context.Context) error {
 	var faults []error
@@ -188,7 +188,7 @@ func (n *Node) Stop(ctx context.Context) error {
 		removeMatches("/var/lib/cni/results/"+n.Name+"-*"),
 	)
 	if err := errors.Join(faults...); err != nil {
-		// The folder stays: it has the logs, and what is mounted in it must not be removed through the mount.
+		// The directory stays: it has the logs, and what is mounted in it must not be removed through the mount.
 		return fmt.Errorf("stopping node %s: %w", n.Dir, err)
 	}
 	if err := os.RemoveAll(n.Dir); err != nil {

@@ -16,7 +16,7 @@ const modulePath = "github.com/cloister-project/cloister"
 
 // Artifacts are the files that a node is made of: all paths are absolute.
 type Artifacts struct {
-	// Repository is the folder of Cloister's go.mod.
+	// Repository is the directory of Cloister's go.mod.
 	Repository string
 	// Cache is where tools/setup and tools/conformance keep what they got and built.
 	Cache string
@@ -157,7 +157,7 @@ func envOr(key, otherwise string) string {
 	return otherwise
 }
 
-// findRepository walks up from the working directory: `go test` runs in the package's folder.
+// findRepository walks up from the working directory: `go test` runs in the package's directory.
 func findRepository() (string, error) {
 	dir, err := os.Getwd()
 	if err != nil {

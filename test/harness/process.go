@@ -44,7 +44,7 @@ const whyCgroup = "cgroup"
 func (p process) String() string { return fmt.Sprintf("pid %d (%s): %s", p.ref.PID, p.why, p.line) }
 
 // processes finds everything that belongs to the node: by command line or cgroup (the node's name is in both), by
-// network namespace, by executable or working directory below the node's folder, or by a file open there. Ourselves and
+// network namespace, by executable or working directory below the node's directory, or by a file open there. Ourselves and
 // zombies are left out.
 func (n *Node) processes() ([]process, error) {
 	entries, err := os.ReadDir("/proc")

@@ -58,7 +58,7 @@ func (p process) kill() error {
 	return nil
 }
 
-// mounts of the node: mounted below its folder, or from it.
+// mounts of the node: mounted below its directory, or from it.
 func (n *Node) mounts() ([]*mountinfo.Info, error) {
 	return mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		return !n.within(m.Mountpoint) && !n.within(m.Source) && !strings.Contains(m.VFSOptions, n.Dir+"/"), false

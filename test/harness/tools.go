@@ -20,7 +20,7 @@ func (n *Node) Crictl(ctx context.Context, args ...string) *exec.Cmd {
 	return n.Command(ctx, append(n.crictlLine(), args...)...)
 }
 
-// Nerdctl prepares nerdctl with its data below the node's folder. Give `run` a `--network Node.Name`, the pods' network:
+// Nerdctl prepares nerdctl with its data below the node's directory. Give `run` a `--network Node.Name`, the pods' network:
 // nerdctl's own default network is there, but needs more of iptables.
 func (n *Node) Nerdctl(ctx context.Context, args ...string) *exec.Cmd {
 	return n.Command(ctx, append(n.nerdctlLine(), args...)...)
@@ -54,7 +54,7 @@ func (n *Node) nerdctlLine() []string {
 	}
 }
 
-// nerdctlNetworks is a CNI folder of nerdctl's own: it adds a default network there, which CRI must not pick up.
+// nerdctlNetworks is a CNI directory of nerdctl's own: it adds a default network there, which CRI must not pick up.
 // The node's network is in it too, for `nerdctl run --network Node.Name`.
 func (n *Node) nerdctlNetworks() string { return filepath.Join(n.Dir, "nerdctl-cni") }
 

@@ -35,7 +35,7 @@ type bench struct {
 	version string
 	accel   hypervisor.Accelerator
 	bare    bareQEMU
-	// dir is the node's folder for what is made here.
+	// dir is the node's directory for what is made here.
 	dir         string
 	guestKernel string
 }

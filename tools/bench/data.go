@@ -103,9 +103,11 @@ func (b *bench) measureData(ctx context.Context) (_ []row, err error) {
 		"in the container dd does so through a pipe that the agent copies, and containerd's FIFO is the other end."
 	return []row{
 		ratioRow("stdout throughput ÷ raw vsock", out, rawOut).budgeted(atLeast(0.9), nil).noted(raw),
-		ratioRow("stdin throughput ÷ raw vsock", in, rawIn).budgeted(atLeast(0.9), nil).noted("as above, the other way; the time of dd's exit is in it."),
+		ratioRow("stdin throughput ÷ raw vsock", in, rawIn).budgeted(atLeast(0.9),
+			nil).noted("as above, the other way; the time of dd's exit is in it."),
 		ratioRow("block read in a container ÷ straight from the disk", read, rawRead).budgeted(atLeast(0.9), nil).
-			noted("%d MiB at a time that nobody has read yet, 1 MiB a call, by the same program, the second half timed, once the first was read for 2 s: files of the container's root (EROFS below overlayfs) and, in "+
+			noted("%d MiB at a time that nobody has read yet, 1 MiB a call, by the same program, the second half timed, once the first was read "+
+				"for 2 s: files of the container's root (EROFS below overlayfs) and, in "+
 				"the probe, the same image from /dev/sda, which is on the same kind of controller.", b.plan.ReadMiB),
 	}, nil
 }

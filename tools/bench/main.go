@@ -48,7 +48,7 @@ func main() {
 	}
 	rounds := flag.Int("rounds", 5, "how often a start of a pod is measured; the rest follows from it")
 	quick := flag.Bool("quick", false, "measure little: to see that it works")
-	out := flag.String("out", "bin", "folder for bench.json and bench.md")
+	out := flag.String("out", "bin", "directory for bench.json and bench.md")
 	only := flag.String("only", "", "measure only the steps whose name has this in it")
 	strict := flag.Bool("strict", false, "fail if a budget is not met")
 	reads := flag.Bool(timeReadFlag, false, "in a container: read a file and tell how long it took")

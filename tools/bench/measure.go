@@ -72,7 +72,8 @@ func (b *bench) measureStart(ctx context.Context) (_ []row, err error) {
 	}
 	return []row{
 		ratioRow("sandbox ready ÷ bare QEMU boot", ready, plain).budgeted(atMost(1.15), atMost(1.35)).
-			noted("ready is from the pod's Start in the shim to the end of the guest's configuration; bare QEMU has the parameters `%s`.", bareParameters),
+			noted("ready is from the pod's Start in the shim to the end of the guest's configuration; bare QEMU has the parameters `%s`.",
+				bareParameters),
 		ratioRow("sandbox ready ÷ bare QEMU boot with the same kernel parameters", ready, same).budgeted(atMost(1.15), atMost(1.35)).
 			noted("the stricter reading: the parameters that Cloister adds make bare QEMU faster, too. They are `%s`.", ourArgs),
 		{What: "of that, the host's part before the guest runs", Ours: vmm, Value: median(vmm.Values), Unit: " ms"},
@@ -176,7 +177,8 @@ func (b *bench) measurePod(ctx context.Context) (_ []row, err error) {
 			Note: fmt.Sprintf("Rss of smaps_rollup; the proportional share (Pss) is %.1f MiB.", pss.Values[at])}.
 			budgeted(atMost(15), atMost(20)),
 		row{What: "guest memory used before the first container", Value: median(used.Values), Unit: " MiB",
-			Note: fmt.Sprintf("MemTotal − MemAvailable in the guest, read by the first thing that the first container does, so that the container is in it. "+
+			Note: fmt.Sprintf("MemTotal − MemAvailable in the guest, read by the first thing that the first container does, so that the "+
+				"container is in it. "+
 				"The kernel keeps %.1f MiB of the VM's %d MiB for itself besides (its image and page tables), which MemTotal does not count.",
 				median(kept.Values), b.bare.memoryMiB)}.budgeted(atMost(40), nil),
 		row{What: "cost of an added container, time: later half ÷ earlier half", Ours: ours, Value: growth(ours.Values),
@@ -260,7 +262,8 @@ func (b *bench) measurePods(ctx context.Context) (_ []row, err error) {
 	}
 	return []row{
 		row{What: "cost of an added pod, time: later half ÷ earlier half", Ours: wall, Value: growth(wall.Values),
-			Note: fmt.Sprintf("%d pods, all of them up; %+.0f ms from one to the next. Flat is taken as ≤ 1.25.", len(wall.Values), slope(wall.Values))}.
+			Note: fmt.Sprintf("%d pods, all of them up; %+.0f ms from one to the next. Flat is taken as ≤ 1.25.", len(wall.Values),
+				slope(wall.Values))}.
 			budgeted(atMost(flat), nil),
 		{What: "memory of a pod without containers, QEMU + shim", Ours: vmm, Value: median(vmm.Values) + median(shim.Values), Unit: " MiB",
 			Note: fmt.Sprintf("proportional shares (Pss): QEMU %s with the guest's memory in it, shim %s.", vmm.text(), shim.text())},

@@ -22,7 +22,8 @@ import (
 type probe struct{ vm hypervisor.VM }
 
 // startProbe boots the probe with a disk, and returns when it answers.
-func startProbe(ctx context.Context, driver hypervisor.Driver, q bareQEMU, accel hypervisor.Accelerator, dir, initrdOf, disk string) (_ *probe, err error) {
+func startProbe(ctx context.Context, driver hypervisor.Driver, q bareQEMU, accel hypervisor.Accelerator, dir, initrdOf,
+	disk string) (_ *probe, err error) {
 	self, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
 		return nil, err
@@ -52,7 +53,7 @@ func startProbe(ctx context.Context, driver hypervisor.Driver, q bareQEMU, accel
 		Vsock:  hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
 		Disks:  []hypervisor.Disk{{ID: "disk", Path: disk, Serial: "disk", ReadOnly: true}},
 		// As a pod has them.
-		SharedFolders: 2, Sandboxed: true,
+		SharedDirectories: 2, Sandboxed: true,
 	}, hypervisor.Resources{StateDir: state})
 	if err != nil {
 		return nil, err

@@ -176,7 +176,7 @@ func checkAgent(agent []byte, machine elf.Machine) error {
 	return nil
 }
 
-// initrd makes the archive. Names stand in sorted order except that a folder comes before its files.
+// initrd makes the archive. Names stand in sorted order except that a directory comes before its files.
 func initrd(agent []byte, modules []module) ([]byte, error) {
 	var load bytes.Buffer
 	for _, m := range modules {

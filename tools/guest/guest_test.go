@@ -227,7 +227,7 @@ func TestReproducible(t *testing.T) {
 	for _, compression := range []string{"none", "gzip", "zstd"} {
 		var first map[string][]byte
 		for round := range 2 {
-			in := fakeInputs(t) // in another folder
+			in := fakeInputs(t) // in another directory
 			in.Compression = compression
 			if round == 1 {
 				// What must not matter: times, modes, where it is, what was there before.
@@ -278,16 +278,18 @@ func TestMistakes(t *testing.T) {
 		change func(t *testing.T, in *inputs)
 		want   string
 	}{
-		"no kernel":      {func(_ *testing.T, in *inputs) { in.Kernel += "x" }, "read the kernel"},
-		"not a kernel":   {func(_ *testing.T, in *inputs) { in.Kernel = in.Agent }, "not a bzImage"},
-		"other kernel":   {replace(func(in *inputs) string { return in.Kernel }, fakeKernel("6.13.0 (x)")), "was built for kernel"},
-		"no version":     {replace(func(in *inputs) string { return in.Kernel }, fakeKernel("")), "version"},
-		"no agent":       {func(_ *testing.T, in *inputs) { in.Agent += "x" }, "read the agent"},
-		"script":         {replace(func(in *inputs) string { return in.Agent }, []byte("#!/bin/sh\n")), "not an executable"},
-		"dynamic":        {replace(func(in *inputs) string { return in.Agent }, fakeELF(".text", nil, elf.PT_INTERP)), "dynamically"},
-		"no modules":     {func(_ *testing.T, in *inputs) { in.Modules += "x" }, "lib/modules/RELEASE"},
-		"missing module": {func(t *testing.T, in *inputs) { require.NoError(t, os.Remove(filepath.Join(in.Modules, "x/erofs.ko"))) }, "module erofs"},
-		"missing need":   {func(t *testing.T, in *inputs) { require.NoError(t, os.Remove(filepath.Join(in.Modules, "lib/a.ko"))) }, "module a (for virtio_net)"},
+		"no kernel":    {func(_ *testing.T, in *inputs) { in.Kernel += "x" }, "read the kernel"},
+		"not a kernel": {func(_ *testing.T, in *inputs) { in.Kernel = in.Agent }, "not a bzImage"},
+		"other kernel": {replace(func(in *inputs) string { return in.Kernel }, fakeKernel("6.13.0 (x)")), "was built for kernel"},
+		"no version":   {replace(func(in *inputs) string { return in.Kernel }, fakeKernel("")), "version"},
+		"no agent":     {func(_ *testing.T, in *inputs) { in.Agent += "x" }, "read the agent"},
+		"script":       {replace(func(in *inputs) string { return in.Agent }, []byte("#!/bin/sh\n")), "not an executable"},
+		"dynamic":      {replace(func(in *inputs) string { return in.Agent }, fakeELF(".text", nil, elf.PT_INTERP)), "dynamically"},
+		"no modules":   {func(_ *testing.T, in *inputs) { in.Modules += "x" }, "lib/modules/RELEASE"},
+		"missing module": {func(t *testing.T, in *inputs) { require.NoError(t, os.Remove(filepath.Join(in.Modules, "x/erofs.ko"))) },
+			"module erofs"},
+		"missing need": {func(t *testing.T, in *inputs) { require.NoError(t, os.Remove(filepath.Join(in.Modules, "lib/a.ko"))) },
+			"module a (for virtio_net)"},
 		"circle": {func(t *testing.T, in *inputs) {
 			addModule(t, *in, "lib/c-c.ko", "vermagic="+release+" SMP", "depends=a")
 		}, "circle"},

@@ -96,7 +96,7 @@ type module struct {
 	data   []byte // unpacked
 }
 
-// tree is a lib/modules/RELEASE folder.
+// tree is a lib/modules/RELEASE directory.
 type tree struct {
 	arch           architecture
 	release        string
@@ -116,7 +116,7 @@ func openTree(dir, release string, arch architecture) (*tree, error) {
 	t := &tree{arch: arch, release: release, files: map[string]string{}, builtin: map[string]bool{}}
 	f, err := os.Open(filepath.Join(dir, "modules.builtin"))
 	if err != nil {
-		return nil, fmt.Errorf("-modules must be a lib/modules/RELEASE folder: %w", err)
+		return nil, fmt.Errorf("-modules must be a lib/modules/RELEASE directory: %w", err)
 	}
 	defer f.Close()
 	for lines := bufio.NewScanner(f); lines.Scan(); {
@@ -138,7 +138,7 @@ func openTree(dir, release string, arch architecture) (*tree, error) {
 	return t, err
 }
 
-// resolve gives the wanted modules and all that they need, needed ones first: each once, but in each platform's phase
+// resolve returns the wanted modules and all that they need, needed ones first: each once, but in each platform's phase
 // anew if only another platform's phase has it, since a guest loads one of them at most.
 func (t *tree) resolve() ([]module, error) {
 	var out []module
@@ -157,7 +157,7 @@ func (t *tree) resolve() ([]module, error) {
 			if !must {
 				return nil // a soft dependency may be an alias, or left out of the build
 			}
-			return fmt.Errorf("module %s (for %s) is neither in the folder of modules nor built into the kernel", name, wantedBy)
+			return fmt.Errorf("module %s (for %s) is neither in the directory of modules nor built into the kernel", name, wantedBy)
 		}
 		state[name] = inProgress
 		data, info, err := t.read(path)

@@ -93,7 +93,8 @@ func (j *job) withLog(err error) error {
 	if kerr := j.node.CopyLog(kept); kerr != nil {
 		return errors.Join(err, kerr)
 	}
-	return fmt.Errorf("%w\n\nwarnings and errors of containerd and the shim; all of their log is in %s:\n%s", err, kept, j.node.LogProblems(15))
+	return fmt.Errorf("%w\n\nwarnings and errors of containerd and the shim; all of their log is in %s:\n%s", err, kept,
+		j.node.LogProblems(15))
 }
 
 func stopAll(ctx context.Context) error {

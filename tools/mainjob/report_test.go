@@ -59,9 +59,12 @@ func TestVerdict(t *testing.T) {
 		fault string
 	}{
 		{"a VM", []comparison{{"kernel release", "6.12", "6.1"}, {"boot id", "a", "b"}, {"PID 1", "sh", "init"}}, ""},
-		{"a VM on a host with the guest's kernel", []comparison{same("kernel release", "6.12"), {"boot id", "a", "b"}, {"PID 1", "sh", "init"}}, ""},
-		{"no VM", []comparison{same("kernel release", "6.1"), same("boot id", "a"), {"PID 1", "sh", "init"}}, `the kernel in the container is "6.1"`},
-		{"no VM on a host with the guest's kernel", []comparison{same("kernel release", "6.12"), same("boot id", "a"), {"PID 1", "sh", "init"}}, "boot id is"},
+		{"a VM on a host with the guest's kernel", []comparison{same("kernel release", "6.12"), {"boot id", "a", "b"}, {"PID 1", "sh", "init"}},
+			""},
+		{"no VM", []comparison{same("kernel release", "6.1"), same("boot id", "a"), {"PID 1", "sh", "init"}},
+			`the kernel in the container is "6.1"`},
+		{"no VM on a host with the guest's kernel", []comparison{same("kernel release", "6.12"), same("boot id", "a"), {"PID 1", "sh", "init"}},
+			"boot id is"},
 		{"nothing came back", []comparison{{"kernel release", "6.12", "6.1"}, {"boot id", "", "b"}, {"PID 1", "sh", "init"}}, "boot id is"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

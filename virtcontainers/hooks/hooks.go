@@ -104,7 +104,8 @@ func Validate(h *specs.Hooks) error {
 				errs = append(errs, fmt.Errorf("OCI hook %s[%d]: path %q is not absolute: %w", phase.name, i, hook.Path, errdefs.ErrInvalidArgument))
 			}
 			if hook.Timeout != nil && *hook.Timeout <= 0 {
-				errs = append(errs, fmt.Errorf("OCI hook %s[%d] %s: timeout %d is not greater than zero: %w", phase.name, i, hook.Path, *hook.Timeout, errdefs.ErrInvalidArgument))
+				errs = append(errs, fmt.Errorf("OCI hook %s[%d] %s: timeout %d is not greater than zero: %w", phase.name, i, hook.Path, *hook.Timeout,
+					errdefs.ErrInvalidArgument))
 			}
 		}
 	}

@@ -37,7 +37,8 @@ func sh(script string, args ...string) specs.Hook {
 }
 
 func state(t *testing.T) specs.State {
-	return specs.State{Version: specs.Version, ID: "c1", Status: specs.StateStopped, Pid: 42, Bundle: t.TempDir(), Annotations: map[string]string{"a": "b"}}
+	return specs.State{Version: specs.Version, ID: "c1", Status: specs.StateStopped, Pid: 42, Bundle: t.TempDir(),
+		Annotations: map[string]string{"a": "b"}}
 }
 
 func seconds(n int) *int { return &n }
@@ -115,7 +116,8 @@ func TestCreateRuntimeFails(t *testing.T) {
 		})
 	}
 	s := state(t)
-	err := CreateRuntime(context.Background(), &specs.Hooks{Prestart: []specs.Hook{sh("exit 5")}, CreateRuntime: []specs.Hook{sh("touch after")}}, s)
+	err := CreateRuntime(context.Background(), &specs.Hooks{Prestart: []specs.Hook{sh("exit 5")},
+		CreateRuntime: []specs.Hook{sh("touch after")}}, s)
 	var exit *exec.ExitError
 	require.ErrorAs(t, err, &exit)
 	assert.Equal(t, 5, exit.ExitCode())
@@ -248,7 +250,8 @@ func TestValidate(t *testing.T) {
 		Poststop: []specs.Hook{{Path: "/x", Timeout: seconds(0)}, {Path: "/y", Timeout: seconds(-3)}, {}},
 	})
 	assert.True(t, errdefs.IsInvalidArgument(err))
-	for _, text := range []string{`prestart[0]: path "relative"`, "poststop[0] /x: timeout 0", "poststop[1] /y: timeout -3", `poststop[2]: path ""`} {
+	for _, text := range []string{`prestart[0]: path "relative"`, "poststop[0] /x: timeout 0", "poststop[1] /y: timeout -3",
+		`poststop[2]: path ""`} {
 		assert.Contains(t, err.Error(), text)
 	}
 	assert.True(t, errdefs.IsInvalidArgument(Validate(&specs.Hooks{Poststart: make([]specs.Hook, maxHooks+1)})))

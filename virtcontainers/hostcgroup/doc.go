@@ -31,5 +31,5 @@
 // # Locks and trust
 //
 // A Group is immutable and safe for use by many goroutines. Paths come from containerd, which is trusted on the host;
-// they are checked all the same, since they become names of folders. Nothing here comes from the guest.
+// they are checked all the same, since they become names of directories. Nothing here comes from the guest.
 package hostcgroup

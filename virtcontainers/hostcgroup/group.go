@@ -112,7 +112,8 @@ func (g *Group) AddProcess(ctx context.Context, pid int) error {
 			return fmt.Errorf("process %d has ended; it cannot join cgroup %s: %w", pid, g.path, errdefs.ErrNotFound)
 		case forbidden(err):
 			refused = append(refused, err)
-			log.G(ctx).WithError(err).WithFields(log.Fields{"hierarchy": h.String(), "pid": pid}).Debug("process does not join the pod's cgroup in this hierarchy")
+			log.G(ctx).WithError(err).WithFields(log.Fields{"hierarchy": h.String(),
+				"pid": pid}).Debug("process does not join the pod's cgroup in this hierarchy")
 		default:
 			return fmt.Errorf("process %d cannot join cgroup %s of hierarchy %s: %w", pid, g.path, h, err)
 		}

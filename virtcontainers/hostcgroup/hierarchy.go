@@ -106,7 +106,8 @@ func (h hierarchy) makeOnce(ctx context.Context, parts []string) error {
 		err := os.Mkdir(dir, 0o755)
 		switch {
 		case errors.Is(err, os.ErrExist) && leaf:
-			return fmt.Errorf("cgroup %s belongs to another pod or was left by one (remove it if it is empty: rmdir): %w", dir, errdefs.ErrAlreadyExists)
+			return fmt.Errorf("cgroup %s belongs to another pod or was left by one (remove it if it is empty: rmdir): %w", dir,
+				errdefs.ErrAlreadyExists)
 		case errors.Is(err, os.ErrExist):
 		case err != nil:
 			return fmt.Errorf("make cgroup: %w", err)
@@ -232,7 +233,7 @@ func (h hierarchy) wait(ctx context.Context, dir string, delay time.Duration) {
 	}
 }
 
-// removeTree removes dir and the cgroups below it. Their files go with the folders.
+// removeTree removes dir and the cgroups below it. Their files go with the directories.
 func removeTree(dir string) error {
 	err := unix.Rmdir(dir)
 	if !errors.Is(err, unix.EBUSY) {

@@ -30,7 +30,8 @@ func TestPath(t *testing.T) {
 		{":docker:abc", "/system.slice/docker-abc.scope"},
 		{"a.slice::abc", "/a.slice/abc.scope"},
 		{"-.slice:x:y", "/x-y.scope"},
-		{"kubepods-besteffort-pod1_2.slice:cri-containerd:id", "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1_2.slice/cri-containerd-id.scope"},
+		{"kubepods-besteffort-pod1_2.slice:cri-containerd:id",
+			"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1_2.slice/cri-containerd-id.scope"},
 		{"a.slice:p:b.slice", "/a.slice/b.slice"},
 	} {
 		got, err := Path(tc.in, "pod1")
@@ -45,11 +46,12 @@ func TestPath(t *testing.T) {
 }
 
 func TestParent(t *testing.T) {
+	const slice = "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podu.slice"
 	for in, want := range map[string]string{
 		"":                        "/cloister/pod1",
 		"/kubepods/besteffort/pu": "/kubepods/besteffort/pu/pod1",
-		"/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podu.slice": "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podu.slice/cri-containerd-pod1.scope",
-		"kubepods-podu.slice": "/kubepods.slice/kubepods-podu.slice/cri-containerd-pod1.scope",
+		slice:                     slice + "/cri-containerd-pod1.scope",
+		"kubepods-podu.slice":     "/kubepods.slice/kubepods-podu.slice/cri-containerd-pod1.scope",
 	} {
 		got, err := Parent(in, "pod1")
 		require.NoError(t, err, in)
@@ -61,7 +63,7 @@ func TestParent(t *testing.T) {
 	}
 }
 
-// real gives the hierarchies of this machine, or skips.
+// real returns the hierarchies of this machine, or skips.
 func real(t *testing.T) []hierarchy {
 	t.Helper()
 	if os.Getuid() != 0 {

@@ -16,8 +16,8 @@ const defaultParent = "/cloister"
 // maxPath is well below PATH_MAX, since mount points come before it.
 const maxPath = 2048
 
-// Path gives the cgroup for an OCI spec's linux.cgroupsPath: "/a/b" and "a/b" are /a/b, and systemd's "slice:prefix:name"
-// is the folder of that scope. Empty, it is /cloister/<podID>. What is no path, or is the root itself, gives
+// Path returns the cgroup for an OCI spec's linux.cgroupsPath: "/a/b" and "a/b" are /a/b, and systemd's "slice:prefix:name"
+// is the directory of that scope. Empty, it is /cloister/<podID>. What is no path, or is the root itself, gives
 // errdefs.ErrInvalidArgument.
 func Path(cgroupsPath, podID string) (string, error) {
 	if cgroupsPath == "" {
@@ -47,7 +47,7 @@ func Path(cgroupsPath, podID string) (string, error) {
 	return check(cgroupsPath, cgroupsPath)
 }
 
-// Parent gives the cgroup of a pod below a CRI cgroup_parent, where containerd's own getCgroupsPath would put it: a
+// Parent returns the cgroup of a pod below a CRI cgroup_parent, where containerd's own getCgroupsPath would put it: a
 // parent whose last part ends in ".slice" is systemd's. Empty, it is /cloister/<podID>.
 func Parent(cgroupParent, podID string) (string, error) {
 	if cgroupParent == "" {
@@ -59,7 +59,7 @@ func Parent(cgroupParent, podID string) (string, error) {
 	return Path(cgroupParent+"/"+podID, podID)
 }
 
-// expandSlice gives the folder of a slice: "a-b.slice" is /a.slice/a-b.slice (systemd.slice(5)). Empty, it is
+// expandSlice returns the directory of a slice: "a-b.slice" is /a.slice/a-b.slice (systemd.slice(5)). Empty, it is
 // /system.slice; "-.slice" is the root.
 func expandSlice(slice string) (string, error) {
 	if slice == "" {

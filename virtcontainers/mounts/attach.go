@@ -19,7 +19,7 @@ import (
 
 // VM is what mounts need of the pod's VM (hypervisor.VM).
 type VM interface {
-	AddSharedFolder(ctx context.Context, f hypervisor.SharedFolder) error
+	AddSharedDirectory(ctx context.Context, f hypervisor.SharedDirectory) error
 	Done() <-chan struct{}
 }
 

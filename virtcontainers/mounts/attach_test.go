@@ -26,7 +26,7 @@ func TestConfidentialMounts(t *testing.T) {
 	set, g := newSet(t)
 	k := newKubelet(t)
 	secret := k.volume("secret", "s", map[string]string{"user": "u", "sub/key": "k"})
-	empty := k.folder("volumes/kubernetes.io~empty-dir/e")
+	empty := k.directory("volumes/kubernetes.io~empty-dir/e")
 	require.NoError(t, os.Chmod(empty, 0o777|os.ModeSetgid))
 	require.NoError(t, os.Chown(empty, 7, 8))
 	log := k.file("containers/main/0123abcd", "what another container left")
@@ -75,7 +75,7 @@ func TestConfidentialVolumeThatBreaksALimit(t *testing.T) {
 	require.NoError(t, unix.Mkfifo(filepath.Join(dir, "..2026", "pipe"), 0o600))
 	_, err := attach(t, set, bind(dir, "/d"))
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-	require.ErrorContains(t, err, "pipe is neither a file nor a folder")
+	require.ErrorContains(t, err, "pipe is neither a file nor a directory")
 }
 
 func TestScratchVolumeOfAFileSystemInMemory(t *testing.T) {
@@ -85,7 +85,7 @@ func TestScratchVolumeOfAFileSystemInMemory(t *testing.T) {
 	set, _ := newSet(t)
 	k := newKubelet(t)
 	mount := func(name, size string) Mount {
-		dir := k.folder("volumes/kubernetes.io~empty-dir/" + name)
+		dir := k.directory("volumes/kubernetes.io~empty-dir/" + name)
 		require.NoError(t, unix.Mount("none", dir, "tmpfs", 0, "size="+size+",mode=1777"))
 		t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
 		return Classify(bind(dir, "/d"), confidential)
@@ -99,10 +99,10 @@ func TestScratchVolumeOfAFileSystemInMemory(t *testing.T) {
 	require.Zero(t, got.Scratch.GetSizeBytes(), "a limit above the VM's memory is none")
 
 	file := k.file("volumes/kubernetes.io~empty-dir/file", "")
-	require.Contains(t, Refusals(planned(confidential, bind(file, "/d")))[0], "not a folder")
+	require.Contains(t, Refusals(planned(confidential, bind(file, "/d")))[0], "not a directory")
 	link := filepath.Join(k.pod, "volumes/kubernetes.io~empty-dir/link")
 	require.NoError(t, os.Symlink("/", link))
-	require.Contains(t, Refusals(planned(confidential, bind(link, "/d")))[0], "not a folder")
+	require.Contains(t, Refusals(planned(confidential, bind(link, "/d")))[0], "not a directory")
 }
 
 func TestPartOfAVolumeIsCopiedOnce(t *testing.T) {
@@ -113,9 +113,9 @@ func TestPartOfAVolumeIsCopiedOnce(t *testing.T) {
 	k := newKubelet(t)
 	secret := k.volume("configmap", "cm", map[string]string{"key": "value", "sub/a": "1"})
 	k.file("volumes/kubernetes.io~empty-dir/e/f", "")
-	part := func(index, volume, of string, folder bool) specs.Mount {
+	part := func(index, volume, of string, directory bool) specs.Mount {
 		at := filepath.Join(k.pod, "volume-subpaths", volume, "main", index)
-		if folder {
+		if directory {
 			require.NoError(t, os.MkdirAll(at, 0o755))
 		} else {
 			k.file("volume-subpaths/"+volume+"/main/"+index, "")
@@ -146,7 +146,7 @@ func TestPartOfAVolumeIsCopiedOnce(t *testing.T) {
 func TestVolumesOfTheImage(t *testing.T) {
 	set, _ := newSet(t)
 	top := filepath.Join(t.TempDir(), "io.containerd.grpc.v1.cri/containers")
-	folder := func(container string) string {
+	directory := func(container string) string {
 		dir := filepath.Join(top, container, "volumes/0123")
 		require.NoError(t, os.MkdirAll(dir, 0o755))
 		require.NoError(t, os.Chmod(dir, 0o777|os.ModeSticky))
@@ -156,15 +156,15 @@ func TestVolumesOfTheImage(t *testing.T) {
 		spec := &specs.Spec{Root: &specs.Root{Readonly: readonly}, Mounts: []specs.Mount{bind(dir, "/var/data", "rw")}}
 		return set.Attach(t.Context(), Look(Plan(spec, confidential, false), confidential), nil)
 	}
-	// A container that crashes is made anew under another id, with another folder, again and again.
+	// A container that crashes is made anew under another id, with another directory, again and again.
 	for i := range 2 * wire.MaxVolumes {
-		mounts, err := attach(folder(fmt.Sprint(i)), true)
+		mounts, err := attach(directory(fmt.Sprint(i)), true)
 		require.NoError(t, err)
 		require.Equal(t, "tmpfs", mounts[0].GetFilesystem().GetType(), "it goes with the container")
 		owner := []string{fmt.Sprintf("uid=%d", os.Getuid()), fmt.Sprintf("gid=%d", os.Getgid())}
 		require.Equal(t, append([]string{"rw", "nosuid", "nodev", "mode=1777"}, owner...), mounts[0].GetOptions())
 	}
-	dir := folder("c")
+	dir := directory("c")
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "of-the-image"), nil, 0o600))
 	mounts, err := attach(dir, false)
 	require.NoError(t, err)

@@ -170,7 +170,7 @@ func (m Mount) apart(s Sharing) Mount {
 	case volumes.Scratch:
 		if p.Rest != "" {
 			return m.refuse(fmt.Sprintf("%s at %s, a part of the emptyDir %s: it is in the guest's memory as a whole and the host has "+
-				"none of its folders; mount the whole volume", m.Source, m.Destination, p.Volume))
+				"none of its directories; mount the whole volume", m.Source, m.Destination, p.Volume))
 		}
 		m.Kind = Scratch
 	case volumes.Foreign:

@@ -32,7 +32,7 @@ func TestConfidentialRules(t *testing.T) {
 		mount specs.Mount
 		want  string // "" is fine
 	}{
-		{"folder of the host", bind("/srv/data", "/data"), "/srv/data at /data (hostPath)"},
+		{"directory of the host", bind("/srv/data", "/data"), "/srv/data at /data (hostPath)"},
 		{"read-only", bind("/srv/data", "/data", "ro"), "hostPath"},
 		{"file of the host", bind("/etc/passwd", "/p"), "hostPath"},
 		{"another type, same option", specs.Mount{Type: "none", Source: "/srv", Destination: "/d", Options: []string{"rbind"}}, "hostPath"},
@@ -41,7 +41,7 @@ func TestConfidentialRules(t *testing.T) {
 		{"socket", bind(socket, "/run/s"), "hostPath"},
 		{"containerd's socket", bind("/run/containerd/containerd.sock", "/c"), "hostPath"},
 		{"by way of a link", bind(link, "/d"), "hostPath"},
-		{"the pod's own folder", bind(k.pod, "/d"), "hostPath"},
+		{"the pod's own directory", bind(k.pod, "/d"), "hostPath"},
 		{"all its volumes", bind(filepath.Join(k.pod, "volumes"), "/d"), "hostPath"},
 		{"out of a volume by dots", bind(k.pod+"/volumes/kubernetes.io~secret/s/../../../../..", "/d"), "hostPath"},
 		{"hosts by another name", bind("/etc/hosts", "/etc/hosts.host"), "hostPath"},
@@ -146,7 +146,7 @@ func TestLookFindsWhatCannotBeShared(t *testing.T) {
 	require.NoError(t, err)
 	defer l.Close()
 	fine := []specs.Mount{
-		bind(t.TempDir(), "/folder"), bind("/nowhere", "/missing"), bind(socket, "/etc/hosts"),
+		bind(t.TempDir(), "/directory"), bind("/nowhere", "/missing"), bind(socket, "/etc/hosts"),
 		{Type: "tmpfs", Source: socket, Destination: "/tmp"},
 	}
 	require.Empty(t, Refusals(planned(shares, fine...)))
@@ -156,7 +156,7 @@ func TestLookFindsWhatCannotBeShared(t *testing.T) {
 	require.Len(t, reasons, 3)
 	require.Contains(t, reasons[0], socket+" of the host")
 	require.Contains(t, reasons[1], "nfs")
-	require.Contains(t, reasons[2], "/two: only files and folders")
+	require.Contains(t, reasons[2], "/two: only files and directories")
 }
 
 func TestPlanAddsThePodsFiles(t *testing.T) {

@@ -76,7 +76,7 @@ func scratch(m Mount, memory uint64) (*agentv1.ScratchVolume, error) {
 		return nil, fmt.Errorf("emptyDir %s at %s: %w", m.Source, m.Destination, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return nil, refused("emptyDir %s at %s is not a folder", m.Source, m.Destination)
+		return nil, refused("emptyDir %s at %s is not a directory", m.Source, m.Destination)
 	}
 	size, err := scratchSize(m, st.Dev)
 	if err != nil {

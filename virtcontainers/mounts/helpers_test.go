@@ -23,7 +23,7 @@ var (
 	shares       = SharingOf(tee.None, hypervisor.ArchAMD64)
 )
 
-// kubelet is a pod's folder as the kubelet lays it out.
+// kubelet is a pod's directory as the kubelet lays it out.
 type kubelet struct {
 	t   *testing.T
 	pod string
@@ -33,8 +33,8 @@ func newKubelet(t *testing.T) kubelet {
 	return kubelet{t, filepath.Join(t.TempDir(), "pods", "0a1b2c3d-0000-4000-8000-00000000000a")}
 }
 
-// folder makes a folder of the pod.
-func (k kubelet) folder(path string) string {
+// directory makes a directory of the pod.
+func (k kubelet) directory(path string) string {
 	dir := filepath.Join(k.pod, path)
 	require.NoError(k.t, os.MkdirAll(dir, 0o755))
 	return dir
@@ -42,7 +42,7 @@ func (k kubelet) folder(path string) string {
 
 // volume makes a volume as the AtomicWriter writes it.
 func (k kubelet) volume(kind, name string, files map[string]string) string {
-	dir := k.folder("volumes/kubernetes.io~" + kind + "/" + name)
+	dir := k.directory("volumes/kubernetes.io~" + kind + "/" + name)
 	for file, content := range files {
 		path := filepath.Join(dir, "..2026", file)
 		require.NoError(k.t, os.MkdirAll(filepath.Dir(path), 0o755))
@@ -94,8 +94,8 @@ func (g *fakeGuest) MountShared(_ context.Context, tag string) error {
 // fakeVM is a VM that takes shared directories.
 type fakeVM struct{ done chan struct{} }
 
-func (v fakeVM) AddSharedFolder(context.Context, hypervisor.SharedFolder) error { return nil }
-func (v fakeVM) Done() <-chan struct{}                                          { return v.done }
+func (v fakeVM) AddSharedDirectory(context.Context, hypervisor.SharedDirectory) error { return nil }
+func (v fakeVM) Done() <-chan struct{}                                                { return v.done }
 
 // newSet is the mounts of a pod whose goroutines end with the test, in a VM of 1 GiB.
 func newSet(t *testing.T) (*Set, *fakeGuest) {

@@ -75,7 +75,7 @@ func (s *Set) sharing(ctx context.Context) (*share.Share, error) {
 func (s *Set) plug(ctx context.Context, sh *share.Share) error {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Hotplug)
 	defer cancel()
-	if err := s.cfg.VM.AddSharedFolder(ctx, hypervisor.SharedFolder{ID: "share0", Tag: shareTag, Socket: sh.Socket()}); err != nil {
+	if err := s.cfg.VM.AddSharedDirectory(ctx, hypervisor.SharedDirectory{ID: "share0", Tag: shareTag, Socket: sh.Socket()}); err != nil {
 		return err
 	}
 	return s.cfg.Guest.MountShared(ctx, shareTag)
@@ -98,7 +98,7 @@ func (s *Set) watch(ctx context.Context, sh *share.Share) {
 	case <-s.cfg.VM.Done(): // the cause, and not virtiofsd; its end says more
 	case <-ctx.Done():
 	case <-timer.C:
-		s.cfg.Lost(fmt.Errorf("the host's folders are lost to the guest: %w", sh.Err()))
+		s.cfg.Lost(fmt.Errorf("the host's directories are lost to the guest: %w", sh.Err()))
 	}
 }
 

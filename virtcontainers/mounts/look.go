@@ -59,7 +59,7 @@ func shareable(m Mount) error {
 	if info.IsDir() || info.Mode().IsRegular() {
 		return nil
 	}
-	return refused("%s of the host (%s) at %s: only files and folders can be shared with a VM, not devices, sockets or pipes",
+	return refused("%s of the host (%s) at %s: only files and directories can be shared with a VM, not devices, sockets or pipes",
 		m.Source, info.Mode().Type(), m.Destination)
 }
 

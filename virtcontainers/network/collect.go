@@ -45,7 +45,8 @@ func candidates(ctx context.Context, h *netlink.Handle) ([]netlink.Link, error) 
 			continue
 		}
 		if isOurTap(l) {
-			return nil, fmt.Errorf("tap device %q is there already: another VM is attached to this network namespace: %w", a.Name, errdefs.ErrAlreadyExists)
+			return nil, fmt.Errorf("tap device %q is there already: another VM is attached to this network namespace: %w", a.Name,
+				errdefs.ErrAlreadyExists)
 		}
 		if a.Flags&net.FlagUp == 0 {
 			addrs, err := dump(func() ([]netlink.Addr, error) { return h.AddrList(l, netlink.FAMILY_ALL) })
@@ -78,16 +79,19 @@ func supported(l netlink.Link) error {
 	}
 	switch l.Type() {
 	case "ipvlan", "ipvtap":
-		return refuse("all ipvlan interfaces share one MAC address and hand packets over by IP address, so frames of a guest do not pass", "use CNI's bridge, ptp or macvlan plugin")
+		return refuse("all ipvlan interfaces share one MAC address and hand packets over by IP address, so frames of a guest do not pass",
+			"use CNI's bridge, ptp or macvlan plugin")
 	case "bridge", "openvswitch":
-		return refuse("a switch inside the pod's namespace has no single peer to mirror", "use a CNI plugin that gives the pod an end point, such as bridge or ptp")
+		return refuse("a switch inside the pod's namespace has no single peer to mirror",
+			"use a CNI plugin that gives the pod an end point, such as bridge or ptp")
 	case "tuntap", "macvtap":
 		return refuse("its frames belong to whoever opens its device file", "remove CNI's tap plugin: Cloister makes the tap device itself")
 	case "netkit":
 		return refuse("tc redirection into it is not tested", "use veth (Cilium: bpf.datapathMode=veth)")
 	}
 	if a.EncapType != "ether" || len(a.HardwareAddr) != 6 {
-		return refuse("it carries "+a.EncapType+" packets, not Ethernet frames", "use a CNI plugin that makes Ethernet interfaces, such as bridge, ptp or macvlan")
+		return refuse("it carries "+a.EncapType+" packets, not Ethernet frames",
+			"use a CNI plugin that makes Ethernet interfaces, such as bridge, ptp or macvlan")
 	}
 	if a.MasterIndex != 0 {
 		return refuse("it is a port of another interface", "use a CNI plugin that gives the pod an end point, such as bridge or ptp")
@@ -117,7 +121,8 @@ func describe(h *netlink.Handle, l netlink.Link) (Interface, error) {
 		}
 	}
 	if len(i.Addresses) > maxAddresses {
-		return i, &UnsupportedError{fmt.Sprintf("interface %q with %d addresses", a.Name, len(i.Addresses)), fmt.Sprintf("the limit is %d", maxAddresses), "configure fewer"}
+		return i, &UnsupportedError{fmt.Sprintf("interface %q with %d addresses", a.Name, len(i.Addresses)),
+			fmt.Sprintf("the limit is %d", maxAddresses), "configure fewer"}
 	}
 	return i, nil
 }
@@ -158,7 +163,8 @@ func routes(h *netlink.Handle, all []Interface) ([]Route, error) {
 		}
 	}
 	if len(out) > maxRoutes {
-		return nil, &UnsupportedError{fmt.Sprintf("a network namespace with %d routes", len(out)), fmt.Sprintf("the limit is %d", maxRoutes), "configure fewer"}
+		return nil, &UnsupportedError{fmt.Sprintf("a network namespace with %d routes", len(out)), fmt.Sprintf("the limit is %d", maxRoutes),
+			"configure fewer"}
 	}
 	slices.SortStableFunc(out, func(a, b Route) int { return cmp.Compare(rank(a), rank(b)) })
 	return out, nil
@@ -187,7 +193,8 @@ func convert(r netlink.Route, names map[int]string) (_ Route, keep bool, _ error
 	name, known := names[r.LinkIndex]
 	switch {
 	case r.Type != unix.RTN_UNICAST:
-		if r.Protocol == unix.RTPROT_KERNEL || r.Type == unix.RTN_MULTICAST || r.Type == unix.RTN_LOCAL || r.Type == unix.RTN_BROADCAST || r.Type == unix.RTN_ANYCAST {
+		if r.Protocol == unix.RTPROT_KERNEL || r.Type == unix.RTN_MULTICAST || r.Type == unix.RTN_LOCAL || r.Type == unix.RTN_BROADCAST ||
+			r.Type == unix.RTN_ANYCAST {
 			return Route{}, false, nil
 		}
 		return Route{}, false, refuse("blackhole, unreachable or other special", "only unicast routes are carried over")
@@ -252,7 +259,8 @@ func neighbours(h *netlink.Handle, all []Interface) ([]Neighbour, error) {
 		}
 	}
 	if len(out) > maxNeighbours {
-		return nil, &UnsupportedError{fmt.Sprintf("a network namespace with %d permanent neighbours", len(out)), fmt.Sprintf("the limit is %d", maxNeighbours), "configure fewer"}
+		return nil, &UnsupportedError{fmt.Sprintf("a network namespace with %d permanent neighbours", len(out)),
+			fmt.Sprintf("the limit is %d", maxNeighbours), "configure fewer"}
 	}
 	return out, nil
 }

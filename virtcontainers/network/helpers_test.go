@@ -45,9 +45,11 @@ var (
 )
 
 // addVeth makes the pair peer (in hostNs) and name (in podNs), both up.
-func addVeth(t *testing.T, host *netlink.Handle, podNs *Namespace, pod *netlink.Handle, peer, name string, mac net.HardwareAddr) netlink.Link {
+func addVeth(t *testing.T, host *netlink.Handle, podNs *Namespace, pod *netlink.Handle, peer, name string,
+	mac net.HardwareAddr) netlink.Link {
 	t.Helper()
-	v := &netlink.Veth{LinkAttrs: netlink.NewLinkAttrs(), PeerName: name, PeerHardwareAddr: mac, PeerNamespace: netlink.NsFd(podNs.File().Fd())}
+	v := &netlink.Veth{LinkAttrs: netlink.NewLinkAttrs(), PeerName: name, PeerHardwareAddr: mac,
+		PeerNamespace: netlink.NsFd(podNs.File().Fd())}
 	v.Name, v.HardwareAddr, v.MTU = peer, peerMAC, 1400
 	require.NoError(t, host.LinkAdd(v))
 	l, err := pod.LinkByName(name)

@@ -71,7 +71,7 @@ func open(path string) (*os.File, error) {
 	return f, nil
 }
 
-// isHost tells whether ns is the network namespace of this process or of PID 1. In either case, mirroring its
+// isHost reports whether ns is the network namespace of this process or of PID 1. In either case, mirroring its
 // interfaces into a guest would cut the host off.
 func isHost(ns *os.File) (bool, error) {
 	st, err := ns.Stat()

@@ -137,11 +137,13 @@ func TestCollect(t *testing.T) {
 	}
 	i0, i1 := eth0.Attrs().Index, net1.Attrs().Index
 	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "169.254.1.1/32"), Scope: netlink.SCOPE_LINK})
-	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "10.50.0.0/16"), Gw: net.ParseIP("10.1.0.9"), Priority: 77, Src: net.ParseIP("10.1.0.2"), MTU: 1300})
+	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "10.50.0.0/16"), Gw: net.ParseIP("10.1.0.9"), Priority: 77, Src: net.ParseIP("10.1.0.2"),
+		MTU: 1300})
 	add(netlink.Route{LinkIndex: i0, Gw: net.ParseIP("169.254.1.1")})
 	add(netlink.Route{LinkIndex: i1, Dst: cidr(t, "10.60.0.0/16"), Gw: net.ParseIP("192.168.7.1"), Flags: int(netlink.FLAG_ONLINK)})
 	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "::/0"), Gw: net.ParseIP("fd00:1::1")})
-	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "10.70.0.0/16"), Via: &netlink.Via{AddrFamily: unix.AF_INET6, Addr: net.ParseIP("fd00:1::1")}})
+	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "10.70.0.0/16"),
+		Via: &netlink.Via{AddrFamily: unix.AF_INET6, Addr: net.ParseIP("fd00:1::1")}})
 	// Another table is not seen.
 	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "10.80.0.0/16"), Table: 100, Scope: netlink.SCOPE_LINK})
 	for _, n := range []netlink.Neigh{
@@ -165,7 +167,8 @@ func TestCollect(t *testing.T) {
 	assert.Equal(t, i0, a.HostIndex)
 	assert.Equal(t, podMAC, a.MAC)
 	assert.Equal(t, 1400, a.MTU)
-	assert.Equal(t, []netip.Prefix{netip.MustParsePrefix("10.1.0.2/24"), netip.MustParsePrefix("10.9.0.2/32"), netip.MustParsePrefix("fd00:1::2/64")}, a.Addresses)
+	assert.Equal(t, []netip.Prefix{netip.MustParsePrefix("10.1.0.2/24"), netip.MustParsePrefix("10.9.0.2/32"),
+		netip.MustParsePrefix("fd00:1::2/64")}, a.Addresses)
 	assert.Equal(t, "net1", b.GuestName)
 	assert.Equal(t, []netip.Prefix{netip.MustParsePrefix("10.2.0.2/16")}, b.Addresses)
 

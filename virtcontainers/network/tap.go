@@ -53,7 +53,8 @@ func newTap(ctx context.Context, ns *os.File, name string) (*os.File, error) {
 		// /proc/sys/net is that of the calling thread's namespace.
 		knob := filepath.Join("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
 		if err := os.WriteFile(knob, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
-			log.G(ctx).WithError(err).WithField("tap", name).Debug("IPv6 of the tap device stays on; the guest may see the host's router solicitations")
+			log.G(ctx).WithError(err).WithField("tap", name).Debug("IPv6 of the tap device stays on; the guest may see the host's router " +
+				"solicitations")
 		}
 		// Only now: epoll does not work on the file before TUNSETIFF (golang.org/issue/30426).
 		tap = os.NewFile(uintptr(fd), tunDevice)

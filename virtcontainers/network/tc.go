@@ -77,7 +77,8 @@ func claim(h *netlink.Handle, l netlink.Link) error {
 	case ingressFree:
 		return nil
 	case ingressForeign:
-		return fmt.Errorf("interface %q has a tc ingress or clsact qdisc that Cloister did not make; remove it (tc qdisc del dev %s ingress) or the CNI plugin that sets it: %w",
+		return fmt.Errorf("interface %q has a tc ingress or clsact qdisc that Cloister did not make; remove it (tc qdisc del dev %s ingress) "+
+			"or the CNI plugin that sets it: %w",
 			l.Attrs().Name, l.Attrs().Name, errdefs.ErrFailedPrecondition)
 	}
 	if err := h.QdiscDel(ingress(l)); err != nil && !isGone(err) && !errors.Is(err, unix.EINVAL) {
@@ -128,6 +129,7 @@ func redirect(h *netlink.Handle, from, to netlink.Link, forceU32 bool) error {
 	if u32 == nil {
 		return nil
 	}
-	return fmt.Errorf("%s: tc filter: matchall (cls_matchall): %w; u32 (cls_u32): %w; both need act_mirred: load one of the two and act_mirred: %w",
+	return fmt.Errorf("%s: tc filter: matchall (cls_matchall): %w; u32 (cls_u32): %w; both need act_mirred: load one of the two and "+
+		"act_mirred: %w",
 		names, matchall, u32, errdefs.ErrFailedPrecondition)
 }

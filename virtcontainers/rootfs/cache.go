@@ -71,7 +71,8 @@ func unusable(dir string, err error) error {
 	case isFull(err):
 		return fmt.Errorf("the filesystem of the image cache %s is full, also after removing every image that no pod uses; "+
 			"free space there or set %s to another filesystem: %w: %w", dir, setting, err, errdefs.ErrResourceExhausted)
-	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
+	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOENT), errors.Is(err,
+		unix.ENOTDIR):
 		return fmt.Errorf("the image cache %s cannot be written; make it a directory that root can write, or set %s to another one: %w: %w",
 			dir, setting, err, errdefs.ErrFailedPrecondition)
 	}
@@ -158,7 +159,7 @@ func uuidOf(key string) (uuid [16]byte) {
 // errNoImage says that an image has to be built.
 var errNoImage = errors.New("no such image in the cache")
 
-// acquire gives the image of a key, locked shared, and has it built first if it is not there.
+// acquire returns the image of a key, locked shared, and has it built first if it is not there.
 func (c *Cache) acquire(ctx context.Context, key string, t *tree) (*os.File, error) {
 	f, err := c.openImage(ctx, key)
 	if !errors.Is(err, errNoImage) {

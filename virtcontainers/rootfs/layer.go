@@ -54,12 +54,13 @@ func inspectFile(path string) (erofsimg.Info, string, error) {
 	}
 	info, err := erofsimg.Inspect(f, st.Size())
 	if err != nil {
-		return erofsimg.Info{}, "", fmt.Errorf("layer image %s: %w; remove the container image and pull it again: %w", path, err, errdefs.ErrInvalidArgument)
+		return erofsimg.Info{}, "", fmt.Errorf("layer image %s: %w; remove the container image and pull it again: %w", path, err,
+			errdefs.ErrInvalidArgument)
 	}
 	return info, id, nil
 }
 
-// regularFile gives the identity of a file that must be there and be a file.
+// regularFile returns the identity of a file that must be there and be a file.
 func regularFile(path string) (string, error) {
 	var st unix.Stat_t
 	if err := unix.Lstat(path, &st); err != nil {

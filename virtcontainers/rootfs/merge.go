@@ -74,7 +74,7 @@ func openTree(dirs, merge []string, mountPoint string, mount overlayFunc) (int, 
 	return fd, nil
 }
 
-// overlayFunc mounts open directories, the topmost first, and gives the result as an open directory.
+// overlayFunc mounts open directories, the topmost first, and returns the result as an open directory.
 type overlayFunc func(fds []int, merge []string, mountPoint string) (int, error)
 
 // overlayAnyhow takes what the kernel has.

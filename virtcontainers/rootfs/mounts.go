@@ -185,7 +185,8 @@ func parseBind(last *element, before []*element) (*plan, error) {
 	case from.kind == kindWritable: // a snapshot without layers, on a block device
 		return &plan{empty: true, readOnly: last.readOnly || from.readOnly, writableBytes: from.bytes}, nil
 	}
-	return nil, fmt.Errorf("the source %q, a part of a mount of type %q, is not supported: %w", last.source, from.full, errdefs.ErrNotImplemented)
+	return nil, fmt.Errorf("the source %q, a part of a mount of type %q, is not supported: %w", last.source, from.full,
+		errdefs.ErrNotImplemented)
 }
 
 func parseOverlay(last *element, before []*element) (*plan, error) {

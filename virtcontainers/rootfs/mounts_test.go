@@ -32,13 +32,16 @@ func TestParseMounts(t *testing.T) {
 		mounts []*types.Mount
 		want   *plan
 	}{
-		{"overlayfs, active", []*types.Mount{m("overlay", "overlay", "index=off", "workdir="+s+"9/work", "upperdir="+s+"9/fs", "lowerdir="+s+"2/fs:"+s+"1/fs")},
+		{"overlayfs, active", []*types.Mount{m("overlay", "overlay", "index=off", "workdir="+s+"9/work", "upperdir="+s+"9/fs",
+			"lowerdir="+s+"2/fs:"+s+"1/fs")},
 			&plan{tree: &tree{lowers: []string{s + "2/fs", s + "1/fs"}, upper: s + "9/fs"}}},
 		{"overlayfs, view", []*types.Mount{m("overlay", "overlay", "lowerdir="+s+"2/fs:"+s+"1/fs", "ro")},
 			&plan{tree: &tree{lowers: []string{s + "2/fs", s + "1/fs"}}, readOnly: true}},
-		{"overlayfs, rootless options", []*types.Mount{m("overlay", "overlay", "volatile", "userxattr", "metacopy=on", "redirect_dir=on", "xino=off",
+		{"overlayfs, rootless options", []*types.Mount{m("overlay", "overlay", "volatile", "userxattr", "metacopy=on", "redirect_dir=on",
+			"xino=off",
 			"workdir=/w", "upperdir=/u", "lowerdir=/l")},
-			&plan{tree: &tree{lowers: []string{"/l"}, upper: "/u", merge: []string{"metacopy=on", "redirect_dir=on", "userxattr"}, userXattr: true}}},
+			&plan{tree: &tree{lowers: []string{"/l"}, upper: "/u", merge: []string{"metacopy=on", "redirect_dir=on", "userxattr"},
+				userXattr: true}}},
 		{"overlayfs, escapes", []*types.Mount{m("overlay", "overlay", `lowerdir=/a\:b:/c\\d`)},
 			&plan{tree: &tree{lowers: []string{"/a:b", `/c\d`}}, readOnly: true}},
 		{"overlayfs, appended", []*types.Mount{m("overlay", "overlay", "lowerdir+=/a:b", "lowerdir+=/c")},
@@ -51,10 +54,12 @@ func TestParseMounts(t *testing.T) {
 			&plan{images: images(3, 2, 1), tree: &tree{upper: s + "9/fs"}}},
 		{"erofs, active, block device", []*types.Mount{
 			m("mkfs/ext4", s+"9/rwlayer.img", "X-containerd.mkfs.fs=ext4", "X-containerd.mkfs.size=1048576", "rw", "loop"), erofs(2), erofs(1),
-			m("format/mkdir/overlay", "overlay", "X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "X-containerd.mkdir.path={{ mount 0 }}/work:0755",
+			m("format/mkdir/overlay", "overlay", "X-containerd.mkdir.path={{ mount 0 }}/upper:0755",
+				"X-containerd.mkdir.path={{ mount 0 }}/work:0755",
 				"workdir={{ mount 0 }}/work", "upperdir={{ mount 0 }}/upper", "lowerdir={{ overlay 1 2 }}")},
 			&plan{images: images(2, 1), writableBytes: 1 << 20}},
-		{"erofs, one layer", []*types.Mount{erofs(1), m("format/mkdir/overlay", "overlay", "workdir=/w", "upperdir=/u", "lowerdir={{ mount 0 }}")},
+		{"erofs, one layer", []*types.Mount{erofs(1), m("format/mkdir/overlay", "overlay", "workdir=/w", "upperdir=/u",
+			"lowerdir={{ mount 0 }}")},
 			&plan{images: images(1), tree: &tree{upper: "/u"}}},
 		{"erofs, upside down", []*types.Mount{erofs(1), erofs(2), m("format/mkdir/overlay", "overlay", "lowerdir={{overlay 1 0}}")},
 			&plan{images: images(2, 1), readOnly: true}},
@@ -110,10 +115,13 @@ func TestParseMountsRefuses(t *testing.T) {
 		{"mixed", []*types.Mount{erofs, m("format/overlay", "overlay", "lowerdir={{ mount 0 }}:/a")}, true, "mixes"},
 		{"index too large", []*types.Mount{erofs, m("format/overlay", "overlay", "lowerdir={{ overlay 0 1 }}")}, false, "number of one"},
 		{"part of a layer", []*types.Mount{erofs, m("format/overlay", "overlay", "lowerdir={{ mount 0 }}/a")}, false, "whole image"},
-		{"upper on a layer", []*types.Mount{erofs, m("format/overlay", "overlay", "lowerdir={{ mount 0 }}", "upperdir={{ mount 0 }}/u")}, false, "writable"},
-		{"redirects in images", []*types.Mount{erofs, m("format/overlay", "overlay", "lowerdir={{ mount 0 }}", "redirect_dir=on")}, true, "ovl_mount_options"},
+		{"upper on a layer", []*types.Mount{erofs, m("format/overlay", "overlay", "lowerdir={{ mount 0 }}", "upperdir={{ mount 0 }}/u")}, false,
+			"writable"},
+		{"redirects in images", []*types.Mount{erofs, m("format/overlay", "overlay", "lowerdir={{ mount 0 }}", "redirect_dir=on")}, true,
+			"ovl_mount_options"},
 		{"erofs with a transform", []*types.Mount{m("format/erofs", "/a")}, true, "format/erofs"},
-		{"size", []*types.Mount{m("mkfs/ext4", "/rw", "X-containerd.mkfs.size=9999999TiB"), m("format/bind", "{{ mount 0 }}")}, false, "too large"},
+		{"size", []*types.Mount{m("mkfs/ext4", "/rw", "X-containerd.mkfs.size=9999999TiB"), m("format/bind", "{{ mount 0 }}")}, false,
+			"too large"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, err := parseMounts(tc.mounts)
@@ -128,7 +136,8 @@ func TestParseMountsRefuses(t *testing.T) {
 }
 
 func TestParseSize(t *testing.T) {
-	for in, want := range map[string]int64{"0": 0, "1048576": 1 << 20, "20GiB": 20 << 30, "512m": 512 << 20, "3 MB": 3 << 20, "7b": 7, "1K": 1024} {
+	for in, want := range map[string]int64{"0": 0, "1048576": 1 << 20, "20GiB": 20 << 30, "512m": 512 << 20, "3 MB": 3 << 20, "7b": 7,
+		"1K": 1024} {
 		got, err := parseSize(in)
 		require.NoError(t, err, in)
 		require.Equal(t, want, got, in)

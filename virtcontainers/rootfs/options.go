@@ -140,7 +140,8 @@ func splitLowers(list string) ([]string, error) {
 	}
 	out = append(out, b.String())
 	if slices.Contains(out, "") {
-		return nil, fmt.Errorf("lowerdir=%.200s has an empty element; data-only layers (::) are not supported: %w", list, errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("lowerdir=%.200s has an empty element; data-only layers (::) are not supported: %w", list,
+			errdefs.ErrNotImplemented)
 	}
 	return out, nil
 }
@@ -177,7 +178,7 @@ func parseBindOptions(mountType string, options []string) (readOnly bool, err er
 	return readOnly, nil
 }
 
-// parseImageOptions gives the further devices of an image.
+// parseImageOptions returns the further devices of an image.
 func parseImageOptions(source string, options []string) (extra []string, err error) {
 	for _, option := range options {
 		key, value, _ := strings.Cut(option, "=")
@@ -199,7 +200,7 @@ func parseImageOptions(source string, options []string) (extra []string, err err
 	return extra, nil
 }
 
-// parseMkfsOptions gives the size of the writable image that is asked for. The image itself is never made.
+// parseMkfsOptions returns the size of the writable image that is asked for. The image itself is never made.
 func parseMkfsOptions(mountType string, options []string) (size int64, readOnly bool, err error) {
 	for _, option := range options {
 		mkfs, isMkfs := strings.CutPrefix(option, prefixMkfs)

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package share gives live folders and files of the host to a plain VM, over virtio-fs. It is not for confidential guests: what it
+// Package share gives live directories and files of the host to a plain VM, over virtio-fs. It is not for confidential guests: what it
 // serves is the host's.
 //
 // One virtiofsd serves all shares of a pod as one filesystem. Its root holds a directory or file with a random name for each, on
-// which the host's folder is mounted. That root exists in mount namespaces of its own only:
+// which the host's directory is mounted. That root exists in mount namespaces of its own only:
 //
 //   - one that a thread of this process has. It begins as a copy of the host's, gets a small tmpfs with the served root in it, and
 //     then drops the host's tree (pivot_root). Shares are attached and detached there, by that thread.
@@ -17,12 +17,13 @@
 //
 // A share is a copy of the host's mounts at a path (open_tree), with all that is mounted below. A writable one follows the host
 // where the host's mounts are shared: what is mounted or unmounted below it there shows here (rslave). A read-only one does not,
-// because a later mount would not be read-only. Unmounting a shared folder on the host works at once in both cases; its
+// because a later mount would not be read-only. Unmounting a shared directory on the host works at once in both cases; its
 // filesystem stays busy until Remove, and until the guest has let go of open files.
 //
 // Nothing is cached in the guest beyond what it revalidates on each use: changes on either side show at once on the other. Only
 // pages that the guest has mapped to memory can be behind, and (with the program in C) a file that the guest keeps open while the
-// host overwrites it twice within one tick of its clock with as many bytes. POSIX and BSD locks work among the guest's processes, not across.
+// host overwrites it twice within one tick of its clock with as many bytes. POSIX and BSD locks work among the guest's
+// processes, not across.
 //
 // # Locks and goroutines
 //

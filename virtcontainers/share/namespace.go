@@ -73,15 +73,16 @@ func (n *namespace) close() {
 
 func (n *namespace) prepare(ctx context.Context, dir string, then func(served string) error) error {
 	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("make a mount namespace for shared folders: %w", err)
+		return fmt.Errorf("make a mount namespace for shared directories: %w", err)
 	}
 	// Slave, so that until the host's tree is dropped below, an unmount on the host is one here, too.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("separate the mount namespace from the host's: %w", err)
 	}
 	// A few thousand empty files and directories; contents are never written.
-	if err := unix.Mount("cloister", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0755,size=1m,nr_inodes=8192"); err != nil {
-		return fmt.Errorf("mount a tmpfs for shared folders: %w", err)
+	if err := unix.Mount("cloister", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC,
+		"mode=0755,size=1m,nr_inodes=8192"); err != nil {
+		return fmt.Errorf("mount a tmpfs for shared directories: %w", err)
 	}
 	served := dir + "/" + servedDir
 	if err := unix.Mkdir(served, 0o755); err != nil {
@@ -100,7 +101,7 @@ func (n *namespace) prepare(ctx context.Context, dir string, then func(served st
 		{"", unix.MS_SHARED},
 	} {
 		if err := unix.Mount(m.source, served, "", m.flags, ""); err != nil {
-			return fmt.Errorf("make the root of shared folders: %w", err)
+			return fmt.Errorf("make the root of shared directories: %w", err)
 		}
 	}
 	if n.served, err = unix.Open(served, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
@@ -115,7 +116,7 @@ func (n *namespace) prepare(ctx context.Context, dir string, then func(served st
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {
 		// Not possible if the host's root is the initial ramfs.
-		log.G(ctx).WithError(err).Debug("keep the host's tree in the mount namespace of shared folders")
+		log.G(ctx).WithError(err).Debug("keep the host's tree in the mount namespace of shared directories")
 		return nil
 	}
 	// The old root lies over the new one (pivot_root(2), "."). Never to be seen again, so lazily.
@@ -207,7 +208,8 @@ func restrictTree(fd int, readonly bool) (isDir bool, err error) {
 	}
 	kind := st.Mode & unix.S_IFMT
 	if kind != unix.S_IFDIR && kind != unix.S_IFREG {
-		return false, fmt.Errorf("only folders and regular files can be shared with a VM, not a socket, pipe or device: %w", errdefs.ErrNotImplemented)
+		return false, fmt.Errorf("only directories and regular files can be shared with a VM, not a socket, pipe or device: %w",
+			errdefs.ErrNotImplemented)
 	}
 	// Nothing that happens here may show on the host, so never shared.
 	attr := unix.MountAttr{Propagation: unix.MS_SLAVE}

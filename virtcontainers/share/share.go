@@ -162,7 +162,7 @@ func (s *Share) Err() error {
 	}
 }
 
-// Add shares a folder or regular file of the host, with what is mounted below. It appears in the root of the filesystem, at once,
+// Add shares a directory or regular file of the host, with what is mounted below. It appears in the root of the filesystem, at once,
 // under the name returned: 32 hex digits. Links in hostPath are followed. A path that the host replaces later (by a rename over
 // it) stays what it was.
 //
@@ -191,7 +191,7 @@ func (s *Share) Add(ctx context.Context, hostPath string, readonly bool) (string
 	}
 	s.mu.Unlock()
 	if full {
-		return "", fmt.Errorf("share %s: %d folders are shared already: %w", hostPath, maxShares, errdefs.ErrResourceExhausted)
+		return "", fmt.Errorf("share %s: %d directories are shared already: %w", hostPath, maxShares, errdefs.ErrResourceExhausted)
 	}
 	if err := s.ns.do(ctx, func() error { return s.ns.attach(tree, name, isDir) }); err != nil {
 		s.forget(name)

@@ -297,7 +297,8 @@ func TestParseHelp(t *testing.T) {
 	f, err = parseHelp("-o sandbox=namespace|chroot\n -o source=PATH\n -o announce_submounts\n --fd=FDNUM")
 	must(t, err)
 	require.Equal(t, features{Variant: variantC, AnnounceSubmounts: true}, f)
-	require.Equal(t, []string{"-f", "--fd=3", "-o", "source=/r,sandbox=namespace,cache=auto,timeout=0,xattr,log_level=warn,announce_submounts"},
+	require.Equal(t, []string{"-f", "--fd=3", "-o",
+		"source=/r,sandbox=namespace,cache=auto,timeout=0,xattr,log_level=warn,announce_submounts"},
 		f.arguments("/r", 3, 5))
 	_, err = parseHelp("usage: something else")
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)

@@ -31,7 +31,7 @@ func (p *Plan) Document(nics []hypervisor.NIC, host Host) *hypervisor.Document {
 		doc.Boot = hypervisor.Boot{Kernel: image, Sealed: true}
 	}
 	if p.Sharing().Live() {
-		doc.SharedFolders = p.cfg.Sizing.HotplugPorts
+		doc.SharedDirectories = p.cfg.Sizing.HotplugPorts
 	}
 	if p.initdata != nil {
 		doc.Disks = append(doc.Disks, p.initdataDisk())

@@ -29,13 +29,16 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 		with     []string
 		without  []string
 	}{
-		{tee.None, hypervisor.ArchAMD64, false, true, "/kernel", "max", 4, nil, []string{"cloister.tee=none", "swiotlb=32768", "random.trust_bootloader=off"}},
+		{tee.None, hypervisor.ArchAMD64, false, true, "/kernel", "max", 4, nil,
+			[]string{"cloister.tee=none", "swiotlb=32768", "random.trust_bootloader=off"}},
 		{tee.None, hypervisor.ArchS390X, false, false, "/kernel", "max", 0, []string{"console=ttysclp0"}, nil},
-		{tee.Sample, hypervisor.ArchAMD64, false, true, "/kernel", "max", 0, []string{"cloister.tee=sample", "swiotlb=32768,force", "random.trust_bootloader=off"}, nil},
+		{tee.Sample, hypervisor.ArchAMD64, false, true, "/kernel", "max", 0,
+			[]string{"cloister.tee=sample", "swiotlb=32768,force", "random.trust_bootloader=off"}, nil},
 		{tee.Sample, hypervisor.ArchS390X, false, false, "/kernel", "max", 0, []string{"cloister.tee=sample"}, nil},
 		{tee.Sample, hypervisor.ArchS390X, true, false, "/sealed", "max", 0, nil, nil},
 		{tee.Sample, hypervisor.ArchAMD64, true, true, "/kernel", "max", 0, []string{"cloister.tee=sample"}, nil},
-		{tee.SNP, hypervisor.ArchAMD64, false, false, "/kernel", "EPYC-v4", 0, []string{"cloister.tee=snp", "swiotlb=32768", "random.trust_bootloader=off"}, nil},
+		{tee.SNP, hypervisor.ArchAMD64, false, false, "/kernel", "EPYC-v4", 0,
+			[]string{"cloister.tee=snp", "swiotlb=32768", "random.trust_bootloader=off"}, nil},
 		{tee.TDX, hypervisor.ArchAMD64, false, false, "/kernel", "max", 0, []string{"cloister.tee=tdx", "swiotlb=32768"}, nil},
 		{tee.SE, hypervisor.ArchS390X, true, false, "/sealed", "max", 0, nil, nil},
 	} {
@@ -45,10 +48,11 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			cfg := &configs.Config{
-				Hypervisor: configs.Hypervisor{Arch: string(tc.arch), Kernel: "/kernel", Initrd: "/initrd", KernelParams: []string{"own=1"}, Sandbox: true},
-				TEE:        configs.TEE{Platform: string(tc.name), SwiotlbMiB: 64},
-				Sizing:     configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512, HotplugPorts: 4},
-				State:      configs.State{Dir: "/run/cloister"},
+				Hypervisor: configs.Hypervisor{Arch: string(tc.arch), Kernel: "/kernel", Initrd: "/initrd", KernelParams: []string{"own=1"},
+					Sandbox: true},
+				TEE:    configs.TEE{Platform: string(tc.name), SwiotlbMiB: 64},
+				Sizing: configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512, HotplugPorts: 4},
+				State:  configs.State{Dir: "/run/cloister"},
 			}
 			if tc.sealed {
 				cfg.TEE.SE.Image = "/sealed"
@@ -63,7 +67,7 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 			require.Equal(t, tc.arch, doc.Architecture)
 			require.Equal(t, tc.boot, doc.Boot.Kernel)
 			require.Equal(t, tc.cpu, doc.CPU.Model)
-			require.Equal(t, tc.ports, doc.SharedFolders)
+			require.Equal(t, tc.ports, doc.SharedDirectories)
 			require.Equal(t, []hypervisor.NIC{{ID: "net0", MAC: "02:00:00:00:00:01", MTU: 1400, VhostNet: tc.sealed}}, doc.NICs)
 			require.Empty(t, doc.Disks)
 			require.Nil(t, doc.Confidential, "the platform's to add")

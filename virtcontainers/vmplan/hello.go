@@ -17,7 +17,8 @@ import (
 func (p *Plan) CheckHello(h *agentv1.Hello) error {
 	got := cmp.Or(tee.Name(h.GetTee()), tee.None)
 	if want := p.Name(); got != want {
-		return fmt.Errorf("the VM was launched with tee.platform = %q and its guest says %.128q: build or seal the guest image for this platform: %w",
+		return fmt.Errorf("the VM was launched with tee.platform = %q and its guest says %.128q: build or seal the guest image for this "+
+			"platform: %w",
 			want, got, errdefs.ErrFailedPrecondition)
 	}
 	if digest := p.InitdataDigest(); h.GetInitdata() != digest {

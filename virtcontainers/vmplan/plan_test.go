@@ -54,7 +54,8 @@ func TestLoadInitdata(t *testing.T) {
 	}{
 		{"none", configs.TEE{}, "", ""},
 		{"the node's", configs.TEE{Initdata: file}, someInitdata, ""},
-		{"the pod's goes before", configs.TEE{Initdata: filepath.Join(dir, "nowhere"), InitdataAnnotation: encoded(someInitdata + "c = \"d\"\n")}, someInitdata + "c = \"d\"\n", ""},
+		{"the pod's goes before", configs.TEE{Initdata: filepath.Join(dir, "nowhere"), InitdataAnnotation: encoded(someInitdata + "c = \"d\"\n")},
+			someInitdata + "c = \"d\"\n", ""},
 		{"no such file", configs.TEE{Initdata: filepath.Join(dir, "nowhere")}, "", "tee.initdata"},
 		{"a pipe", configs.TEE{Initdata: pipe}, "", "not a regular file"},
 		{"too large", configs.TEE{Initdata: write("large", string(make([]byte, initdata.MaxRaw+1)))}, "", "larger than"},
@@ -128,7 +129,8 @@ func TestPredictedMeasurement(t *testing.T) {
 	platform := func(values *tee.ReferenceValues, err error) *Plan {
 		return &Plan{platform: fakePlatform{name: tee.SNP, measure: func() (*tee.ReferenceValues, error) { return values, err }}}
 	}
-	got, err := platform(&tee.ReferenceValues{Values: []tee.Value{{Name: "snp.launch_digest", Hex: "00ff"}, {Name: "snp.policy", Hex: "01"}}}, nil).
+	got, err := platform(&tee.ReferenceValues{Values: []tee.Value{{Name: "snp.launch_digest", Hex: "00ff"}, {Name: "snp.policy", Hex: "01"}}},
+		nil).
 		predict(t.Context(), hypervisor.Document{})
 	require.NoError(t, err)
 	require.Equal(t, "snp.launch_digest=00ff (predicted by this host, not what the hardware reported)", got)
@@ -239,9 +241,11 @@ func TestDryOfHardwareThatIsNotThere(t *testing.T) {
 		TEE: configs.TEE{
 			Platform: "snp", SwiotlbMiB: 64,
 			InitdataAnnotation: encode(t, someInitdata),
-			SNP:                configs.TEESNP{Firmware: image, FirmwareDigests: []string{hex.EncodeToString(sum[:])}, Policy: 0x30000, GuestFeatures: 1},
+			SNP: configs.TEESNP{Firmware: image, FirmwareDigests: []string{hex.EncodeToString(sum[:])}, Policy: 0x30000,
+				GuestFeatures: 1},
 		},
-		Sizing: configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512, HotplugPorts: 4}, State: configs.State{Dir: dir}, Rootfs: configs.Rootfs{CacheDir: dir},
+		Sizing: configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512,
+			HotplugPorts: 4}, State: configs.State{Dir: dir}, Rootfs: configs.Rootfs{CacheDir: dir},
 	}
 	p := testPlan(t, Pod{ID: "p", Namespace: "n", Config: config})
 	doc, err := p.Dry(t.Context())
@@ -294,7 +298,8 @@ func TestHelloOfTheLaunch(t *testing.T) {
 		require.Less(t, len(err.Error()), 2048)
 	}
 	p := &Plan{platform: fakePlatform{name: tee.Sample}}
-	require.ErrorContains(t, p.CheckHello(&agentv1.Hello{Tee: "sample", Initdata: "sha256:00"}), "the pod's initdata is none and the guest found \"sha256:00\"")
+	require.ErrorContains(t, p.CheckHello(&agentv1.Hello{Tee: "sample", Initdata: "sha256:00"}),
+		"the pod's initdata is none and the guest found \"sha256:00\"")
 }
 
 // A launch whose measurement cannot be predicted is not started.
@@ -308,9 +313,10 @@ func TestPreparePredicts(t *testing.T) {
 		platform fakePlatform
 		fault    string
 	}{
-		"predicted":     {fakePlatform{prepare: prepared, measure: measured}, ""},
-		"not prepared":  {fakePlatform{prepare: refused, measure: measured}, `launch with tee.platform = "snp": no firmware`},
-		"not predicted": {fakePlatform{prepare: prepared, measure: func() (*tee.ReferenceValues, error) { return nil, errors.New("no initrd") }}, "no initrd"},
+		"predicted":    {fakePlatform{prepare: prepared, measure: measured}, ""},
+		"not prepared": {fakePlatform{prepare: refused, measure: measured}, `launch with tee.platform = "snp": no firmware`},
+		"not predicted": {fakePlatform{prepare: prepared, measure: func() (*tee.ReferenceValues, error) { return nil, errors.New("no initrd") }},
+			"no initrd"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tc.platform.name = tee.SNP
@@ -344,14 +350,16 @@ func TestCheckFiles(t *testing.T) {
 		"se needs its image": {func(c *configs.Config) {
 			c.Hypervisor.Arch, c.TEE.Platform, c.TEE.SE.Image = configs.ArchS390X, "se", gone
 		}, []string{"tee.se.image"}},
-		"sample boots the kernel": {func(c *configs.Config) { c.TEE.Platform, c.Hypervisor.Kernel = "sample", gone }, []string{"hypervisor.kernel"}},
+		"sample boots the kernel": {func(c *configs.Config) { c.TEE.Platform, c.Hypervisor.Kernel = "sample", gone },
+			[]string{"hypervisor.kernel"}},
 		"sample, sealed": {func(c *configs.Config) {
 			c.Hypervisor.Arch, c.Hypervisor.Kernel, c.TEE.Platform, c.TEE.SE.Image = configs.ArchS390X, gone, "sample", gone
 		}, []string{"tee.se.image"}},
 		"snp": {func(c *configs.Config) {
 			c.TEE.Platform, c.TEE.SNP.Firmware, c.TEE.SNP.IDKey, c.TEE.SNP.AuthorKey = "snp", gone, gone, gone
 		}, []string{"tee.snp.firmware", "tee.snp.id_key", "tee.snp.author_key"}},
-		"tdx":                             {func(c *configs.Config) { c.TEE.Platform, c.TEE.TDX.Firmware, c.TEE.SNP.IDKey = "tdx", gone, gone }, []string{"tee.tdx.firmware"}},
+		"tdx": {func(c *configs.Config) { c.TEE.Platform, c.TEE.TDX.Firmware, c.TEE.SNP.IDKey = "tdx", gone, gone },
+			[]string{"tee.tdx.firmware"}},
 		"ordinary VMs do not read theirs": {func(c *configs.Config) { c.TEE.SNP.Firmware, c.TEE.TDX.Firmware = gone, gone }, nil},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package volumes brings a pod's volumes to a confidential guest, which shares no folder with the host.
+// Package volumes brings a pod's volumes to a confidential guest, which shares no directory with the host.
 //
 // Parse tells from a path what the kubelet, or containerd, keeps there: a ConfigMap or Secret (also projected and
 // downward-API volumes), an emptyDir, a part of one of them, a termination log. Read takes a snapshot of a volume that
@@ -16,7 +16,7 @@
 //	<volume>/..data -> ..2026_01_02_03_04_05.123456789
 //	<volume>/key -> ..data/key
 //
-// An update makes a new folder, replaces ..data by a rename, and removes the old folder. So a snapshot reads ..data, the
+// An update makes a new directory, replaces ..data by a rename, and removes the old directory. So a snapshot reads ..data, the
 // files, and ..data again; the rename is what a watch waits for.
 //
 // # Locks
@@ -26,7 +26,7 @@
 //
 // # Trust
 //
-// The volumes' folders are the kubelet's; what is in them came from outside the node. Nothing in them is followed: no
+// The volumes' directories are the kubelet's; what is in them came from outside the node. Nothing in them is followed: no
 // symbolic link but ..data, no mount, and only regular files are read, within the limits of package wire. The guest gets
 // names and bytes and decides where they go.
 package volumes

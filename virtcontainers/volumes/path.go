@@ -14,7 +14,7 @@ type Kind int
 
 // Kinds.
 const (
-	// Other is none of the rest: a file or folder of the host.
+	// Other is none of the rest: a file or directory of the host.
 	Other Kind = iota
 	// Copied is a ConfigMap, Secret, projected or downward-API volume, or something in it.
 	Copied
@@ -26,14 +26,14 @@ const (
 	SubPath
 	// TerminationLog is the file that a container's termination message is read from.
 	TerminationLog
-	// ImageVolume is a folder made by containerd for a VOLUME of the image.
+	// ImageVolume is a directory made by containerd for a VOLUME of the image.
 	ImageVolume
 )
 
 // Path is a path taken apart.
 type Path struct {
 	Kind Kind
-	// Pod is the folder of the pod, <root>/pods/<uid>; empty with Other and ImageVolume.
+	// Pod is the directory of the pod, <root>/pods/<uid>; empty with Other and ImageVolume.
 	Pod string
 	// Plugin is the kind of volume in the kubelet's words, "kubernetes.io~secret"; with Copied, Scratch and Foreign.
 	Plugin string
@@ -44,7 +44,7 @@ type Path struct {
 	Rest string
 }
 
-// Dir is the volume's folder.
+// Dir is the volume's directory.
 func (p Path) Dir() string { return filepath.Join(p.Pod, "volumes", p.Plugin, p.Volume) }
 
 // plugins are the kinds of volumes that are told apart, by the key in a Pod's manifest and by the kubelet's word.

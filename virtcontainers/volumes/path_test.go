@@ -13,20 +13,30 @@ const testPod = "/var/lib/kubelet/pods/0a1b2c3d-0000-4000-8000-00000000000a"
 
 func TestParse(t *testing.T) {
 	for path, want := range map[string]Path{
-		testPod + "/volumes/kubernetes.io~configmap/cm":                        {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~configmap", Volume: "cm"},
-		testPod + "/volumes/kubernetes.io~secret/s/":                           {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~secret", Volume: "s"},
-		testPod + "/volumes/kubernetes.io~projected/kube-api":                  {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~projected", Volume: "kube-api"},
-		testPod + "/volumes/kubernetes.io~downward-api/d/a/b":                  {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~downward-api", Volume: "d", Rest: "a/b"},
-		testPod + "/volumes/kubernetes.io~secret/s/..2026_01/a/b":              {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~secret", Volume: "s", Rest: "a/b"},
-		testPod + "/volumes/kubernetes.io~secret/s/..data":                     {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~secret", Volume: "s"},
-		testPod + "/volumes/kubernetes.io~empty-dir/e":                         {Kind: Scratch, Pod: testPod, Plugin: "kubernetes.io~empty-dir", Volume: "e"},
-		testPod + "/volumes/kubernetes.io~empty-dir/e/sub":                     {Kind: Scratch, Pod: testPod, Plugin: "kubernetes.io~empty-dir", Volume: "e", Rest: "sub"},
-		testPod + "/volumes/kubernetes.io~csi/pvc-1/mount":                     {Kind: Foreign, Pod: testPod, Plugin: "kubernetes.io~csi", Volume: "pvc-1", Rest: "mount"},
-		testPod + "/volumes/kubernetes.io~local-volume/pv":                     {Kind: Foreign, Pod: testPod, Plugin: "kubernetes.io~local-volume", Volume: "pv"},
+		testPod + "/volumes/kubernetes.io~configmap/cm": {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~configmap",
+			Volume: "cm"},
+		testPod + "/volumes/kubernetes.io~secret/s/": {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~secret",
+			Volume: "s"},
+		testPod + "/volumes/kubernetes.io~projected/kube-api": {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~projected",
+			Volume: "kube-api"},
+		testPod + "/volumes/kubernetes.io~downward-api/d/a/b": {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~downward-api",
+			Volume: "d", Rest: "a/b"},
+		testPod + "/volumes/kubernetes.io~secret/s/..2026_01/a/b": {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~secret",
+			Volume: "s", Rest: "a/b"},
+		testPod + "/volumes/kubernetes.io~secret/s/..data": {Kind: Copied, Pod: testPod, Plugin: "kubernetes.io~secret",
+			Volume: "s"},
+		testPod + "/volumes/kubernetes.io~empty-dir/e": {Kind: Scratch, Pod: testPod, Plugin: "kubernetes.io~empty-dir",
+			Volume: "e"},
+		testPod + "/volumes/kubernetes.io~empty-dir/e/sub": {Kind: Scratch, Pod: testPod, Plugin: "kubernetes.io~empty-dir",
+			Volume: "e", Rest: "sub"},
+		testPod + "/volumes/kubernetes.io~csi/pvc-1/mount": {Kind: Foreign, Pod: testPod, Plugin: "kubernetes.io~csi",
+			Volume: "pvc-1", Rest: "mount"},
+		testPod + "/volumes/kubernetes.io~local-volume/pv": {Kind: Foreign, Pod: testPod,
+			Plugin: "kubernetes.io~local-volume", Volume: "pv"},
 		testPod + "/volume-subpaths/cm/main/0":                                 {Kind: SubPath, Pod: testPod, Volume: "cm"},
 		testPod + "/containers/main/1a2b3c4d":                                  {Kind: TerminationLog, Pod: testPod},
 		"/var/lib/containerd/io.containerd.grpc.v1.cri/containers/c/volumes/v": {Kind: ImageVolume},
-		// A pod's folder in another root, one that itself lies in a folder called pods.
+		// A pod's directory in another root, one that itself lies in a directory called pods.
 		"/srv/pods/node-0001/kubelet/pods/static-00000000/volumes/kubernetes.io~secret/s": {
 			Kind: Copied, Pod: "/srv/pods/node-0001/kubelet/pods/static-00000000", Plugin: "kubernetes.io~secret", Volume: "s"},
 

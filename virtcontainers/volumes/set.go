@@ -43,7 +43,7 @@ type Set struct {
 // changes again, which may be never.
 const retryTime = time.Minute
 
-// volume is one folder, and what the guest has of it.
+// volume is one directory, and what the guest has of it.
 type volume struct {
 	name, dir string
 	// turn is held (one element) while the volume is read and pushed. What follows is read and written under it.
@@ -61,14 +61,14 @@ func NewSet(put PutFunc, run func(func(context.Context))) *Set {
 	return &Set{put: put, run: run, byKey: map[string]*volume{}, names: map[string]bool{}, retry: retryTime}
 }
 
-// Mount brings a volume into the guest, unless it is there, and keeps it up to date from then on. It gives the volume's
+// Mount brings a volume into the guest, unless it is there, and keeps it up to date from then on. It returns the volume's
 // name in the guest and what the guest has of it, without the contents.
 func (s *Set) Mount(ctx context.Context, dir string) (string, *Snapshot, error) {
 	return s.mount(ctx, dir, filepath.Base(dir), true)
 }
 
-// MountOnce is Mount for a folder that the guest gets as it is now: a part of a volume, for one container. One that is
-// made anew finds its folder as the kubelet mounted it for that one.
+// MountOnce is Mount for a directory that the guest gets as it is now: a part of a volume, for one container. One that is
+// made anew finds its directory as the kubelet mounted it for that one.
 func (s *Set) MountOnce(ctx context.Context, dir string) (string, *Snapshot, error) {
 	return s.mount(ctx, dir, "", false)
 }
@@ -97,7 +97,7 @@ func (s *Set) mount(ctx context.Context, dir, base string, watch bool) (string, 
 	return v.name, v.pushed, nil
 }
 
-// Scratch gives the guest's name of an emptyDir.
+// Scratch returns the guest's name of an emptyDir.
 func (s *Set) Scratch(dir string) (string, error) {
 	v, err := s.volume("scratch:"+dir, dir, filepath.Base(dir))
 	if err != nil {
@@ -106,7 +106,7 @@ func (s *Set) Scratch(dir string) (string, error) {
 	return v.name, nil
 }
 
-// volume finds or makes the entry of a folder.
+// volume finds or makes the entry of a directory.
 func (s *Set) volume(key, dir, base string) (*volume, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,7 +125,7 @@ func (s *Set) volume(key, dir, base string) (*volume, error) {
 	return v, nil
 }
 
-// validName tells whether a volume can have the name in the guest (agentv1.PutVolumeRequest.name).
+// validName reports whether a volume can have the name in the guest (agentv1.PutVolumeRequest.name).
 func validName(s string) bool {
 	return len(s) > 0 && len(s) <= 64 && s[0] != '.' && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789.-") == ""
 }
@@ -196,7 +196,7 @@ func requests(name string, generation uint64, files []File) []*agentv1.PutVolume
 	return all
 }
 
-// watch adds the volume's folder to the pod's watch, which begins with the first one.
+// watch adds the volume's directory to the pod's watch, which begins with the first one.
 func (s *Set) watch(v *volume) error {
 	w, err := s.watching()
 	if err != nil {
@@ -260,8 +260,8 @@ func (s *Set) follow(ctx context.Context, w *fsnotify.Watcher) {
 	}
 }
 
-// refresh pushes the volume with the folder dir, or all that are followed if it is empty; with stale only what failed
-// before. It tells whether something is to be tried again.
+// refresh pushes the volume with the directory dir, or all that are followed if it is empty; with stale only what failed
+// before. It reports whether something is to be tried again.
 func (s *Set) refresh(ctx context.Context, dir string, stale bool) (again bool) {
 	s.mu.Lock()
 	var all []*volume

@@ -144,7 +144,7 @@ func TestSetFollowsUpdates(t *testing.T) {
 	require.Equal(t, name, again)
 	other, _, err := s.Mount(t.Context(), w.dir)
 	require.NoError(t, err)
-	require.NotEqual(t, name, other, "two folders with one name")
+	require.NotEqual(t, name, other, "two directories with one name")
 	require.True(t, validName(other))
 	require.Equal(t, other, awaitChange(t, g))
 	require.Equal(t, 2, g.commits, "a volume that two containers mount is copied once")

@@ -29,7 +29,7 @@ type File struct {
 
 // Snapshot is what a volume held at one time.
 type Snapshot struct {
-	// Version names the kubelet's update; empty for a folder that the kubelet's AtomicWriter did not write.
+	// Version names the kubelet's update; empty for a directory that the kubelet's AtomicWriter did not write.
 	Version string
 	// Files in the order of their paths.
 	Files []File
@@ -45,8 +45,8 @@ const (
 // errChanged tells that a volume changed while it was read.
 var errChanged = errors.New("the volume changed while it was read")
 
-// Read takes a snapshot of the volume, or of any folder. errdefs.ErrInvalidArgument: it holds something else than files
-// and folders. errdefs.ErrResourceExhausted: it breaks a limit of package wire. errdefs.ErrUnavailable: it changes faster
+// Read takes a snapshot of the volume, or of any directory. errdefs.ErrInvalidArgument: it holds something else than files
+// and directories. errdefs.ErrResourceExhausted: it breaks a limit of package wire. errdefs.ErrUnavailable: it changes faster
 // than it can be read.
 func Read(ctx context.Context, dir string) (*Snapshot, error) {
 	return read(ctx, dir, nil)
@@ -84,7 +84,7 @@ func readOnce(root int, step func()) (*Snapshot, error) {
 	if version != "" {
 		top = version
 	}
-	if err = w.folder(root, top, "", 0); err == nil {
+	if err = w.directory(root, top, "", 0); err == nil {
 		var after string
 		if after, err = readVersion(root); err == nil && after != version {
 			err = errChanged
@@ -113,14 +113,14 @@ func readVersion(root int) (string, error) {
 	}
 	target := string(buf[:n])
 	if n == len(buf) || strings.Contains(target, "/") || target == ".." || !strings.HasPrefix(target, "..") {
-		return "", fmt.Errorf("%s leads to %.64q, which is no folder of the volume: %w", dataLink, target, errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("%s leads to %.64q, which is no directory of the volume: %w", dataLink, target, errdefs.ErrInvalidArgument)
 	}
 	return target, nil
 }
 
 type walker struct {
 	files []File
-	// entries counts folders too, bytes the contents.
+	// entries counts directories too, bytes the contents.
 	entries int
 	bytes   int64
 	// unwritten: there is no ..data (yet), so that the AtomicWriter's own names are among the files.
@@ -142,10 +142,10 @@ func beneath(dir int, name string, flags uint64) (int, error) {
 	}
 }
 
-// folder gathers the files of one folder. name is relative to dir, path what the guest calls it.
-func (w *walker) folder(dir int, name, path string, depth int) error {
+// directory gathers the files of one directory. name is relative to dir, path what the guest calls it.
+func (w *walker) directory(dir int, name, path string, depth int) error {
 	if depth > maxDepth {
-		return fmt.Errorf("%s: more than %d folders deep: %w", path, maxDepth, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("%s: more than %d directories deep: %w", path, maxDepth, errdefs.ErrResourceExhausted)
 	}
 	fd, err := beneath(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
@@ -154,7 +154,7 @@ func (w *walker) folder(dir int, name, path string, depth int) error {
 	f := os.NewFile(uintptr(fd), name)
 	defer f.Close()
 	for {
-		// In small parts: a folder with a million names shall not be read whole to find that out.
+		// In small parts: a directory with a million names shall not be read whole to find that out.
 		entries, err := f.ReadDir(64)
 		for _, e := range entries {
 			if err := w.entry(fd, e.Name(), filepath.Join(path, e.Name()), depth); err != nil {
@@ -172,7 +172,7 @@ func (w *walker) folder(dir int, name, path string, depth int) error {
 
 func orRoot(path string) string {
 	if path == "" {
-		return "its folder"
+		return "its directory"
 	}
 	return path
 }
@@ -186,7 +186,8 @@ func (w *walker) entry(dir int, name, path string, depth int) error {
 	case w.entries > wire.MaxVolumeFiles:
 		return fmt.Errorf("more than %d files: %w", wire.MaxVolumeFiles, errdefs.ErrResourceExhausted)
 	case len(path) > wire.MaxVolumePath:
-		return fmt.Errorf("the path %.64s... has %d bytes, the limit is %d: %w", path, len(path), wire.MaxVolumePath, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("the path %.64s... has %d bytes, the limit is %d: %w", path, len(path), wire.MaxVolumePath,
+			errdefs.ErrResourceExhausted)
 	case strings.HasPrefix(name, ".."):
 		return fmt.Errorf("%s: the name starts with two dots: %w", path, errdefs.ErrInvalidArgument)
 	}
@@ -196,11 +197,11 @@ func (w *walker) entry(dir int, name, path string, depth int) error {
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
-		return w.folder(dir, name, path, depth+1)
+		return w.directory(dir, name, path, depth+1)
 	case unix.S_IFREG:
 		return w.file(dir, name, path)
 	}
-	return fmt.Errorf("%s is neither a file nor a folder: %w", path, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("%s is neither a file nor a directory: %w", path, errdefs.ErrInvalidArgument)
 }
 
 func (w *walker) file(dir int, name, path string) error {

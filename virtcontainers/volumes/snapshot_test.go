@@ -30,10 +30,10 @@ func newAtomicVolume(t testing.TB, files map[string]string) *atomicVolume {
 	return v
 }
 
-// current is the folder that the next update makes or the last one made.
+// current is the directory that the next update makes or the last one made.
 func (v *atomicVolume) current() string { return fmt.Sprintf("..2026_01_02_03_04_05.%09d", v.n) }
 
-// update does what the kubelet does: a new folder, the link's rename, the old folder's end.
+// update does what the kubelet does: a new directory, the link's rename, the old directory's end.
 func (v *atomicVolume) update(files map[string]string) {
 	old := filepath.Join(v.dir, v.current())
 	v.n++
@@ -53,7 +53,7 @@ func (v *atomicVolume) update(files map[string]string) {
 	require.NoError(v.t, os.RemoveAll(old))
 }
 
-// inside is a path in the current folder.
+// inside is a path in the current directory.
 func (v *atomicVolume) inside(name string) string { return filepath.Join(v.dir, v.current(), name) }
 
 func contents(s *Snapshot) map[string]string {
@@ -82,7 +82,7 @@ func TestReadAtomicVolume(t *testing.T) {
 	require.Equal(t, map[string]string{"a": "new"}, contents(s), "what the update removed is gone, though links to it are left")
 }
 
-func TestReadFolderWithoutLink(t *testing.T) {
+func TestReadDirectoryWithoutLink(t *testing.T) {
 	dir := t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "f"), []byte("x"), 0o600))
 	require.NoError(t, os.Mkdir(filepath.Join(dir, "..2026"), 0o700))
@@ -100,31 +100,31 @@ func TestReadRefuses(t *testing.T) {
 		want string
 	}{
 		{"pipe", func(t *testing.T, v *atomicVolume) { require.NoError(t, unix.Mkfifo(v.inside("p"), 0o600)) },
-			errdefs.ErrInvalidArgument, "p is neither a file nor a folder"},
+			errdefs.ErrInvalidArgument, "p is neither a file nor a directory"},
 		{"link that escapes", func(t *testing.T, v *atomicVolume) { require.NoError(t, os.Symlink("/etc/passwd", v.inside("l"))) },
 			errdefs.ErrInvalidArgument, "l is neither"},
 		{"link within", func(t *testing.T, v *atomicVolume) { require.NoError(t, os.Symlink("a", v.inside("l"))) },
 			errdefs.ErrInvalidArgument, "l is neither"},
-		{"linked folder", func(t *testing.T, v *atomicVolume) {
+		{"linked directory", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.Mkdir(v.inside("d"), 0o755))
 			require.NoError(t, os.Symlink("/etc", v.inside("d/l")))
 		}, errdefs.ErrInvalidArgument, "d/l is neither"},
 		{"data link out of the volume", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.Remove(filepath.Join(v.dir, dataLink)))
 			require.NoError(t, os.Symlink("../../etc", filepath.Join(v.dir, dataLink)))
-		}, errdefs.ErrInvalidArgument, "no folder of the volume"},
+		}, errdefs.ErrInvalidArgument, "no directory of the volume"},
 		{"data link to the parent", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.Remove(filepath.Join(v.dir, dataLink)))
 			require.NoError(t, os.Symlink("..", filepath.Join(v.dir, dataLink)))
-		}, errdefs.ErrInvalidArgument, "no folder of the volume"},
+		}, errdefs.ErrInvalidArgument, "no directory of the volume"},
 		{"data link to a link", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.RemoveAll(filepath.Join(v.dir, v.current())))
 			require.NoError(t, os.Symlink("/etc", filepath.Join(v.dir, v.current())))
-		}, unix.ENOTDIR, "its folder"},
+		}, unix.ENOTDIR, "its directory"},
 		{"data link to nowhere", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.RemoveAll(filepath.Join(v.dir, v.current())))
 		}, errdefs.ErrUnavailable, "changed 10 times"},
-		{"data is a folder", func(t *testing.T, v *atomicVolume) {
+		{"data is a directory", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.Remove(filepath.Join(v.dir, dataLink)))
 			require.NoError(t, os.Mkdir(filepath.Join(v.dir, dataLink), 0o755))
 		}, unix.EINVAL, dataLink},
@@ -138,7 +138,7 @@ func TestReadRefuses(t *testing.T) {
 		}, errdefs.ErrResourceExhausted, "more than 1024 files"},
 		{"too deep", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.MkdirAll(v.inside(strings.Repeat("d/", maxDepth+1)), 0o755))
-		}, errdefs.ErrResourceExhausted, "folders deep"},
+		}, errdefs.ErrResourceExhausted, "directories deep"},
 		{"long path", func(t *testing.T, v *atomicVolume) {
 			require.NoError(t, os.MkdirAll(v.inside(strings.Repeat(strings.Repeat("d", 200)+"/", 3)), 0o755))
 		}, errdefs.ErrResourceExhausted, "the limit is 512"},

@@ -17,7 +17,8 @@ import (
 func TestSubPathOf(t *testing.T) {
 	root := t.TempDir()
 	pod := filepath.Join(root, "pods", "0a1b2c3d-0000-4000-8000-00000000000a")
-	for _, dir := range []string{"volumes/kubernetes.io~configmap/cm", "volumes/kubernetes.io~secret/s", "volumes/kubernetes.io~csi/data", "volumes/kubernetes.io~empty-dir/e"} {
+	for _, dir := range []string{"volumes/kubernetes.io~configmap/cm", "volumes/kubernetes.io~secret/s", "volumes/kubernetes.io~csi/data",
+		"volumes/kubernetes.io~empty-dir/e"} {
 		require.NoError(t, os.MkdirAll(filepath.Join(pod, dir), 0o755))
 	}
 	part := func(volume string) string { return filepath.Join(pod, "volume-subpaths", volume, "main", "0") }
@@ -31,17 +32,20 @@ func TestSubPathOf(t *testing.T) {
 		kind                Kind
 		rest                string
 	}{
-		{"file of a ConfigMap on the node's disk", "cm", line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm/..2026/key"), part("cm")), Copied, "..2026/key"},
-		{"one that was replaced since", "cm", line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm/..2025/key")+"//deleted", part("cm")), Copied, "..2025/key"},
+		{"file of a ConfigMap on the node's disk", "cm", line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm/..2026/key"), part("cm")),
+			Copied, "..2026/key"},
+		{"one that was replaced since", "cm", line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm/..2025/key")+"//deleted", part("cm")),
+			Copied, "..2025/key"},
 		{"the volume itself", "cm", line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm"), part("cm")), Copied, ""},
 		{"file of a Secret in memory", "s", line(9, "0:77", "/..2026/key", part("s")), Copied, "..2026/key"},
 		{"emptyDir", "e", line(9, "8:2", inDisk("volumes/kubernetes.io~empty-dir/e/sub"), part("e")), Scratch, "sub"},
 		{"persistent volume", "data", line(9, "8:2", inDisk("volumes/kubernetes.io~csi/data/x"), part("data")), Foreign, "x"},
-		{"mounted twice, the last one counts", "cm", line(8, "8:1", "/etc", part("cm")) + line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm/k"), part("cm")), Copied, "k"},
+		{"mounted twice, the last one counts", "cm", line(8, "8:1", "/etc", part("cm")) +
+			line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm/k"), part("cm")), Copied, "k"},
 		{"same place on another disk", "cm", line(9, "8:1", inDisk("volumes/kubernetes.io~configmap/cm/k"), part("cm")), Other, ""},
 		{"another volume's", "cm", line(9, "0:77", "/key", part("cm")), Other, ""},
 		{"beside the volume", "cm", line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/cm-other/key"), part("cm")), Other, ""},
-		{"a folder of the host", "cm", line(9, "8:2", "/disk/etc", part("cm")), Other, ""},
+		{"a directory of the host", "cm", line(9, "8:2", "/disk/etc", part("cm")), Other, ""},
 		{"no mount", "cm", "", Other, ""},
 		{"no such volume", "none", line(9, "8:2", inDisk("volumes/kubernetes.io~configmap/none/k"), part("none")), Other, ""},
 	} {

@@ -43,7 +43,8 @@ const stopTimeout = 10 * time.Second
 func ACPITables(ctx context.Context, binary string, args ...string) (*hypervisor.ACPITables, error) {
 	a, err := acpiTables(ctx, binary, args)
 	if err != nil {
-		return nil, fmt.Errorf("ACPI tables from %s: %w (the arguments must be of a whole machine that starts under emulation, firmware included)", binary, err)
+		return nil, fmt.Errorf("ACPI tables from %s: %w (the arguments must be of a whole machine that starts under emulation, "+
+			"firmware included)", binary, err)
 	}
 	return a, nil
 }

@@ -126,7 +126,8 @@ func TestRepliesOutOfOrderAndLate(t *testing.T) {
 			return ""
 		}
 		// The late reply, one to an id that never was, and the wanted one.
-		return fmt.Sprintf(`{"return": {"late": true}, "id": %d}`+"\n"+`{"return": {}, "id": 999}`+"\n"+`{"return": {"ok": true}, "id": %d}`, held, c.ID)
+		return fmt.Sprintf(`{"return": {"late": true}, "id": %d}`+"\n"+`{"return": {}, "id": 999}`+"\n"+`{"return": {"ok": true}, "id": %d}`,
+			held, c.ID)
 	}), nil)
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 	defer cancel()
@@ -159,7 +160,8 @@ func TestEventsDoNotDelayReplies(t *testing.T) {
 func TestLastEventsBeforeDone(t *testing.T) {
 	var names []string
 	c := connect(t, server(t, func(command) string {
-		return strings.Repeat(`{"event": "E", "timestamp": {"seconds": 1, "microseconds": 0}}`+"\n", 100) + `{"event": "LAST"}` + "\n" + `{"error": {"class": "x", "desc": "bye"}}`
+		return strings.Repeat(`{"event": "E", "timestamp": {"seconds": 1, "microseconds": 0}}`+"\n", 100) + `{"event": "LAST"}` + "\n" +
+			`{"error": {"class": "x", "desc": "bye"}}`
 	}), func(e Event) { names = append(names, e.Name) })
 	require.Error(t, c.Execute(context.Background(), "x", nil, nil))
 	<-c.Done()
@@ -235,7 +237,8 @@ func TestCloseEndsPending(t *testing.T) {
 func FuzzRead(f *testing.F) {
 	f.Add([]byte(greeting + "\r\n" + `{"return": {}, "id": 1}` + "\n"))
 	f.Add([]byte(greeting + "\n" + `{"error": {"class": "GenericError", "desc": "no"}, "id": 1}` + "\n"))
-	f.Add([]byte(greeting + "\n" + `{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}, "timestamp": {"seconds": 1, "microseconds": 2}}` + "\n"))
+	f.Add([]byte(greeting + "\n" +
+		`{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}, "timestamp": {"seconds": 1, "microseconds": 2}}` + "\n"))
 	f.Add([]byte(greeting + "\n" + greeting + "\n" + `{"id": -1, "return": 7}` + "\n\n[]\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ours, theirs := net.Pipe()

@@ -129,7 +129,7 @@ func (c *control) loop() error {
 	}
 }
 
-// handle gives the payload of the reply for requests that have one.
+// handle returns the payload of the reply for requests that have one.
 func (c *control) handle(m *message) ([]byte, error) {
 	switch m.request {
 	case reqGetFeatures:

@@ -48,7 +48,7 @@ func (d *deadline) set(t time.Time) {
 	})
 }
 
-// wait gives the channel to wait on. A set that extends a deadline keeps the channel.
+// wait returns the channel to wait on. A set that extends a deadline keeps the channel.
 func (d *deadline) wait() <-chan struct{} {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -32,7 +32,7 @@ type rig struct {
 	g  *fakeGuest
 }
 
-// newRig gives a device and a guest whose driver is not up yet.
+// newRig returns a device and a guest whose driver is not up yet.
 func newRig(t testing.TB, cfg Config) *rig {
 	t.Helper()
 	t.Cleanup(func() { goleak.VerifyNone(t) })

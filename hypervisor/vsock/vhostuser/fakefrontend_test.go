@@ -93,7 +93,7 @@ func (fe *frontEnd) get(request uint32, payload []byte) []byte {
 	return fe.reply(request)
 }
 
-// set sends a request and gives the status of the acknowledgement.
+// set sends a request and returns the status of the acknowledgement.
 func (fe *frontEnd) set(request uint32, payload []byte, fds ...int) uint64 {
 	fe.t.Helper()
 	fe.send(request, flagNeedReply, payload, fds...)
@@ -255,7 +255,7 @@ func (q *driverRing) notify() {
 	_, _ = q.kick.Write(one[:])
 }
 
-// take gives the next used chain and frees its descriptors.
+// take returns the next used chain and frees its descriptors.
 func (q *driverRing) take() (head uint16, length uint32, ok bool) {
 	_, idx := loadPair(q.mem[q.used:])
 	if idx == q.lastUsed {

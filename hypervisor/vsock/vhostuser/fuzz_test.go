@@ -205,8 +205,10 @@ func FuzzPackets(f *testing.F) {
 		return b
 	}
 	f.Add(enc(pkt{op: opRequest, typ: 1, alloc: 65536}, pkt{op: opData, typ: 1, size: 200}, pkt{host: 1, op: opShutdown, flags: 3, typ: 1}))
-	f.Add(enc(pkt{op: opResponse, port: 9, typ: 1, alloc: 100}, pkt{op: opData, port: 9, typ: 1, size: 255}, pkt{host: 3, op: opReset, port: 9, typ: 1}))
-	f.Add(enc(pkt{op: opRequest, typ: 1}, pkt{op: opRequest, port: 1, typ: 1}, pkt{op: opCreditRequest, typ: 1}, pkt{host: 2, op: opCreditUpdate, typ: 1, fwd: 99}))
+	f.Add(enc(pkt{op: opResponse, port: 9, typ: 1, alloc: 100}, pkt{op: opData, port: 9, typ: 1, size: 255},
+		pkt{host: 3, op: opReset, port: 9, typ: 1}))
+	f.Add(enc(pkt{op: opRequest, typ: 1}, pkt{op: opRequest, port: 1, typ: 1}, pkt{op: opCreditRequest, typ: 1},
+		pkt{host: 2, op: opCreditUpdate, typ: 1, fwd: 99}))
 	f.Add(enc(pkt{op: opRequest, typ: 2}, pkt{op: 77, typ: 1}, pkt{op: opData, port: 3, typ: 1}))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		const bufferSize = 512

@@ -84,7 +84,7 @@ func (m *memory) trim() {
 	}
 }
 
-// guest gives the bytes from a guest-physical address on: at most n, fewer where the region ends, nil where nothing is.
+// guest returns the bytes from a guest-physical address on: at most n, fewer where the region ends, nil where nothing is.
 func (m *memory) guest(addr uint64, n uint32) []byte {
 	for i := range m.regions {
 		r := &m.regions[i]
@@ -96,7 +96,7 @@ func (m *memory) guest(addr uint64, n uint32) []byte {
 	return nil
 }
 
-// user gives exactly n bytes at an address of QEMU's, or nil.
+// user returns exactly n bytes at an address of QEMU's, or nil.
 func (m *memory) user(addr uint64, n int) []byte {
 	for i := range m.regions {
 		r := &m.regions[i]

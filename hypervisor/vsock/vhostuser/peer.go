@@ -106,7 +106,7 @@ func (s *stream) receiveData(h *packetHeader, c *chain) error {
 	return nil
 }
 
-// receiveShutdown tells whether the guest is done with both directions.
+// receiveShutdown reports whether the guest is done with both directions.
 func (s *stream) receiveShutdown(flags uint32) bool {
 	s.peerShut |= flags & shutBoth
 	if s.peerShut&shutSend != 0 && s.rerr == nil {

@@ -25,7 +25,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 )
 
-// The test with a real QEMU and a real guest kernel needs a bzImage and the folder with its modules (the one that holds
+// The test with a real QEMU and a real guest kernel needs a bzImage and the directory with its modules (the one that holds
 // kernel/net/vmw_vsock):
 //
 //	CLOISTER_TEST_KERNEL=/boot/vmlinuz-6.12.95+deb12-cloud-amd64
@@ -181,7 +181,7 @@ func ask(t *testing.T, c vsock.Conn, n uint64) {
 	require.NoError(t, err)
 }
 
-// shmemRSS gives the bytes of shared memory that are resident in this process.
+// shmemRSS returns the bytes of shared memory that are resident in this process.
 func shmemRSS(t *testing.T) (bytes int) {
 	status, err := os.ReadFile("/proc/self/status")
 	require.NoError(t, err)
@@ -228,7 +228,7 @@ func startVM(t *testing.T) *testVM {
 	t.Helper()
 	kernel, modules := os.Getenv(envKernel), os.Getenv(envModules)
 	if kernel == "" || modules == "" {
-		t.Skipf("needs a guest kernel: set %s to a bzImage and %s to the folder of its modules", envKernel, envModules)
+		t.Skipf("needs a guest kernel: set %s to a bzImage and %s to the directory of its modules", envKernel, envModules)
 	}
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {

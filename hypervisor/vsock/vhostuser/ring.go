@@ -217,7 +217,7 @@ func (r *ring) push(head uint16, written int) {
 	r.unsignaled += r.chain.descs
 }
 
-// wantsCall tells whether the guest wants an interrupt for what was published.
+// wantsCall reports whether the guest wants an interrupt for what was published.
 func (r *ring) wantsCall() bool {
 	flags, _ := loadPair(r.avail)
 	return flags&availNoInterrupt == 0

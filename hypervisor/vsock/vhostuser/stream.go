@@ -98,7 +98,7 @@ func (s *stream) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: "vsock", Source: s.localAddr(), Addr: s.remoteAddr(), Err: err}
 }
 
-// Read implements net.Conn. It gives everything that came before the guest's half-close, close or reset, then io.EOF
+// Read implements net.Conn. It returns everything that came before the guest's half-close, close or reset, then io.EOF
 // or the error.
 func (s *stream) Read(p []byte) (int, error) {
 	s.rmu.Lock()
@@ -189,7 +189,7 @@ func (s *stream) Write(p []byte) (n int, err error) {
 	}
 }
 
-// takeCredit reserves up to want bytes of the guest's credit, or gives the reason why nothing may be written.
+// takeCredit reserves up to want bytes of the guest's credit, or returns the reason why nothing may be written.
 func (s *stream) takeCredit(want int) (int, error) {
 	if s.wdl.expired() {
 		return 0, os.ErrDeadlineExceeded

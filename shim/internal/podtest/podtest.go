@@ -145,7 +145,7 @@ func (p *Pod) Info() vc.PodInfo {
 	}
 }
 
-// Ready tells whether the pod runs.
+// Ready reports whether the pod runs.
 func (p *Pod) Ready() bool { return p.Info().State == vc.PodReady }
 
 // Ping works while the pod runs.
@@ -193,7 +193,7 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg vc.ContainerConfig) (pods
 	return c, nil
 }
 
-// Container gives a container that was made; nil if there is none.
+// Container returns a container that was made; nil if there is none.
 func (p *Pod) Container(id string) *Container {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -204,7 +204,7 @@ func (p *Pod) Container(id string) *Container {
 type Container struct {
 	Config vc.ContainerConfig
 	Pod    *Pod
-	// OnDelete, where set, is called by Delete and gives its error.
+	// OnDelete, where set, is called by Delete and returns its error.
 	OnDelete func(ctx context.Context) error
 	// OnExecStart, where set, is called by the Start of an exec.
 	OnExecStart func(ctx context.Context) error
@@ -234,7 +234,7 @@ func (c *Container) Exec(_ context.Context, cfg vc.ExecConfig) (pods.Process, er
 	return p, nil
 }
 
-// ExecProcess gives an exec.
+// ExecProcess returns an exec.
 func (c *Container) ExecProcess(id string) *Process {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -309,7 +309,7 @@ func (c *Container) Delete(ctx context.Context) (vc.Exit, error) {
 // Process is a pods.Process.
 type Process struct {
 	Spec *specs.Process
-	// OnStart, where set, is called by Start and gives its error.
+	// OnStart, where set, is called by Start and returns its error.
 	OnStart func(ctx context.Context) error
 
 	c      *Container

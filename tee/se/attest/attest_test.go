@@ -178,7 +178,8 @@ func TestVerifyRefuses(t *testing.T) {
 func TestRequestFields(t *testing.T) {
 	host := newKey(t, 1)
 	make := func() ([]byte, *Secret) {
-		b, s, err := NewRequest([]*ecdh.PublicKey{newKey(t, 2).PublicKey(), host.PublicKey()}, ImageHostKey|Firmware, mathrand.NewChaCha8([32]byte{7}))
+		b, s, err := NewRequest([]*ecdh.PublicKey{newKey(t, 2).PublicKey(), host.PublicKey()}, ImageHostKey|Firmware,
+			mathrand.NewChaCha8([32]byte{7}))
 		require.NoError(t, err)
 		return b, s
 	}
@@ -272,7 +273,8 @@ func FuzzParseExchange(f *testing.F) {
 	require.NoError(f, err)
 	for _, e := range []*Exchange{
 		NewExchange(request, ImageHostKey),
-		{Request: request, Measurement: make([]byte, MeasurementSize), Additional: make([]byte, 32), User: make([]byte, UserDataSize), CUID: &[CUIDSize]byte{}},
+		{Request: request, Measurement: make([]byte, MeasurementSize), Additional: make([]byte, 32), User: make([]byte, UserDataSize),
+			CUID: &[CUIDSize]byte{}},
 	} {
 		b, err := e.Marshal()
 		require.NoError(f, err)

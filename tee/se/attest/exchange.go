@@ -65,7 +65,7 @@ func exchangeFault(format string, a ...any) error {
 	return fmt.Errorf("attestation exchange: %s: %w", fmt.Sprintf(format, a...), errdefs.ErrInvalidArgument)
 }
 
-// Marshal gives the file.
+// Marshal returns the file.
 func (e *Exchange) Marshal() ([]byte, error) {
 	header := []byte(exchangeMagic)
 	header = binary.BigEndian.AppendUint32(header, exchangeVersion)

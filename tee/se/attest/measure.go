@@ -68,7 +68,8 @@ type Evidence struct {
 
 // Verify checks an answer to the request that s belongs to, from a guest that should run the image with a header. The
 // measurement is compared first: nothing of an answer is looked at before. Then the host keys that the machine names
-// must be such that the header and the request have a slot for. The request in the answer is not used: only s knows what was sent. errdefs.ErrPermissionDenied: the answer is not good.
+// must be such that the header and the request have a slot for. The request in the answer is not used: only s knows what was
+// sent. errdefs.ErrPermissionDenied: the answer is not good.
 func Verify(s *Secret, header *image.Header, answer *Exchange) (*Evidence, error) {
 	deny := func(format string, a ...any) (*Evidence, error) {
 		return nil, fmt.Errorf("attestation: %s: %w", fmt.Sprintf(format, a...), errdefs.ErrPermissionDenied)

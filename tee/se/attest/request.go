@@ -169,7 +169,8 @@ func ParseRequest(b []byte) (*Request, error) {
 	case len(b) != fixedSize+nks*hostkey.SlotSize || binary.BigEndian.Uint32(b[12:]) != uint32(len(b)):
 		return fault("its %d bytes (%d by its own word) do not go with %d key slots", len(b), binary.BigEndian.Uint32(b[12:]), nks)
 	case binary.BigEndian.Uint32(b[0x2c:]) != sealedSize:
-		return fault("an encrypted part of %d bytes, want %d: only requests with a nonce are known", binary.BigEndian.Uint32(b[0x2c:]), sealedSize)
+		return fault("an encrypted part of %d bytes, want %d: only requests with a nonce are known", binary.BigEndian.Uint32(b[0x2c:]),
+			sealedSize)
 	case flags&nonceFlag == 0 || flags&^knownFlags != 0:
 		return fault("flags 0x%016x", uint64(flags))
 	case binary.BigEndian.Uint32(b[0x38:]) != algorithmHMAC:

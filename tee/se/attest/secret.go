@@ -24,7 +24,7 @@ type secretFile struct {
 	HostKeys []image.Hex `json:"host_key_hashes"`
 }
 
-// MarshalJSON gives what ParseSecret reads. It has the keys in clear.
+// MarshalJSON returns what ParseSecret reads. It has the keys in clear.
 func (s *Secret) MarshalJSON() ([]byte, error) {
 	f := secretFile{Key: s.Key[:], Nonce: s.Nonce[:], Flags: uint64(s.Flags)}
 	for _, h := range s.HostKeys {

@@ -15,7 +15,8 @@ import (
 )
 
 func testSecret(t testing.TB) (*Secret, []byte) {
-	_, s, err := NewRequest([]*ecdh.PublicKey{newKey(t, 1).PublicKey(), newKey(t, 2).PublicKey()}, AttestHostKey, mathrand.NewChaCha8([32]byte{3}))
+	_, s, err := NewRequest([]*ecdh.PublicKey{newKey(t, 1).PublicKey(), newKey(t, 2).PublicKey()}, AttestHostKey,
+		mathrand.NewChaCha8([32]byte{3}))
 	require.NoError(t, err)
 	b, err := json.MarshalIndent(s, "", "  ")
 	require.NoError(t, err)

@@ -117,7 +117,7 @@ type issuingDistributionPoint struct {
 
 const uriName = 6 // GeneralName, uniformResourceIdentifier
 
-// coversAll tells whether a list says of a certificate all there is to say: for any reason, and of the part that the
+// coversAll reports whether a list says of a certificate all there is to say: for any reason, and of the part that the
 // certificate itself names.
 func coversAll(value []byte, c certificate) bool {
 	var p issuingDistributionPoint

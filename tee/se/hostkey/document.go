@@ -37,7 +37,7 @@ type Document struct {
 	// Serial is the certificate's serial number in decimal digits; NotAfter is its last moment.
 	Serial   string
 	NotAfter time.Time
-	// Verified tells whether a Verifier accepted the document.
+	// Verified reports whether a Verifier accepted the document.
 	Verified bool
 }
 
@@ -46,7 +46,8 @@ func (d *Document) Warning() string {
 	if d.Verified {
 		return ""
 	}
-	return fmt.Sprintf("%s was NOT VERIFIED: whoever made that file may hold the private key, and can then read everything that is sealed for it (host key %s)",
+	return fmt.Sprintf("%s was NOT VERIFIED: whoever made that file may hold the private key, and can then read everything that is sealed "+
+		"for it (host key %s)",
 		d.Name, hex.EncodeToString(d.Hash[:]))
 }
 
@@ -75,7 +76,7 @@ type VerifyError struct {
 	Detail, Fix string
 }
 
-// Error gives all of it.
+// Error returns all of it.
 func (e *VerifyError) Error() string {
 	s := fmt.Sprintf("%s: %s check failed: %s", e.File, e.Check, e.Detail)
 	if e.Fix != "" {
@@ -103,7 +104,7 @@ const (
 	pemCRL         = "X509 CRL"
 )
 
-// blocks gives the DER of all blocks of a type in a PEM file, or the whole content if it is no PEM file.
+// blocks returns the DER of all blocks of a type in a PEM file, or the whole content if it is no PEM file.
 func blocks(file string, b []byte, kind string) ([][]byte, error) {
 	fail := func(format string, a ...any) ([][]byte, error) {
 		return nil, &VerifyError{File: file, Check: CheckFile, Detail: fmt.Sprintf(format, a...)}
@@ -148,7 +149,8 @@ func parseCertificates(file string, b []byte) ([]certificate, error) {
 
 func readFiles(paths []string, max int64, take func(path string, b []byte) error) error {
 	if len(paths) > MaxFiles {
-		return &VerifyError{File: paths[MaxFiles], Check: CheckFile, Detail: fmt.Sprintf("%d files are given, at most %d are accepted", len(paths), MaxFiles)}
+		return &VerifyError{File: paths[MaxFiles], Check: CheckFile,
+			Detail: fmt.Sprintf("%d files are given, at most %d are accepted", len(paths), MaxFiles)}
 	}
 	for _, path := range paths {
 		b, _, err := firmware.ReadFile(path, max)
@@ -165,14 +167,16 @@ func readFiles(paths []string, max int64, take func(path string, b []byte) error
 // parseDocument reads a file with one certificate and its key, and verifies nothing.
 func parseDocument(file string, b []byte) (*Document, certificate, error) {
 	if len(b) > MaxCertificateFile {
-		return nil, certificate{}, &VerifyError{File: file, Check: CheckFile, Detail: fmt.Sprintf("it has more than %d bytes", MaxCertificateFile)}
+		return nil, certificate{}, &VerifyError{File: file, Check: CheckFile,
+			Detail: fmt.Sprintf("it has more than %d bytes", MaxCertificateFile)}
 	}
 	certs, err := parseCertificates(file, b)
 	if err != nil {
 		return nil, certificate{}, err
 	}
 	if len(certs) != 1 {
-		return nil, certificate{}, &VerifyError{File: file, Check: CheckFile, Detail: fmt.Sprintf("it holds %d certificates, a host key document is one", len(certs))}
+		return nil, certificate{}, &VerifyError{File: file, Check: CheckFile,
+			Detail: fmt.Sprintf("it holds %d certificates, a host key document is one", len(certs))}
 	}
 	c := certs[0]
 	const fix = "take the host key document of the machine itself"

@@ -132,7 +132,8 @@ func (p *pki) finish() *pki {
 		Intermediates: []string{p.write("inter.crt", certPEM(p.inter.cert))},
 		SigningKeys:   []string{p.write("signing.crt", p.signing.cert.Raw)}, // DER
 		CRLs: []string{
-			p.write("root.crl", p.list(p.rootCRL, p.root)), p.write("inter.crl", p.list(p.interCRL, p.inter)), p.write("signing.crl", p.list(p.signCRL, p.signing)),
+			p.write("root.crl", p.list(p.rootCRL, p.root)), p.write("inter.crl", p.list(p.interCRL, p.inter)), p.write("signing.crl",
+				p.list(p.signCRL, p.signing)),
 		},
 	}
 	p.document = p.write("host.crt", certPEM(p.host.cert))
@@ -216,29 +217,44 @@ func TestVerifyRefuses(t *testing.T) {
 		check  Check
 		says   string
 	}{
-		"document expired":       {change: func(p *pki) { old(p.hkTmpl) }, file: "host.crt", check: CheckValidity, says: "valid until 2026-05-01T11:59:00Z"},
-		"document of the future": {change: func(p *pki) { p.hkTmpl.NotBefore = now.Add(time.Minute) }, file: "host.crt", check: CheckValidity, says: "clock"},
-		"signing key expired":    {change: func(p *pki) { old(p.signTmpl) }, file: "signing.crt", check: CheckValidity},
-		"intermediate expired":   {change: func(p *pki) { old(p.interTmpl) }, file: "inter.crt", check: CheckValidity},
+		"document expired": {change: func(p *pki) { old(p.hkTmpl) }, file: "host.crt", check: CheckValidity,
+			says: "valid until 2026-05-01T11:59:00Z"},
+		"document of the future": {change: func(p *pki) { p.hkTmpl.NotBefore = now.Add(time.Minute) }, file: "host.crt", check: CheckValidity,
+			says: "clock"},
+		"signing key expired":  {change: func(p *pki) { old(p.signTmpl) }, file: "signing.crt", check: CheckValidity},
+		"intermediate expired": {change: func(p *pki) { old(p.interTmpl) }, file: "inter.crt", check: CheckValidity},
 		"root expired": {change: func(p *pki) {
 			c := caTemplate("root", 1)
 			old(c)
 			p.root.cert = p.sign(c, entity{c, p.root.key}, p.root.key)
 		}, file: "root.crt", check: CheckValidity},
-		"document revoked":     {change: func(p *pki) { p.signCRL.RevokedCertificateEntries = revoked(4) }, file: "host.crt", check: CheckRevoked, says: "since 2026-05-01"},
-		"signing key revoked":  {change: func(p *pki) { p.interCRL.RevokedCertificateEntries = revoked(3) }, file: "signing.crt", check: CheckRevoked},
-		"intermediate revoked": {change: func(p *pki) { p.rootCRL.RevokedCertificateEntries = revoked(2) }, file: "inter.crt", check: CheckRevoked},
-		"another curve":        {change: func(p *pki) { p.hostKey = newECKey(p.t, elliptic.P384()) }, file: "host.crt", check: CheckKey, says: "P-384"},
-		"another kind":         {change: func(p *pki) { p.hostKey = newRSAKey(p.t, 2048) }, file: "host.crt", check: CheckKey, says: "RSA"},
-		"weak RSA key":         {change: func(p *pki) { p.signing.key = newRSAKey(p.t, 1024) }, file: "signing.crt", check: CheckKey, says: "1024 bits"},
-		"weak curve":           {change: func(p *pki) { p.signing.key = newECKey(p.t, elliptic.P224()) }, file: "signing.crt", check: CheckKey, says: "P-224"},
-		"wrong locality":       {change: func(p *pki) { p.signTmpl.Subject = signingName("Boeblingen") }, file: "signing.crt", check: CheckSubject, says: "Poughkeepsie"},
-		"wrong unit":           {change: func(p *pki) { p.signTmpl.Subject.OrganizationalUnit = []string{"Sales"} }, file: "signing.crt", check: CheckSubject, says: "organizational unit"},
-		"wrong name":           {change: func(p *pki) { p.signTmpl.Subject.CommonName = "evil" }, file: "signing.crt", check: CheckSubject, says: "common name"},
-		"wrong country":        {change: func(p *pki) { p.signTmpl.Subject.Country = []string{"DE"} }, file: "signing.crt", check: CheckSubject, says: "country"},
-		"wrong state":          {change: func(p *pki) { p.signTmpl.Subject.Province = nil }, file: "signing.crt", check: CheckSubject, says: "state"},
-		"wrong organization":   {change: func(p *pki) { p.signTmpl.Subject.Organization = []string{"IBM"} }, file: "signing.crt", check: CheckSubject, says: "organization"},
-		"more attributes":      {change: func(p *pki) { p.signTmpl.Subject.SerialNumber = "1" }, file: "signing.crt", check: CheckSubject, says: "has 7"},
+		"document revoked": {change: func(p *pki) { p.signCRL.RevokedCertificateEntries = revoked(4) }, file: "host.crt", check: CheckRevoked,
+			says: "since 2026-05-01"},
+		"signing key revoked": {change: func(p *pki) { p.interCRL.RevokedCertificateEntries = revoked(3) }, file: "signing.crt",
+			check: CheckRevoked},
+		"intermediate revoked": {change: func(p *pki) { p.rootCRL.RevokedCertificateEntries = revoked(2) }, file: "inter.crt",
+			check: CheckRevoked},
+		"another curve": {change: func(p *pki) { p.hostKey = newECKey(p.t, elliptic.P384()) }, file: "host.crt", check: CheckKey,
+			says: "P-384"},
+		"another kind": {change: func(p *pki) { p.hostKey = newRSAKey(p.t, 2048) }, file: "host.crt", check: CheckKey, says: "RSA"},
+		"weak RSA key": {change: func(p *pki) { p.signing.key = newRSAKey(p.t, 1024) }, file: "signing.crt", check: CheckKey,
+			says: "1024 bits"},
+		"weak curve": {change: func(p *pki) { p.signing.key = newECKey(p.t, elliptic.P224()) }, file: "signing.crt", check: CheckKey,
+			says: "P-224"},
+		"wrong locality": {change: func(p *pki) { p.signTmpl.Subject = signingName("Boeblingen") }, file: "signing.crt",
+			check: CheckSubject, says: "Poughkeepsie"},
+		"wrong unit": {change: func(p *pki) { p.signTmpl.Subject.OrganizationalUnit = []string{"Sales"} }, file: "signing.crt",
+			check: CheckSubject, says: "organizational unit"},
+		"wrong name": {change: func(p *pki) { p.signTmpl.Subject.CommonName = "evil" }, file: "signing.crt", check: CheckSubject,
+			says: "common name"},
+		"wrong country": {change: func(p *pki) { p.signTmpl.Subject.Country = []string{"DE"} }, file: "signing.crt", check: CheckSubject,
+			says: "country"},
+		"wrong state": {change: func(p *pki) { p.signTmpl.Subject.Province = nil }, file: "signing.crt", check: CheckSubject,
+			says: "state"},
+		"wrong organization": {change: func(p *pki) { p.signTmpl.Subject.Organization = []string{"IBM"} }, file: "signing.crt",
+			check: CheckSubject, says: "organization"},
+		"more attributes": {change: func(p *pki) { p.signTmpl.Subject.SerialNumber = "1" }, file: "signing.crt", check: CheckSubject,
+			says: "has 7"},
 		"another issuer": {change: func(p *pki) {
 			p.host.cert = p.sign(p.hkTmpl, entity{caTemplate("other", 7), p.signing.key}, p.hostKey)
 		}, file: "host.crt", check: CheckIssuer, says: "no given signing key"},
@@ -264,17 +280,22 @@ func TestVerifyRefuses(t *testing.T) {
 		"signing key of another CA": {change: func(p *pki) {
 			p.signing.cert = p.sign(p.signTmpl, entity{caTemplate("intermediate", 2), newECKey(p.t, elliptic.P256())}, p.signing.key)
 		}, file: "signing.crt", check: CheckChain},
-		"another root":          {after: func(p *pki) { p.files.Roots = newPKI(p.t).finish().files.Roots }, file: "signing.crt", check: CheckChain},
-		"intermediate is no CA": {change: func(p *pki) { p.interTmpl.IsCA, p.interTmpl.KeyUsage, p.interTmpl.SubjectKeyId = false, 0, []byte{2} }, file: "signing.crt", check: CheckChain},
+		"another root": {after: func(p *pki) { p.files.Roots = newPKI(p.t).finish().files.Roots }, file: "signing.crt",
+			check: CheckChain},
+		"intermediate is no CA": {change: func(p *pki) { p.interTmpl.IsCA, p.interTmpl.KeyUsage, p.interTmpl.SubjectKeyId = false, 0, []byte{2} },
+			file: "signing.crt", check: CheckChain},
 		"critical extension": {change: func(p *pki) {
 			p.hkTmpl.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{1, 2, 3}, Critical: true, Value: []byte{5, 0}}}
 		}, file: "host.crt", check: CheckFile, says: "1.2.3"},
-		"no list":                {after: func(p *pki) { p.files.CRLs = p.files.CRLs[:2] }, file: "host.crt", check: CheckCRL, says: "--crl"},
-		"no list of the root":    {after: func(p *pki) { p.files.CRLs = p.files.CRLs[1:] }, file: "inter.crt", check: CheckCRL},
-		"no list of the CA":      {after: func(p *pki) { p.files.CRLs = []string{p.files.CRLs[0], p.files.CRLs[2]} }, file: "signing.crt", check: CheckCRL},
-		"list expired":           {change: func(p *pki) { p.signCRL.NextUpdate = now }, file: "host.crt", check: CheckCRL, says: "out of date"},
-		"list of the CA expired": {change: func(p *pki) { p.interCRL.NextUpdate = now.Add(-time.Minute) }, file: "signing.crt", check: CheckCRL, says: "out of date"},
-		"list of the future":     {change: func(p *pki) { p.signCRL.ThisUpdate = now.Add(time.Minute) }, file: "host.crt", check: CheckCRL, says: "future"},
+		"no list":             {after: func(p *pki) { p.files.CRLs = p.files.CRLs[:2] }, file: "host.crt", check: CheckCRL, says: "--crl"},
+		"no list of the root": {after: func(p *pki) { p.files.CRLs = p.files.CRLs[1:] }, file: "inter.crt", check: CheckCRL},
+		"no list of the CA": {after: func(p *pki) { p.files.CRLs = []string{p.files.CRLs[0], p.files.CRLs[2]} }, file: "signing.crt",
+			check: CheckCRL},
+		"list expired": {change: func(p *pki) { p.signCRL.NextUpdate = now }, file: "host.crt", check: CheckCRL, says: "out of date"},
+		"list of the CA expired": {change: func(p *pki) { p.interCRL.NextUpdate = now.Add(-time.Minute) }, file: "signing.crt", check: CheckCRL,
+			says: "out of date"},
+		"list of the future": {change: func(p *pki) { p.signCRL.ThisUpdate = now.Add(time.Minute) }, file: "host.crt", check: CheckCRL,
+			says: "future"},
 		"list of another issuer": {after: func(p *pki) {
 			p.files.CRLs[2] = p.write("x.crl", p.list(p.signCRL, entity{p.inter.cert, p.inter.key}))
 		}, file: "host.crt", check: CheckCRL, says: "none of the 3"},
@@ -288,20 +309,25 @@ func TestVerifyRefuses(t *testing.T) {
 			p.signCRL.ExtraExtensions = []pkix.Extension{distributionPoint(p.t, issuingDistributionPoint{OnlyCAs: true})}
 		}, file: "host.crt", check: CheckCRL, says: "a part"},
 		"list for some reasons": {change: func(p *pki) {
-			p.signCRL.ExtraExtensions = []pkix.Extension{distributionPoint(p.t, issuingDistributionPoint{Reasons: asn1.BitString{Bytes: []byte{0x40}, BitLength: 2}})}
+			p.signCRL.ExtraExtensions = []pkix.Extension{distributionPoint(p.t,
+				issuingDistributionPoint{Reasons: asn1.BitString{Bytes: []byte{0x40}, BitLength: 2}})}
 		}, file: "host.crt", check: CheckCRL, says: "a part"},
 		"list of another part": {change: func(p *pki) {
 			p.hkTmpl.CRLDistributionPoints = []string{"http://crl.example/1"}
 			p.signCRL.ExtraExtensions = []pkix.Extension{uriPoint(p.t, "http://crl.example/2")}
 		}, file: "host.crt", check: CheckCRL, says: "published at http://crl.example/1"},
-		"CA may not sign lists":          {change: func(p *pki) { p.interTmpl.KeyUsage = x509.KeyUsageCertSign }, file: "signing.crt", check: CheckCRL, says: "may not sign"},
-		"two certificates in a document": {after: func(p *pki) { p.write("host.crt", append(certPEM(p.host.cert), certPEM(p.host.cert)...)) }, file: "host.crt", check: CheckFile, says: "2 certificates"},
+		"CA may not sign lists": {change: func(p *pki) { p.interTmpl.KeyUsage = x509.KeyUsageCertSign }, file: "signing.crt",
+			check: CheckCRL, says: "may not sign"},
+		"two certificates in a document": {after: func(p *pki) { p.write("host.crt", append(certPEM(p.host.cert), certPEM(p.host.cert)...)) },
+			file: "host.crt", check: CheckFile, says: "2 certificates"},
 		"a private key beside it": {after: func(p *pki) {
 			p.write("host.crt", append(certPEM(p.host.cert), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY"})...))
 		}, file: "host.crt", check: CheckFile, says: "PRIVATE KEY"},
-		"no certificate":     {after: func(p *pki) { p.write("host.crt", []byte("hello")) }, file: "host.crt", check: CheckFile},
-		"no list in it":      {after: func(p *pki) { p.write("inter.crl", certPEM(p.inter.cert)) }, file: "inter.crl", check: CheckFile, says: "CERTIFICATE"},
-		"too many in a file": {after: func(p *pki) { p.write("inter.crt", bytes.Repeat(certPEM(p.inter.cert), MaxPerFile+1)) }, file: "inter.crt", check: CheckFile, says: "more than 16"},
+		"no certificate": {after: func(p *pki) { p.write("host.crt", []byte("hello")) }, file: "host.crt", check: CheckFile},
+		"no list in it": {after: func(p *pki) { p.write("inter.crl", certPEM(p.inter.cert)) }, file: "inter.crl", check: CheckFile,
+			says: "CERTIFICATE"},
+		"too many in a file": {after: func(p *pki) { p.write("inter.crt", bytes.Repeat(certPEM(p.inter.cert), MaxPerFile+1)) }, file: "inter.crt",
+			check: CheckFile, says: "more than 16"},
 		"too many files": {after: func(p *pki) {
 			for range MaxFiles {
 				p.files.CRLs = append(p.files.CRLs, p.files.CRLs[0])
@@ -331,7 +357,8 @@ func TestVerifyRefuses(t *testing.T) {
 }
 
 func revoked(serial int64) []x509.RevocationListEntry {
-	return []x509.RevocationListEntry{{SerialNumber: big.NewInt(99), RevocationTime: now}, {SerialNumber: big.NewInt(serial), RevocationTime: now}}
+	return []x509.RevocationListEntry{{SerialNumber: big.NewInt(99), RevocationTime: now},
+		{SerialNumber: big.NewInt(serial), RevocationTime: now}}
 }
 
 func newRSAKey(t testing.TB, bits int) crypto.Signer {

@@ -120,7 +120,8 @@ func Unwrap(host *ecdh.PrivateKey, customer *ecdh.PublicKey, slots []byte) (secr
 			return secret, err
 		}
 		if _, err := aead.Open(secret[:0], make([]byte, nonceSize), slots[HashSize:SlotSize], nil); err != nil {
-			return secret, fmt.Errorf("the key slot of host key %x does not open: it, or the public key beside it, was changed (%w)", hash, errdefs.ErrInvalidArgument)
+			return secret, fmt.Errorf("the key slot of host key %x does not open: it, or the public key beside it, was changed (%w)", hash,
+				errdefs.ErrInvalidArgument)
 		}
 		return secret, nil
 	}

@@ -66,7 +66,8 @@ func newVerifier(files TrustFiles, now time.Time) (*Verifier, error) {
 		{files.SigningKeys, &v.signing, "signing key certificate"},
 	} {
 		if len(f.paths) == 0 {
-			return nil, fmt.Errorf("no %s is given: host key documents cannot be verified without (docs: confidential.md, Secure Execution): %w", f.what, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("no %s is given: host key documents cannot be verified without (docs: confidential.md, Secure Execution): %w",
+				f.what, errdefs.ErrInvalidArgument)
 		}
 		err := readFiles(f.paths, MaxCertificateFile, func(path string, b []byte) error {
 			certs, err := parseCertificates(path, b)
@@ -163,7 +164,8 @@ func checkSubject(c certificate) error {
 		{one(s.Province, is("New York")), `state "New York"`},
 		{one(s.Locality, func(l string) bool { return slices.Contains(signingLocalities, l) }), `locality "Poughkeepsie" or "Armonk"`},
 		{one(s.Organization, is(ibm)), fmt.Sprintf("organization %q", ibm)},
-		{one(s.OrganizationalUnit, func(u string) bool { return strings.HasSuffix(u, signingUnitSuffix) }), fmt.Sprintf("an organizational unit that ends in %q", signingUnitSuffix)},
+		{one(s.OrganizationalUnit, func(u string) bool { return strings.HasSuffix(u, signingUnitSuffix) }),
+			fmt.Sprintf("an organizational unit that ends in %q", signingUnitSuffix)},
 		{s.CommonName == ibm, fmt.Sprintf("common name %q", ibm)},
 	} {
 		if !f.ok {
@@ -171,7 +173,8 @@ func checkSubject(c certificate) error {
 		}
 	}
 	if len(faults) > 0 {
-		return c.fail(CheckSubject, "take the certificate of the IBM Z host key signing service", "its subject %q is not that of IBM's key signing service, which has %s", s, strings.Join(faults, ", "))
+		return c.fail(CheckSubject, "take the certificate of the IBM Z host key signing service",
+			"its subject %q is not that of IBM's key signing service, which has %s", s, strings.Join(faults, ", "))
 	}
 	return nil
 }
@@ -191,9 +194,11 @@ func (v *Verifier) checkChain(signing certificate, roots, intermediates []certif
 	}
 	chains, err := signing.Verify(options)
 	if err != nil {
-		return signing.fail(CheckChain, "give the intermediate CA certificate that its issuer field names, and that one's root", "it does not lead to a given root: %v", err)
+		return signing.fail(CheckChain, "give the intermediate CA certificate that its issuer field names, and that one's root",
+			"it does not lead to a given root: %v", err)
 	}
-	fault := signing.fail(CheckChain, "IBM's signing key is signed by an intermediate CA, never by a root", "there is no intermediate certificate between it and the root")
+	fault := signing.fail(CheckChain, "IBM's signing key is signed by an intermediate CA, never by a root",
+		"there is no intermediate certificate between it and the root")
 	for _, chain := range chains {
 		if len(chain) < 3 {
 			continue
@@ -263,7 +268,8 @@ func (v *Verifier) issuer(c certificate) (certificate, error) {
 		}
 	}
 	if byName == nil {
-		return certificate{}, c.fail(CheckIssuer, "give the certificate of the signing key that its issuer field names", "it is issued by %q with key %x, which is no given signing key", c.Issuer, c.AuthorityKeyId)
+		return certificate{}, c.fail(CheckIssuer, "give the certificate of the signing key that its issuer field names",
+			"it is issued by %q with key %x, which is no given signing key", c.Issuer, c.AuthorityKeyId)
 	}
 	for _, s := range byName {
 		// The signing key's certificate is not one of a CA, so that Certificate.CheckSignatureFrom does not take it.
@@ -271,7 +277,8 @@ func (v *Verifier) issuer(c certificate) (certificate, error) {
 			return s, nil
 		}
 	}
-	return certificate{}, c.fail(CheckSignature, "get the document anew from IBM; this one was changed or is forged", "it is not signed by the signing key that it names")
+	return certificate{}, c.fail(CheckSignature, "get the document anew from IBM; this one was changed or is forged",
+		"it is not signed by the signing key that it names")
 }
 
 // sameKeyID compares key identifiers where both are there.

@@ -77,7 +77,8 @@ func (o Options) check() error {
 	case o.CCK != nil && len(o.CCK) != CCKSize:
 		return fmt.Errorf("the customer communication key has %d bytes, want %d: %w", len(o.CCK), CCKSize, errdefs.ErrInvalidArgument)
 	case o.CCK == nil && (o.AllowDump || o.CCKExtensionSecret):
-		return fmt.Errorf("dumps and extension secrets are of use only to who has the customer communication key: give one: %w", errdefs.ErrInvalidArgument)
+		return fmt.Errorf("dumps and extension secrets are of use only to who has the customer communication key: give one: %w",
+			errdefs.ErrInvalidArgument)
 	case o.NoPCKMO && o.PCKMOHMAC:
 		return fmt.Errorf("PCKMO cannot be switched off and on: %w", errdefs.ErrInvalidArgument)
 	}
@@ -91,7 +92,7 @@ type Image struct {
 	line string
 }
 
-// Bytes gives the file's content. It must not be changed.
+// Bytes returns the file's content. It must not be changed.
 func (i *Image) Bytes() []byte { return i.data }
 
 // Info is what Inspect shows of the image.

@@ -123,7 +123,8 @@ func TestFields(t *testing.T) {
 	require.Zero(t, bytes.Trim(rest, "\x00"))
 	told := plain[3][len(src.Stage3b)-64 : len(src.Stage3b)]
 	var want []byte
-	for _, v := range []int{u64(ipib + 144), len(src.Kernel), u64(ipib + 192), len(line) + 1, u64(ipib + 168), len(src.Initrd), 0x180000000, 0x10000} {
+	for _, v := range []int{u64(ipib + 144), len(src.Kernel), u64(ipib + 192), len(line) + 1, u64(ipib + 168), len(src.Initrd), 0x180000000,
+		0x10000} {
 		want = binary.BigEndian.AppendUint64(want, uint64(v))
 	}
 	require.Equal(t, want, told)

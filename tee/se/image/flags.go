@@ -53,13 +53,13 @@ var scfNames = map[uint64]string{
 // Names of the flags that are set, unknown ones by their number.
 func (f PCF) Names() []string { return flagNames(uint64(f), pcfNames) }
 
-// MarshalJSON gives {"value": "0x…", "flags": [names]}.
+// MarshalJSON returns {"value": "0x…", "flags": [names]}.
 func (f PCF) MarshalJSON() ([]byte, error) { return flagsJSON(uint64(f), pcfNames) }
 
 // Names of the flags that are set, unknown ones by their number.
 func (f SCF) Names() []string { return flagNames(uint64(f), scfNames) }
 
-// MarshalJSON gives {"value": "0x…", "flags": [names]}.
+// MarshalJSON returns {"value": "0x…", "flags": [names]}.
 func (f SCF) MarshalJSON() ([]byte, error) { return flagsJSON(uint64(f), scfNames) }
 
 func flagNames(value uint64, names map[uint64]string) []string {

@@ -73,7 +73,7 @@ func (h *Header) HostKeyHashes() [][hostkey.HashSize]byte {
 	return out
 }
 
-// authenticated gives the bytes before the encrypted part.
+// authenticated returns the bytes before the encrypted part.
 func (h *Header) authenticated() []byte {
 	nks := len(h.Slots) / hostkey.SlotSize
 	b := make([]byte, offKeySlots, fixedSize+len(h.Slots))
@@ -92,7 +92,7 @@ func (h *Header) authenticated() []byte {
 	return append(b, h.Slots...)
 }
 
-// Marshal gives the header as it is in an image.
+// Marshal returns the header as it is in an image.
 func (h *Header) Marshal() []byte {
 	return append(append(h.authenticated(), h.Encrypted[:]...), h.Tag[:]...)
 }

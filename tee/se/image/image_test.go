@@ -137,7 +137,8 @@ func TestEveryChangeIsFound(t *testing.T) {
 		require.Nil(t, orNil(u, err), name)
 		require.True(t, errdefs.IsInvalidArgument(err) || errdefs.IsNotFound(err), "%s: %v", name, err)
 	}
-	for name, want := range map[string]string{"first of kernel": "PLD", "prefix initrd": "TLD", "tag": "tag is not right", "pcf": "tag is not right", "customer": "P-521"} {
+	for name, want := range map[string]string{"first of kernel": "PLD", "prefix initrd": "TLD", "tag": "tag is not right",
+		"pcf": "tag is not right", "customer": "P-521"} {
 		changed := bytes.Clone(b)
 		changed[places[name]] ^= 0x10
 		_, err := open(changed, host)

@@ -16,7 +16,7 @@ import (
 // Hex are bytes that are shown as lower-case hexadecimal digits.
 type Hex []byte
 
-// MarshalText gives the digits.
+// MarshalText returns the digits.
 func (h Hex) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
 
 // UnmarshalText is the reverse.
@@ -25,7 +25,7 @@ func (h *Hex) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// String gives the digits.
+// String returns the digits.
 func (h Hex) String() string { return hex.EncodeToString(h) }
 
 // Layouts of images.
@@ -72,7 +72,7 @@ type Component struct {
 	TweakPrefix Hex `json:"tweak_prefix"`
 }
 
-// Header gives the image's header.
+// Header returns the image's header.
 func (i *Info) Header() *Header { return i.header }
 
 // ErrNoImage says that a file is no Secure Execution image. It is errdefs.ErrInvalidArgument.
@@ -121,7 +121,8 @@ func Inspect(r io.ReaderAt, size int64) (*Info, error) {
 	kinds := prefixKinds
 	if marked {
 		if m.header%PageSize != 0 || m.ipib%PageSize != 0 {
-			return nil, fmt.Errorf("the mark names header and IPIB at 0x%x and 0x%x, which are no pages: %w", m.header, m.ipib, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("the mark names header and IPIB at 0x%x and 0x%x, which are no pages: %w", m.header, m.ipib,
+				errdefs.ErrInvalidArgument)
 		}
 	} else {
 		info.Layout, kinds = LayoutLegacy, legacyPrefixKinds

@@ -65,7 +65,7 @@ func (m meta) marshal() []byte {
 	return binary.BigEndian.AppendUint64(b, m.ipib)
 }
 
-// parseMeta gives false if there is no mark.
+// parseMeta returns false if there is no mark.
 func parseMeta(b []byte) (m meta, ok bool, err error) {
 	if len(b) < metaSize || string(b[:len(metaMagic)]) != metaMagic {
 		return meta{}, false, nil
@@ -144,11 +144,13 @@ func checkPlaces(places []place, imageSize uint64) error {
 	for i, p := range places {
 		switch {
 		case p.address%PageSize != 0 || p.size%PageSize != 0 || p.size == 0:
-			return fmt.Errorf("component %d at 0x%x with 0x%x bytes is no whole number of pages: %w", i, p.address, p.size, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("component %d at 0x%x with 0x%x bytes is no whole number of pages: %w", i, p.address, p.size,
+				errdefs.ErrInvalidArgument)
 		case p.address < end:
 			return fmt.Errorf("component %d at 0x%x lies over what is before it: %w", i, p.address, errdefs.ErrInvalidArgument)
 		case p.size > imageSize || p.address > imageSize-p.size:
-			return fmt.Errorf("component %d at 0x%x with 0x%x bytes reaches past the image's end at 0x%x: %w", i, p.address, p.size, imageSize, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("component %d at 0x%x with 0x%x bytes reaches past the image's end at 0x%x: %w", i, p.address, p.size, imageSize,
+				errdefs.ErrInvalidArgument)
 		}
 		end = p.address + p.size
 	}

@@ -130,7 +130,8 @@ func (u *Unpacked) identify() error {
 		}
 		pages, ok := byAddress[x.address]
 		if !ok || x.size > uint64(len(pages)) || roundUp(x.size) != uint64(len(pages)) {
-			return fmt.Errorf("stage3b is told of a %s at 0x%x with 0x%x bytes, which is no component: %w", x.kind, x.address, x.size, errdefs.ErrInvalidArgument)
+			return fmt.Errorf("stage3b is told of a %s at 0x%x with 0x%x bytes, which is no component: %w", x.kind, x.address, x.size,
+				errdefs.ErrInvalidArgument)
 		}
 		delete(byAddress, x.address)
 		*x.to = pages[:x.size]

@@ -37,7 +37,8 @@ func sealedParameters(platform tee.Name, given string, document []byte, max int)
 		case strings.HasPrefix(name, wire.ParamDebug):
 			faults = append(faults, fmt.Sprintf("%s would open the guest to the host", w))
 		case strings.Contains(w, wire.ParamTEE), strings.Contains(w, wire.ParamInitdata):
-			faults = append(faults, fmt.Sprintf("%s looks like %s or %s and is neither: the guest would refuse to start", w, wire.ParamTEE, wire.ParamInitdata))
+			faults = append(faults, fmt.Sprintf("%s looks like %s or %s and is neither: the guest would refuse to start", w, wire.ParamTEE,
+				wire.ParamInitdata))
 		}
 		words = append(words, w)
 	}
@@ -54,7 +55,8 @@ func sealedParameters(platform tee.Name, given string, document []byte, max int)
 	}
 	line := strings.Join(words, " ")
 	if len(line) >= max {
-		return "", fmt.Errorf("the kernel's command line has %d characters with what is added to it, this kernel takes %d: %w", len(line), max-1, errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("the kernel's command line has %d characters with what is added to it, this kernel takes %d: %w", len(line), max-1,
+			errdefs.ErrInvalidArgument)
 	}
 	return line, nil
 }

@@ -41,7 +41,7 @@ type Sources struct {
 	Stage3a, Stage3b []byte
 }
 
-// ReadSources reads the files; initrd may be "". stubs is the folder of the boot stubs, /usr/share/s390-tools/pvimg where
+// ReadSources reads the files; initrd may be "". stubs is the directory of the boot stubs, /usr/share/s390-tools/pvimg where
 // s390-tools is installed.
 func ReadSources(kernel, initrd, stubs string) (*Sources, error) {
 	var s Sources

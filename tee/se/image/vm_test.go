@@ -52,7 +52,8 @@ func boot(t *testing.T, qemu, kernel, want string, then func(*qmp.Client)) strin
 	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
 	defer cancel()
 	socket := filepath.Join(t.TempDir(), "qmp")
-	cmd := exec.CommandContext(ctx, qemu, "-qmp", "unix:"+socket+",server=on,wait=off", "-action", "panic=pause", "-machine", "s390-ccw-virtio", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-nodefaults", "-no-user-config",
+	cmd := exec.CommandContext(ctx, qemu, "-qmp", "unix:"+socket+",server=on,wait=off", "-action", "panic=pause", "-machine",
+		"s390-ccw-virtio", "-accel", "tcg", "-cpu", "max", "-m", "512M", "-nodefaults", "-no-user-config",
 		"-display", "none", "-no-reboot", "-chardev", "stdio,id=con", "-device", "sclpconsole,chardev=con", "-kernel", kernel)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr

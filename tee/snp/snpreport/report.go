@@ -121,7 +121,8 @@ func Parse(raw []byte) (*Report, error) {
 	flags := r.u32()
 	p.AuthorKey, p.MaskChipKey, p.SigningKey = flags&1 != 0, flags&2 != 0, uint8(flags>>2&7)
 	r.reserved(0x50)
-	for _, to := range [][]byte{p.ReportData[:], p.Measurement[:], p.HostData[:], p.IDKeyDigest[:], p.AuthorKeyDigest[:], p.ReportID[:], p.ReportIDMA[:]} {
+	for _, to := range [][]byte{p.ReportData[:], p.Measurement[:], p.HostData[:], p.IDKeyDigest[:], p.AuthorKeyDigest[:], p.ReportID[:],
+		p.ReportIDMA[:]} {
 		r.bytes(to)
 	}
 	p.ReportedTCB = r.u64()

@@ -64,11 +64,13 @@ func TestParse(t *testing.T) {
 		require.True(t, r.AuthorKey)
 		require.False(t, r.MaskChipKey)
 		require.Equal(t, uint8(1), r.SigningKey)
-		for value, field := range map[byte][]byte{1: r.FamilyID[:], 2: r.ImageID[:], 3: r.ReportData[:], 4: r.Measurement[:], 5: r.HostData[:], 6: r.IDKeyDigest[:],
+		for value, field := range map[byte][]byte{1: r.FamilyID[:], 2: r.ImageID[:], 3: r.ReportData[:], 4: r.Measurement[:], 5: r.HostData[:],
+			6: r.IDKeyDigest[:],
 			7: r.AuthorKeyDigest[:], 8: r.ReportID[:], 9: r.ReportIDMA[:], 10: r.ChipID[:], 11: r.Signature[:144]} {
 			require.Equal(t, bytes.Repeat([]byte{value}, len(field)), field, "field %d", value)
 		}
-		require.Equal(t, []uint64{0x1111, 0x2222, 0x3333, 0x4444, 0x5555}, []uint64{r.CurrentTCB, r.PlatformInfo, r.ReportedTCB, r.CommittedTCB, r.LaunchTCB})
+		require.Equal(t, []uint64{0x1111, 0x2222, 0x3333, 0x4444, 0x5555},
+			[]uint64{r.CurrentTCB, r.PlatformInfo, r.ReportedTCB, r.CommittedTCB, r.LaunchTCB})
 		require.Equal(t, [3]uint8{21, 55, 1}, r.CurrentBuild)
 		require.Equal(t, [3]uint8{20, 54, 1}, r.CommittedBuild)
 		require.Equal(t, version >= 3, r.CPU == [3]uint8{0x19, 0x11, 0x01})

@@ -43,7 +43,8 @@ type Options struct {
 // Build writes the directory open as dirfd, and everything below it, as an EROFS image over the empty file out.
 //
 // It changes the working directory of the calling thread, at the end to "/" so that the tree is not kept busy: call it on a locked
-// OS thread that does not share its filesystem attributes (unshare CLONE_FS). The caller syncs out. Errors: ErrNeedsMerge, errdefs.ErrUnavailable if a file changes
+// OS thread that does not share its filesystem attributes (unshare CLONE_FS). The caller syncs out. Errors: ErrNeedsMerge,
+// errdefs.ErrUnavailable if a file changes
 // meanwhile, errdefs.ErrResourceExhausted if a limit is passed, and those of the system calls with the path in the tree.
 func Build(ctx context.Context, dirfd int, out *os.File, opts Options) (Info, error) {
 	if opts.MaxInodes == 0 {

@@ -122,7 +122,7 @@ func chunkCount(size uint64, bits byte) uint64 {
 	return (size + chunk - 1) / chunk
 }
 
-// chunkBlocks gives the number of blocks stored for a chunk: none if it lies in a hole.
+// chunkBlocks returns the number of blocks stored for a chunk: none if it lies in a hole.
 func (n *inode) chunkBlocks(i uint64) uint32 {
 	chunk := uint64(BlockSize) << n.chunkBits
 	start, end := i*chunk, min((i+1)*chunk, n.size)

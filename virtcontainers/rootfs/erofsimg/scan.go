@@ -182,7 +182,7 @@ func (s *scanner) entry(ctx context.Context, fd int, dir *inode, name string, de
 	return unix.Fchdir(fd)
 }
 
-// readdir gives the names in a directory, sorted as bytes, which is the order EROFS searches in.
+// readdir returns the names in a directory, sorted as bytes, which is the order EROFS searches in.
 func (s *scanner) readdir(fd int) ([]string, error) {
 	var names []string
 	for {

@@ -66,7 +66,7 @@ func (s *scanner) xattrs(name string) ([]byte, error) {
 	return body, nil
 }
 
-// keepXattr gives the name under which an attribute is stored, or "" if it is left out.
+// keepXattr returns the name under which an attribute is stored, or "" if it is left out.
 func (s *scanner) keepXattr(file, attr string) (string, error) {
 	if attr == "security.selinux" {
 		return "", nil // a label of the host's policy means nothing in the guest

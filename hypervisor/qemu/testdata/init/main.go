@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command init is PID 1 of the guest in the QEMU driver's tests. It writes what it sees to the console, one line each,
-// and does what the kernel parameter init.do says: idle, disks, folders, devices, poweroff, reset, panic.
+// and does what the kernel parameter init.do says: idle, disks, directories, devices, poweroff, reset, panic.
 package main
 
 import (
@@ -41,8 +41,8 @@ func main() {
 		fmt.Printf("VIRTIO %s.\n", strings.Join(virtioDevices(), ","))
 		fmt.Printf("VSOCK %s.\n", talk())
 		watch("DISKS", disks)
-	case "folders":
-		watch("FOLDERS", folders)
+	case "directories":
+		watch("DIRECTORIES", directories)
 	}
 	for {
 		time.Sleep(time.Hour)
@@ -116,7 +116,7 @@ func virtioDevices() []string {
 	}
 }
 
-// talk greets the host over vsock and gives its answer.
+// talk greets the host over vsock and returns its answer.
 func talk() string {
 	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -174,8 +174,8 @@ func content(sys string) string {
 	return strings.TrimRight(string(head[:]), "\x00") + "/" + strings.TrimSpace(string(ro))
 }
 
-// folders are the PCI functions of virtio-fs (device id 0x105a).
-func folders() []string {
+// directories are the PCI functions of virtio-fs (device id 0x105a).
+func directories() []string {
 	paths, _ := filepath.Glob("/sys/bus/pci/devices/*/device")
 	var out []string
 	for _, p := range paths {

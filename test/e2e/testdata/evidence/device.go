@@ -20,17 +20,17 @@ const (
 	openedWithout = "the container's device rules refused it; opened without them"
 )
 
-// openDevice opens the character device of a folder of sysfs. The container's /dev does not have the guest's devices, so
+// openDevice opens the character device of a directory of sysfs. The container's /dev does not have the guest's devices, so
 // a node is made for it. The device rules of a container, also of a privileged one, let it make the node and not open
 // it; being privileged it may take the rules off its own cgroup, which is what happens then.
-func openDevice(folder string) (_ *os.File, how string, err error) {
-	text, err := os.ReadFile(filepath.Join(folder, "dev"))
+func openDevice(directory string) (_ *os.File, how string, err error) {
+	text, err := os.ReadFile(filepath.Join(directory, "dev"))
 	if err != nil {
 		return nil, "", err
 	}
 	var major, minor uint32
 	if _, err := fmt.Sscanf(strings.TrimSpace(string(text)), "%d:%d", &major, &minor); err != nil {
-		return nil, "", fmt.Errorf("%s/dev is %.40q, no device number: %w", folder, text, err)
+		return nil, "", fmt.Errorf("%s/dev is %.40q, no device number: %w", directory, text, err)
 	}
 	node := filepath.Join("/dev", fmt.Sprintf("evidence-%d", os.Getpid()))
 	if err := unix.Mknod(node, unix.S_IFCHR|0o600, int(unix.Mkdev(major, minor))); err != nil {
@@ -80,7 +80,8 @@ func dropDeviceRules() error {
 		if err != nil {
 			return fmt.Errorf("get program %d: %w", id, err)
 		}
-		detach := struct{ target, program, kind, flags uint32 }{target: uint32(cgroup.Fd()), program: uint32(program), kind: unix.BPF_CGROUP_DEVICE}
+		detach := struct{ target, program, kind, flags uint32 }{target: uint32(cgroup.Fd()), program: uint32(program),
+			kind: unix.BPF_CGROUP_DEVICE}
 		_, err = bpf(unix.BPF_PROG_DETACH, unsafe.Pointer(&detach), unsafe.Sizeof(detach))
 		_ = unix.Close(int(program))
 		if err != nil {

@@ -6,7 +6,7 @@
 //	evidence tsm NONCE            a report with a nonce (base64, 64 bytes) through configfs-tsm: SEV-SNP and TDX
 //	evidence uv EXCHANGE USER     the answer to an attestation request (base64, pvattest's format) with user data (base64):
 //	                              Secure Execution
-//	evidence open FOLDER          opens the device of a folder of sysfs, the way that uv opens its own
+//	evidence open DIRECTORY          opens the device of a directory of sysfs, the way that uv opens its own
 package main
 
 import (
@@ -59,5 +59,5 @@ func run(args []string) error {
 		_ = fd.Close()
 		return err
 	}
-	return fmt.Errorf("usage: evidence tsm NONCE | uv EXCHANGE USER | open FOLDER")
+	return fmt.Errorf("usage: evidence tsm NONCE | uv EXCHANGE USER | open DIRECTORY")
 }

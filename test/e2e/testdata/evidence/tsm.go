@@ -32,7 +32,8 @@ func tsmReport(nonce []byte) (_ *tsmSaid, err error) {
 	defer func() { err = errors.Join(err, os.Remove(dir)) }()
 	switch err := unix.Mount("configfs", dir, "configfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); {
 	case errors.Is(err, unix.ENODEV):
-		return nil, fmt.Errorf("no configfs: this guest's kernel does not have the file system, which guests of SEV-SNP and TDX load (mount: %w)", err)
+		return nil, fmt.Errorf("no configfs: this guest's kernel does not have the file system, which guests of SEV-SNP and TDX load (mount: %w)",
+			err)
 	case err != nil:
 		return nil, fmt.Errorf("mount configfs: %w", err)
 	}

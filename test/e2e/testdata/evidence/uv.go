@@ -15,16 +15,16 @@ import (
 	"github.com/cloister-project/cloister/test/e2e/testdata/evidence/uvio"
 )
 
-// uvFolder is the device /dev/uv in sysfs.
-const uvFolder = "/sys/class/misc/uv"
+// uvDirectory is the device /dev/uv in sysfs.
+const uvDirectory = "/sys/class/misc/uv"
 
-// uvAnswer asks the ultravisor to answer a request, and gives the exchange with the answer.
+// uvAnswer asks the ultravisor to answer a request, and returns the exchange with the answer.
 func uvAnswer(raw, user []byte) (_ []byte, err error) {
 	e, err := attest.ParseExchange(raw)
 	if err != nil {
 		return nil, err
 	}
-	device, _, err := openDevice(uvFolder)
+	device, _, err := openDevice(uvDirectory)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("no /dev/uv: no ultravisor protects this guest, or its kernel has not loaded uvdevice (%w)", err)
 	}

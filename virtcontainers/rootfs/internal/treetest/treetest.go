@@ -31,7 +31,7 @@ func NeedRoot(t testing.TB) {
 	}
 }
 
-// Mount mounts an EROFS image until the test ends and gives the place.
+// Mount mounts an EROFS image until the test ends and returns the place.
 func Mount(t testing.TB, image string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -64,7 +64,7 @@ func Overlay(t testing.TB, lowers ...string) string {
 	return dir
 }
 
-// Describe gives one line for each file of a tree: all that a container could see of it.
+// Describe returns one line for each file of a tree: all that a container could see of it.
 func Describe(t testing.TB, root string) map[string]string {
 	t.Helper()
 	out := make(map[string]string)

@@ -63,7 +63,8 @@ func NewCall(order binary.ByteOrder, request, user []byte, measurement, addition
 	}
 	c := &Call{order: order, request: len(request), user: len(user), measurement: measurement, additional: additional}
 	var err error
-	c.memory, err = unix.Mmap(-1, 0, ControlSize+ArgumentSize+len(request)+measurement+additional, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	c.memory, err = unix.Mmap(-1, 0, ControlSize+ArgumentSize+len(request)+measurement+additional, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
 		return nil, fmt.Errorf("memory for the call: %w", err)
 	}
