@@ -93,7 +93,7 @@ func candidates(arch hypervisor.Architecture) []string {
 // debianPackage of each architecture's QEMU.
 var debianPackage = map[hypervisor.Architecture]string{
 	hypervisor.ArchAMD64: "qemu-system-x86",
-	hypervisor.ArchS390X: "qemu-system-s390x",
+	hypervisor.ArchS390X: "qemu-system-s390x (of Debian 12 qemu-system-misc)",
 }
 
 // findBinary returns the path of the QEMU to use.
@@ -101,7 +101,8 @@ func findBinary(configured string, arch hypervisor.Architecture) (string, error)
 	if configured != "" {
 		switch fi, err := os.Stat(configured); {
 		case err != nil:
-			return "", fmt.Errorf("the configured QEMU cannot be used: %w; install it or correct hypervisor.path", err)
+			return "", fmt.Errorf("the configured QEMU cannot be used: %w; install QEMU, Debian's package %s, or correct hypervisor.path", err,
+				debianPackage[arch])
 		case !fi.Mode().IsRegular() || fi.Mode()&0o111 == 0:
 			return "", fmt.Errorf("the configured QEMU %s is no executable file; correct hypervisor.path: %w", configured,
 				errdefs.ErrInvalidArgument)
@@ -121,7 +122,7 @@ func findBinary(configured string, arch hypervisor.Architecture) (string, error)
 			return c, nil
 		}
 	}
-	return "", fmt.Errorf("no QEMU for %s found at %v or in PATH; install %s or set hypervisor.path: %w",
+	return "", fmt.Errorf("no QEMU for %s found at %v or in PATH; install Debian's package %s or set hypervisor.path: %w",
 		arch, candidates(arch), debianPackage[arch], errdefs.ErrNotFound)
 }
 
