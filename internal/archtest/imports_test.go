@@ -83,11 +83,19 @@ func matches(entry, pkg string) bool {
 }
 
 func TestEveryPackageSaysWhatItIsFor(t *testing.T) {
-	out, err := exec.Command("go", "list", "-e", "-f", `{{if .GoFiles}}{{.ImportPath}} {{.Doc}}{{end}}`, "../../...").Output()
+	const format = `{{if .GoFiles}}{{.ImportPath}} {{.Name}} {{join .GoFiles ","}} {{.Doc}}{{end}}`
+	out, err := exec.Command("go", "list", "-e", "-f", format, "../../...").Output()
 	require.NoError(t, err)
 	for line := range strings.Lines(string(out)) {
-		if pkg, doc, _ := strings.Cut(strings.TrimSpace(line), " "); pkg != "" && doc == "" {
-			t.Errorf("%s has no package comment", pkg)
+		fields := strings.Fields(line)
+		if len(fields) == 0 {
+			continue
+		}
+		if len(fields) == 3 {
+			t.Errorf("%s has no package comment", fields[0])
+		}
+		if name, files := fields[1], strings.Split(fields[2], ","); name != "main" && !slices.Contains(files, "doc.go") {
+			t.Errorf("%s has no doc.go", fields[0])
 		}
 	}
 }
