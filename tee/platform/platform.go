@@ -27,10 +27,7 @@ type Options struct {
 
 // New returns the platform that the configuration names, with its settings checked. The error is of type configs.Faults and
 // has everything that is wrong.
-func New(cfg *configs.Config) (tee.Platform, error) { return NewWith(cfg, Options{}) }
-
-// NewWith is New with options.
-func NewWith(cfg *configs.Config, o Options) (tee.Platform, error) {
+func New(cfg *configs.Config, o Options) (tee.Platform, error) {
 	p, err := choose(cfg, o)
 	var faults tee.Faults
 	if err != nil && !errors.As(err, &faults) {

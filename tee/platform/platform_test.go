@@ -29,14 +29,14 @@ func TestEveryNameGivesItsPlatform(t *testing.T) {
 		c := config(t)
 		c.Hypervisor.Arch = name.Architecture()
 		c.TEE.Platform = string(name)
-		p, err := New(c)
+		p, err := New(c, Options{})
 		require.NoError(t, err, name)
 		assert.Equal(t, name, p.Name())
 	}
 
 	c := config(t)
 	c.TEE.Platform = ""
-	p, err := New(c)
+	p, err := New(c, Options{})
 	require.NoError(t, err)
 	assert.Equal(t, tee.None, p.Name())
 }
@@ -45,7 +45,7 @@ func TestUnknownNames(t *testing.T) {
 	for _, name := range []string{"sev", "SNP", "snp ", "none,snp"} {
 		c := config(t)
 		c.TEE.Platform = name
-		p, err := New(c)
+		p, err := New(c, Options{})
 		require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 		require.Nil(t, p)
 		assert.ErrorContains(t, err, "give one of none, sample, snp, tdx, se")
@@ -83,7 +83,7 @@ func TestSettingsReachThePlatform(t *testing.T) {
 			c.Hypervisor.Arch = tc.name.Architecture()
 			c.TEE.Platform = string(tc.name)
 			tc.change(&c.TEE)
-			p, err := New(c)
+			p, err := New(c, Options{})
 			require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
 			require.Nil(t, p)
 			var faults configs.Faults
@@ -96,18 +96,18 @@ func TestSettingsReachThePlatform(t *testing.T) {
 	c := config(t)
 	c.TEE.Platform, c.Hypervisor.Arch = string(tee.SNP), configs.ArchAMD64
 	c.TEE.SNP.Policy |= 1 << 19
-	_, err := New(c)
+	_, err := New(c, Options{})
 	require.ErrorContains(t, err, "bit 19")
 	c.TEE.AllowDebug = true
-	_, err = New(c)
+	_, err = New(c, Options{})
 	require.NoError(t, err)
 }
 
 func TestOptionsReachThePlatform(t *testing.T) {
 	c := config(t)
 	c.TEE.Platform, c.Hypervisor.Arch = string(tee.TDX), configs.ArchAMD64
-	_, err := NewWith(c, Options{ACPI: "blobs"})
+	_, err := New(c, Options{ACPI: "blobs"})
 	require.ErrorContains(t, err, "blobs")
-	_, err = NewWith(c, Options{ACPI: "/blobs"})
+	_, err = New(c, Options{ACPI: "/blobs"})
 	require.NoError(t, err)
 }

@@ -66,7 +66,7 @@ func TestFaultsNameTheKey(t *testing.T) {
 			"host"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, err := New(forPlatform(load(t, tc.toml)))
+			_, err := New(forPlatform(load(t, tc.toml)), Options{})
 			var faults configs.Faults
 			require.ErrorAs(t, err, &faults)
 			require.Len(t, faults, 1, "%v", err)
@@ -82,7 +82,7 @@ func TestFaultsNameTheKey(t *testing.T) {
 
 // A node's file may have what only some of its handlers use.
 func TestOtherPlatformsSettingsAreNotJudged(t *testing.T) {
-	_, err := New(load(t, "tee = {initdata = '/x', snp.policy = 0xb0000, tdx.attributes = 1}\nlog.debug_console = true"))
+	_, err := New(load(t, "tee = {initdata = '/x', snp.policy = 0xb0000, tdx.attributes = 1}\nlog.debug_console = true"), Options{})
 	require.NoError(t, err)
 }
 
@@ -93,7 +93,7 @@ func TestPlatformOfAnotherMachine(t *testing.T) {
 	if text == "" {
 		t.Skip("no platform is of another architecture than " + runtime.GOARCH)
 	}
-	_, err := New(load(t, text))
+	_, err := New(load(t, text), Options{})
 	var faults configs.Faults
 	require.ErrorAs(t, err, &faults)
 	require.Len(t, faults, 1)
@@ -108,7 +108,7 @@ func TestDropInsAreFit(t *testing.T) {
 		if name == tee.SE {
 			c.TEE.SE.Image = "/se.img"
 		}
-		p, err := New(c)
+		p, err := New(c, Options{})
 		require.NoError(t, err)
 		assert.Equal(t, name, p.Name())
 	}

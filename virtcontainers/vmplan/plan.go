@@ -53,7 +53,7 @@ func New(pod Pod) (*Plan, error) {
 	p := &Plan{pod: pod, cfg: pod.Config, arch: hypervisor.Architecture(pod.Config.Architecture())}
 	var faults configs.Faults
 	var err error
-	if p.platform, err = platform.NewWith(p.cfg, pod.Options); err != nil && !errors.As(err, &faults) {
+	if p.platform, err = platform.New(p.cfg, pod.Options); err != nil && !errors.As(err, &faults) {
 		return nil, err
 	}
 	for _, f := range platform.LaunchFaults(p.cfg, tee.Name(p.cfg.TEE.Platform)) {
