@@ -145,8 +145,6 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
 			// libcontainer makes /dev/null in it and opens it: that needs a filesystem with devices, which the root is not on.
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "noexec", "mode=0755", "size=64k"}},
-			// libcontainer makes /dev/null there; the state directory's file system has no devices.
-			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "noexec", "mode=755", "size=64k"}},
 			{Destination: pausePath, Type: "bind", Source: exe, Options: []string{"bind", "ro", "nosuid", "nodev"}},
 		},
 		Linux: &specs.Linux{
