@@ -18,6 +18,7 @@ import (
 	"github.com/cloister-project/cloister/tee/initdata"
 	"github.com/cloister-project/cloister/tee/se/hostkey"
 	"github.com/cloister-project/cloister/tee/se/image"
+	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 )
 
 func imageCommand() *cobra.Command {
@@ -237,14 +238,10 @@ func printImage(w io.Writer, info *image.Info) error {
 // maxCommandLine bounds the file; kernels take less.
 const maxCommandLine = 64 << 10
 
-// defaultCommandLine is what other guests on s390x get (hypervisor/qemu and virtcontainers), without what an emulated one
-// needs.
-const defaultCommandLine = "console=ttysclp0 quiet panic=-1 cgroup_no_v1=all random.trust_cpu=on rcupdate.rcu_expedited=1 " +
-	"random.trust_bootloader=off swiotlb=32768"
-
 func readCommandLine(path string) (string, error) {
 	if path == "" {
-		return defaultCommandLine, nil
+		params, err := vmplan.SealedParameters()
+		return strings.Join(params, " "), err
 	}
 	b, _, err := firmware.ReadFile(path, maxCommandLine)
 	if err != nil {

@@ -5,11 +5,15 @@ package vmplan
 import (
 	"cmp"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee"
 )
 
 // Document describes the pod's VM, but for what its platform adds. It is pure: the same input gives the same document.
@@ -23,7 +27,7 @@ func (p *Plan) Document(nics []hypervisor.NIC, host Host) *hypervisor.Document {
 		CPU:          hypervisor.CPU{Model: p.cpuModel(host.Accelerator), Count: size.VCPUs},
 		// virtio-fs needs shared memory as well, so that it is shared whichever way vsock goes.
 		Memory:    hypervisor.Memory{Bytes: size.MemoryBytes, Shared: true},
-		Boot:      hypervisor.Boot{Kernel: host.Kernel, Initrd: p.cfg.Hypervisor.Initrd, Parameters: p.kernelParameters(host.Accelerator)},
+		Boot:      hypervisor.Boot{Kernel: host.Kernel, Initrd: p.cfg.Hypervisor.Initrd, Parameters: kernelParameters(p.cfg, p.driver, host.Accelerator)},
 		Vsock:     hypervisor.Vsock{Kind: host.Vsock, CID: host.CID},
 		Sandboxed: p.cfg.Hypervisor.Sandbox,
 	}
@@ -56,12 +60,12 @@ const swiotlbSlot = 2 << 10
 // grace periods of RCU are expedited because set-up waits for them and nothing else runs.
 //
 // They are the same for all pods of a configuration, since a confidential VM's are measured.
-func (p *Plan) kernelParameters(accel hypervisor.Accelerator) []string {
-	params := append(p.driver.KernelParameters(accel), "cgroup_no_v1=all", "random.trust_cpu=on", "rcupdate.rcu_expedited=1")
-	if name := p.Name(); name.Confidential() {
+func kernelParameters(cfg *configs.Config, driver hypervisor.Driver, accel hypervisor.Accelerator) []string {
+	params := append(driver.KernelParameters(accel), "cgroup_no_v1=all", "random.trust_cpu=on", "rcupdate.rcu_expedited=1")
+	if name := tee.Name(cfg.TEE.Platform); name.Confidential() {
 		// The seed in the boot loader's data comes from the host.
 		params = append(params, "random.trust_bootloader=off", wire.ParamTEE+"="+string(name))
-		if slots := p.cfg.TEE.SwiotlbMiB << 20 / swiotlbSlot; slots > 0 {
+		if slots := cfg.TEE.SwiotlbMiB << 20 / swiotlbSlot; slots > 0 {
 			swiotlb := fmt.Sprintf("swiotlb=%d", slots)
 			if !name.Protected() {
 				// Without memory encryption the kernel would not bounce anything, and the path would never be tried.
@@ -70,8 +74,24 @@ func (p *Plan) kernelParameters(accel hypervisor.Accelerator) []string {
 			params = append(params, swiotlb)
 		}
 	}
-	if p.cfg.Log.DebugConsole {
+	if cfg.Log.DebugConsole {
 		params = append(params, "loglevel=7", wire.ParamDebug)
 	}
-	return append(params, p.cfg.Hypervisor.KernelParams...)
+	return append(params, cfg.Hypervisor.KernelParams...)
+}
+
+// SealedParameters returns the kernel's parameters for an image that is sealed for Secure Execution on any machine: those
+// that a node with the built-in configuration gives its other confidential guests. Who seals the image names the platform.
+func SealedParameters() ([]string, error) {
+	cfg, err := configs.Defaults()
+	if err != nil {
+		return nil, err
+	}
+	cfg.Hypervisor.Arch, cfg.TEE.Platform = configs.ArchS390X, string(tee.SE)
+	driver, err := openDriver(cfg, false)
+	if err != nil {
+		return nil, err
+	}
+	isPlatform := func(p string) bool { return strings.HasPrefix(p, wire.ParamTEE+"=") }
+	return slices.DeleteFunc(kernelParameters(cfg, driver, hypervisor.AccelKVM), isPlatform), nil
 }
