@@ -111,7 +111,7 @@ type ReferenceValues struct {
 	Values []Value `json:"values"`
 	// Unpredicted are those that the hardware will report and that cannot be predicted. They are not among the values: what
 	// has no value cannot be compared with.
-	Unpredicted []Unpredicted `json:"-"`
+	Unpredicted []Unpredicted `json:"unpredicted,omitempty"`
 	// Inputs are the files that were measured.
 	Inputs []Input `json:"inputs,omitempty"`
 	// Parameters is the measured kernel command line.
@@ -133,9 +133,9 @@ type Value struct {
 
 // Unpredicted is a register whose value is not known before the launch.
 type Unpredicted struct {
-	Name string
+	Name string `json:"name"`
 	// Reason says why, and what it would take; for people.
-	Reason string
+	Reason string `json:"reason"`
 }
 
 // Input is a measured file.

@@ -91,7 +91,8 @@ func seVerifyCommand() *cobra.Command {
 		Short: "Check a guest's answer to an attestation request",
 		Long: "attest-verify checks that an answer, in the format of s390-tools' pvattest, was made by a machine that the request was\n" +
 			"for, of a guest that runs the image. With --initdata it checks too that the guest's user data is the digest of that\n" +
-			"document, as Cloister's agent puts it there.\n\n" +
+			"document, with zeros after it up to 64 bytes: whoever asks for the answer in the guest has to put it there, Cloister's\n" +
+			"agent does not yet.\n\n" +
 			"The secret is what attest-request wrote; whoever else has it can forge an answer. Exit status: 0 the answer is good.",
 		Args: oneArg("an answer"),
 		RunE: func(cmd *cobra.Command, args []string) error {

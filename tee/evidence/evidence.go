@@ -3,10 +3,12 @@
 package evidence
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
@@ -44,13 +46,50 @@ func Read(raw []byte) (*Evidence, error) {
 	return nil, fmt.Errorf("neither an SEV-SNP attestation report nor a TDX quote: %w", errors.Join(err, tdxErr))
 }
 
+// needed are the values without which a comparison would not say what was launched: with which kernel, initrd, command line
+// and initdata, and whether the host may look in. TDX's RTMR0 (ACPI tables, boot variables) is not among them.
+var needed = map[tee.Name][]string{
+	tee.SNP: {"snp.launch_digest", "snp.host_data", "snp.policy"},
+	tee.TDX: {"tdx.mrtd", "tdx.rtmr1", "tdx.rtmr2", "tdx.mrconfigid", "tdx.attributes"},
+}
+
+const (
+	rtmr0    = "tdx.rtmr0"
+	leftOpen = "the reference values leave it open"
+)
+
 // Compare reports where the evidence differs from reference values, all differences in one errdefs.ErrFailedPrecondition;
-// nil if it does not. That it does not differ proves nothing about who made it.
-func (e *Evidence) Compare(want *tee.ReferenceValues) error {
+// nil if it does not. That it does not differ proves nothing about who made it. Reference values that leave open what was
+// launched are refused: errdefs.ErrInvalidArgument. What else they leave open is notCompared.
+func (e *Evidence) Compare(want *tee.ReferenceValues) (notCompared []tee.Unpredicted, err error) {
 	if want == nil || want.Platform != e.Platform || len(want.Values) == 0 {
-		return fmt.Errorf("these reference values are not of platform %q: %w", e.Platform, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("these reference values are not of platform %q: %w", e.Platform, errdefs.ErrInvalidArgument)
 	}
-	return e.differences(want)
+	reasons := map[string]string{}
+	for _, u := range want.Unpredicted {
+		reasons[u.Name] = u.Reason
+	}
+	var faults []error
+	for _, name := range needed[e.Platform] {
+		if !has(want, name) {
+			faults = append(faults, fmt.Errorf("%s is missing: %s", name, cmp.Or(reasons[name], leftOpen)))
+		}
+	}
+	if faults != nil {
+		return nil, fmt.Errorf("these reference values do not say what was launched: %w: %w", errors.Join(faults...),
+			errdefs.ErrInvalidArgument)
+	}
+	if err := e.differences(want); err != nil {
+		return nil, err
+	}
+	if e.Platform == tee.TDX && !has(want, rtmr0) {
+		notCompared = append(notCompared, tee.Unpredicted{Name: rtmr0, Reason: cmp.Or(reasons[rtmr0], leftOpen)})
+	}
+	return notCompared, nil
+}
+
+func has(values *tee.ReferenceValues, name string) bool {
+	return slices.ContainsFunc(values.Values, func(v tee.Value) bool { return v.Name == name && v.Hex != "" })
 }
 
 // number is a number's bytes as the evidence has them.

@@ -60,10 +60,19 @@ func TestReport(t *testing.T) {
 	want := &tee.ReferenceValues{Platform: tee.SNP, Values: []tee.Value{
 		{Name: "snp.launch_digest", Hex: strings.Repeat("bb", 48)}, {Name: "snp.policy", Hex: "0000030000000000"},
 	}}
-	require.NoError(t, e.Compare(want))
+	_, err = e.Compare(want)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "any initdata would do")
+	require.ErrorContains(t, err, "snp.host_data is missing")
+	want.Values = append(want.Values, tee.Value{Name: "snp.host_data", Hex: strings.Repeat("00", 32)})
+	_, err = e.Compare(want)
+	require.ErrorContains(t, err, "snp.host_data is aa", "the host's initdata")
+	want.Values[2].Hex = strings.Repeat("aa", 32)
+	open, err := e.Compare(want)
+	require.NoError(t, err)
+	require.Empty(t, open)
 	want.Values[0].Hex = strings.Repeat("bc", 48)
 	want.Values = append(want.Values, tee.Value{Name: "snp.other", Hex: "00"})
-	err = e.Compare(want)
+	_, err = e.Compare(want)
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	require.ErrorContains(t, err, "snp.launch_digest is bb")
 	require.ErrorContains(t, err, "snp.other is , predicted was 00")
@@ -80,10 +89,18 @@ func TestQuote(t *testing.T) {
 	want := &tee.ReferenceValues{Platform: tee.TDX, Values: []tee.Value{
 		{Name: "tdx.mrtd", Hex: got["tdx.mrtd"]}, {Name: "tdx.mrconfigid", Hex: got["tdx.mrconfigid"]}, {Name: "tdx.attributes",
 			Hex: got["tdx.attributes"]},
-	}}
-	require.NoError(t, e.Compare(want))
+	}, Unpredicted: []tee.Unpredicted{{Name: "tdx.rtmr0", Reason: "no tables"}, {Name: "tdx.rtmr1", Reason: "unknown firmware"}}}
+	_, err = e.Compare(want)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "any kernel would do")
+	require.ErrorContains(t, err, "tdx.rtmr1 is missing: unknown firmware")
+	require.ErrorContains(t, err, "tdx.rtmr2 is missing")
+	want.Values = append(want.Values, tee.Value{Name: "tdx.rtmr1", Hex: got["tdx.rtmr1"]}, tee.Value{Name: "tdx.rtmr2", Hex: got["tdx.rtmr2"]})
+	open, err := e.Compare(want)
+	require.NoError(t, err)
+	require.Equal(t, []tee.Unpredicted{{Name: "tdx.rtmr0", Reason: "no tables"}}, open)
 	want.Values[0].Hex = got["tdx.rtmr0"]
-	require.ErrorContains(t, e.Compare(want), "tdx.mrtd is 07")
+	_, err = e.Compare(want)
+	require.ErrorContains(t, err, "tdx.mrtd is 07")
 }
 
 func TestOtherThings(t *testing.T) {
@@ -96,7 +113,8 @@ func TestOtherThings(t *testing.T) {
 	e, err := Read(report())
 	require.NoError(t, err)
 	for _, want := range []*tee.ReferenceValues{nil, {Platform: tee.TDX}, {Platform: tee.SNP}} {
-		require.ErrorIs(t, e.Compare(want), errdefs.ErrInvalidArgument, "nothing to compare with is no match")
+		_, err := e.Compare(want)
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "nothing to compare with is no match")
 	}
 }
 

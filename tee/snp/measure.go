@@ -17,6 +17,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/tee/abi"
 	"github.com/cloister-project/cloister/tee/firmware"
 )
 
@@ -67,13 +68,18 @@ func (p *Platform) MeasureRange(ctx context.Context, doc hypervisor.Document, fi
 		}
 	}
 	policy := binary.LittleEndian.AppendUint64(nil, s.Policy) // as the report has it
+	// Without initdata the report has zeros, and a verifier has to see that: another document would be the host's.
+	hostData := tee.Value{Name: "snp.host_data", Hex: strings.Repeat("00", abi.SNPHostDataSize), Note: "there is no initdata"}
+	if s.HostData != nil {
+		hostData.Hex, hostData.Note = hex.EncodeToString(s.HostData), "the initdata's digest"
+	}
 	all := make([]*tee.ReferenceValues, 0, len(digests))
 	for i, d := range digests {
-		values := []tee.Value{{Name: "snp.launch_digest", Hex: hex.EncodeToString(d[:]), Note: "MEASUREMENT of the report"}}
-		if s.HostData != nil {
-			values = append(values, tee.Value{Name: "snp.host_data", Hex: hex.EncodeToString(s.HostData), Note: "the initdata's digest"})
+		values := []tee.Value{
+			{Name: "snp.launch_digest", Hex: hex.EncodeToString(d[:]), Note: "MEASUREMENT of the report"},
+			hostData,
+			{Name: "snp.policy", Hex: hex.EncodeToString(policy), Note: Policy(s.Policy).String()},
 		}
-		values = append(values, tee.Value{Name: "snp.policy", Hex: hex.EncodeToString(policy), Note: Policy(s.Policy).String()})
 		all = append(all, &tee.ReferenceValues{
 			Platform: tee.SNP, VCPUs: first + i, CPUModel: doc.CPU.Model,
 			Values: append(values, keys...), Inputs: inputs, Parameters: commandLine(doc),

@@ -193,7 +193,8 @@ func TestMeasureWithoutInitrdAndInitdata(t *testing.T) {
 			Kernel: sha256.Sum256(bzImage())}}.Digest(2)
 	require.NoError(t, err)
 	require.Equal(t, hex.EncodeToString(want[:]), value(t, v, "snp.launch_digest"))
-	require.Len(t, v.Values, 2, "launch digest and policy")
+	require.Len(t, v.Values, 3, "launch digest, host data and policy")
+	require.Equal(t, strings.Repeat("00", 32), value(t, v, "snp.host_data"), "no initdata is a statement, too")
 	require.Len(t, v.Inputs, 2)
 }
 
