@@ -36,7 +36,7 @@ func run(keep bool, since int64) error {
 	}
 	progress := stages.New(os.Stdout, before)
 	_, err := os.Stat(filepath.Join("bin", "cloister-agent")) // the last of what is compiled from them
-	if err := perform(ctx, progress, plan(os.Getenv("CLOISTER_MAINJOB_HANDLER"), keep, err == nil)); err != nil {
+	if err := perform(ctx, progress, plan(os.Getenv("CLOISTER_MAINJOB_HANDLER"), keep, err == nil, haveCertificates())); err != nil {
 		return err
 	}
 	record := filepath.Join("bin", "prepare.json")
@@ -44,6 +44,13 @@ func run(keep bool, since int64) error {
 		return err
 	}
 	return becomeMainjob(ctx, record, keep)
+}
+
+// haveCertificates reports whether this machine can tell a server by its certificate: Debian's package ca-certificates, which
+// the set-up installs, or a file that the user names.
+func haveCertificates() bool {
+	_, err := os.Stat("/etc/ssl/certs/ca-certificates.crt")
+	return err == nil || os.Getenv("SSL_CERT_FILE") != ""
 }
 
 // becomeMainjob replaces this process, so that it is the same one that a terminal or make signals.

@@ -40,8 +40,8 @@ var (
 
 // plan lists what the main job needs with a runtime handler ("": cloister), background steps first. If Cloister was
 // built before, of whatever version, its modules have been downloaded, and what a newer version lacks is left to the
-// compilation.
-func plan(handler string, keep, builtBefore bool) []step {
+// compilation. Where nothing can be downloaded before the machine is set up, for want of certificates, downloads wait for it.
+func plan(handler string, keep, builtBefore, certificates bool) []step {
 	target := func(name string) []string { return []string{"make", "--no-print-directory", name} }
 	fetch := func(names []string) []string { return append([]string{"tools/conformance/build", "--fetch"}, names...) }
 	build := func(names []string) []string { return append([]string{"tools/conformance/build"}, names...) }
@@ -52,9 +52,13 @@ func plan(handler string, keep, builtBefore bool) []step {
 	}
 	steps := []step{{name: stepSetup, estimate: "about 1 min the first time", command: setup, background: true, show: true}}
 
-	var afterOwn []string
+	var afterOwn, beforeFetch []string
+	if !certificates {
+		beforeFetch = []string{stepSetup}
+	}
 	if !builtBefore {
-		steps = append(steps, step{name: stepFetchOwn, estimate: "about 20 s the first time", command: target("modules"), background: true})
+		steps = append(steps, step{name: stepFetchOwn, estimate: "about 20 s the first time", command: target("modules"),
+			after: beforeFetch, background: true})
 		afterOwn = []string{stepFetchOwn}
 	}
 	names, afterPeers := peers, []string{stepFetchPeer}
@@ -62,7 +66,8 @@ func plan(handler string, keep, builtBefore bool) []step {
 		names = slices.Concat(peers, peersRunc)
 		afterPeers = append(afterPeers, stepSetup) // runc needs libseccomp
 	}
-	steps = append(steps, step{name: stepFetchPeer, estimate: "about 20 s the first time", command: fetch(names), background: true})
+	steps = append(steps, step{name: stepFetchPeer, estimate: "about 20 s the first time", command: fetch(names),
+		after: beforeFetch, background: true})
 	if keep {
 		steps = append(steps, step{name: stepFetchKeep, estimate: "about 1 min the first time",
 			command: fetch(peersKeep), after: []string{stepFetchPeer}, background: true})

@@ -39,7 +39,7 @@ func TestPlan(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			steps := plan(c.handler, c.keep, c.built)
+			steps := plan(c.handler, c.keep, c.built, true)
 			var got []string
 			background := map[string]bool{}
 			for _, s := range steps {
@@ -70,4 +70,13 @@ func TestPeers(t *testing.T) {
 	assert.ElementsMatch(t, harness.Peers(harness.HandlerRunc), slices.Concat(peers, peersRunc))
 	assert.Equal(t, harness.HandlerRunc, handlerRunc)
 	assert.Equal(t, harness.HandlerErofs, handlerErofs)
+}
+
+// TestPlanWithoutCertificates: a machine that has none yet can download nothing before its set-up.
+func TestPlanWithoutCertificates(t *testing.T) {
+	for _, s := range plan("", true, false, false) {
+		if s.name == stepFetchOwn || s.name == stepFetchPeer {
+			assert.Contains(t, s.after, stepSetup, s.name)
+		}
+	}
 }
