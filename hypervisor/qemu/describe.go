@@ -70,11 +70,11 @@ func (f Features) details() []string {
 	return words
 }
 
-// platformTypes are the objects of the platforms that QEMU launches.
-var platformTypes = map[abi.Platform]struct{ object, since string }{
-	abi.SNP: {typeSNP, "9.1"},
-	abi.TDX: {typeTDX, "10.1"},
-	abi.SE:  {typeSE, "5.2"},
+// platformTypes are the objects of the platforms that QEMU launches, and the QEMU to install for each.
+var platformTypes = map[abi.Platform]struct{ object, wanted string }{
+	abi.SNP: {typeSNP, "9.1 or newer (Debian 12: qemu-system-x86 of bookworm-backports)"},
+	abi.TDX: {typeTDX, "10.1 or newer"},
+	abi.SE:  {typeSE, "5.2 or newer of an s390x distribution: builds without KVM do not have it"},
 }
 
 // platforms says of each platform what the binary lacks; empty: nothing.
@@ -83,7 +83,7 @@ func (f Features) platforms() map[abi.Platform]string {
 	for p, t := range platformTypes {
 		lacks[p] = ""
 		if !f.has(t.object) {
-			lacks[p] = fmt.Sprintf("this QEMU has no object type %s; install QEMU %s or newer", t.object, t.since)
+			lacks[p] = fmt.Sprintf("this QEMU has no object type %s; install QEMU %s", t.object, t.wanted)
 		}
 	}
 	return lacks

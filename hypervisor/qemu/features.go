@@ -83,7 +83,7 @@ type cachedFeatures struct {
 // for the host's architecture.
 func candidates(arch hypervisor.Architecture) []string {
 	name := "qemu-system-" + qemuTarget[arch]
-	list := []string{"/usr/bin/" + name, "/usr/local/bin/" + name}
+	list := []string{"/usr/bin/" + name, "/usr/local/bin/" + name, "/usr/libexec/" + name}
 	if arch == hostArchitecture() {
 		list = append(list, "/usr/libexec/qemu-kvm")
 	}
