@@ -81,6 +81,15 @@ func TestCheckOfFaults(t *testing.T) {
 			assert.NotEmpty(t, about(p.Findings, "vsock"))
 		})
 	}
+
+	cfg := load(t, newNode(t, ""), "snp")
+	cfg.TEE.SNP.Policy, cfg.TEE.TDX.Attributes = 0xb0000, 1
+	cfg.Hypervisor.CPUModel, cfg.Hypervisor.Vsock = "max", "vhost-user"
+	for name, host := range map[tee.Name]string{tee.SNP: "CPU with SEV-SNP", tee.TDX: "Intel CPU", tee.SE: "machine"} {
+		p := checkPlatform(t.Context(), cfg, name)
+		assert.NotEmpty(t, about(p.Findings, "configuration"), "%s: %+v", name, p.Findings)
+		assert.NotEmpty(t, about(p.Findings, host), "%s: %+v", name, p.Findings)
+	}
 }
 
 func TestCheckFilesOfANode(t *testing.T) {

@@ -72,6 +72,13 @@ func planHost(cfg *configs.Config) (*vmplan.Plan, error) {
 func neutral(cfg *configs.Config, name tee.Name) *configs.Config {
 	n := *cfg
 	n.Log.DebugConsole, n.Hypervisor.KernelParams = false, nil
+	n.Hypervisor.CPUModel, n.Hypervisor.Vsock = "", configs.VsockAuto
+	if base, err := configs.Defaults(); err == nil {
+		snp, tdx := base.TEE.SNP, base.TEE.TDX
+		snp.Firmware, snp.FirmwareDigests = n.TEE.SNP.Firmware, n.TEE.SNP.FirmwareDigests
+		tdx.Firmware, tdx.FirmwareDigests = n.TEE.TDX.Firmware, n.TEE.TDX.FirmwareDigests
+		n.TEE.SNP, n.TEE.TDX = snp, tdx
+	}
 	n.TEE.Initdata, n.TEE.InitdataAnnotation = "", ""
 	if arch := name.Architecture(); arch != "" {
 		n.Hypervisor.Arch = arch

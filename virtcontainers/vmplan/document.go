@@ -26,8 +26,10 @@ func (p *Plan) Document(nics []hypervisor.NIC, host Host) *hypervisor.Document {
 		Accelerator:  host.Accelerator,
 		CPU:          hypervisor.CPU{Model: p.cpuModel(host.Accelerator), Count: size.VCPUs},
 		// virtio-fs needs shared memory as well, so that it is shared whichever way vsock goes.
-		Memory:    hypervisor.Memory{Bytes: size.MemoryBytes, Shared: true},
-		Boot:      hypervisor.Boot{Kernel: host.Kernel, Initrd: p.cfg.Hypervisor.Initrd, Parameters: kernelParameters(p.cfg, p.driver, host.Accelerator)},
+		Memory: hypervisor.Memory{Bytes: size.MemoryBytes, Shared: true},
+		Boot: hypervisor.Boot{
+			Kernel: host.Kernel, Initrd: p.cfg.Hypervisor.Initrd, Parameters: kernelParameters(p.cfg, p.driver, host.Accelerator),
+		},
 		Vsock:     hypervisor.Vsock{Kind: host.Vsock, CID: host.CID},
 		Sandboxed: p.cfg.Hypervisor.Sandbox,
 	}
