@@ -81,16 +81,14 @@ func (p *process) start() error {
 		defer c.mu.Unlock()
 		return fmt.Errorf("it has been started before: %w", errdefs.ErrFailedPrecondition)
 	}
-	p.state = processStarting
-	c.mu.Unlock()
-
 	conns, err := c.m.cfg.Streams.take(p.io.spec.ids())
 	if err != nil {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		p.state = processCreated
+		c.mu.Unlock()
 		return err
 	}
+	p.state = processStarting // and never back: whoever waits for processes that were started waits for its exit
+	c.mu.Unlock()
+
 	if err := p.run(); err != nil {
 		for _, conn := range conns {
 			_ = conn.Close()
@@ -102,7 +100,12 @@ func (p *process) start() error {
 	p.io.attach(conns)
 	c.mu.Lock()
 	p.state = processRunning
+	late := c.state == stateStopped
 	c.mu.Unlock()
+	if late {
+		// The init has died meanwhile, and this process may have come into the cgroup after all in it were killed.
+		c.killRest()
+	}
 	go p.waitExit()
 	return nil
 }
@@ -195,18 +198,25 @@ func (p *process) waitExit() {
 		c.state = stateStopped
 	}
 	c.mu.Unlock()
-	if p == c.init && !c.ownPID {
-		// With a pid namespace of its own the kernel has killed the rest. In the pod's, the container's cgroup tells who
-		// belongs to it.
-		if err := killCgroup(c.dir); errors.Is(err, os.ErrNotExist) {
-			_ = c.lc.Signal(unix.SIGKILL)
-		}
+	if p == c.init {
+		c.killRest()
 	}
 	stdout, stderr := p.io.exited()
 	c.mu.Lock()
 	p.exit.at, p.exit.stdout, p.exit.stderr = at, stdout, stderr
 	c.mu.Unlock()
 	p.finish(status)
+}
+
+// killRest ends what an init has left. With a pid namespace of its own the kernel has done it; in the pod's, the container's
+// cgroup tells who belongs to it.
+func (c *container) killRest() {
+	if c.ownPID {
+		return
+	}
+	if err := killCgroup(c.dir); errors.Is(err, os.ErrNotExist) {
+		_ = c.lc.Signal(unix.SIGKILL)
+	}
 }
 
 // finish makes the exit known.
