@@ -10,6 +10,7 @@ import (
 
 	eventstypes "github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -196,10 +197,11 @@ func (s *Service) deleteExec(ctx context.Context, id, execID string) (*taskapi.D
 		}
 	}
 	exit, err := p.proc.Delete(ctx)
-	if err != nil {
+	e, ok := p.hasExited()
+	if err != nil && !(ok && p.awaited.Err() != nil && errdefs.IsFailedPrecondition(err)) {
+		// An exec that was given up has exited for containerd, whatever the guest says; it goes with its container.
 		return nil, err
 	}
-	e, ok := p.hasExited()
 	if !ok {
 		e = bundle.Exit{PID: p.t.pid, Status: exit.Status, At: exit.At}
 	}

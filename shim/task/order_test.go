@@ -120,7 +120,7 @@ func TestExecThatNeverEnds(t *testing.T) {
 	c.InitProcess().Exit(3)
 	require.Equal(t, uint32(3), f.wait("c", ""))
 	require.Equal(t, uint32(137), f.wait("c", "x"))
-	c.ExecProcess("x").Exit(0) // too late
+	f.remove("c", "x")
 	f.remove("c", "")
 	require.Equal(t, []string{
 		"create c", "start c", "exec-added c/x", "exec-started c/x", "exit c/x 137", "exit c/c 3", "delete c 3",
@@ -139,7 +139,7 @@ func TestStartThatNeverReturns(t *testing.T) {
 	goOn <- nil
 	require.ErrorIs(t, <-result, errdefs.ErrFailedPrecondition)
 	require.Equal(t, uint32(137), f.wait("c", "x"))
-	c.ExecProcess("x").Exit(0)
+	f.remove("c", "x")
 	f.remove("c", "")
 	require.Equal(t, []string{"create c", "start c", "exec-added c/x", "exit c/c 3", "delete c 3"}, f.events.events())
 }
