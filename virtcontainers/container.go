@@ -108,13 +108,20 @@ func (p *Pod) CreateContainer(ctx context.Context, cfg ContainerConfig) (*Contai
 	defer context.AfterFunc(p.life, cancel)()
 	c, err := p.createContainer(ctx, cfg)
 	if err != nil {
-		_ = cfg.IO.Close()
 		return nil, fmt.Errorf("container %s: %w", cfg.ID, err)
 	}
 	return c, nil
 }
 
-func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (*Container, error) {
+func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (_ *Container, err error) {
+	leave := func() {}
+	defer func() { leave() }()
+	// The pod's end waits for this, too.
+	defer func() {
+		if err != nil {
+			_ = cfg.IO.Close()
+		}
+	}()
 	plan, err := planContainer(cfg.Spec, p.cfg, p.sharing)
 	if err != nil {
 		return nil, err
@@ -129,7 +136,7 @@ func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (*Contai
 	if err != nil {
 		return nil, err
 	}
-	defer p.creates.Done()
+	leave = p.creates.Done
 	c.cleanup.add(func(context.Context) { p.removeContainer(c) })
 	if err := c.create(ctx, r, plan, cfg); err != nil {
 		c.cleanup.run(ctx)
@@ -163,20 +170,35 @@ func (c *Container) create(ctx context.Context, r *running, plan *containerPlan,
 		return err
 	}
 	c.cleanup.add(func(context.Context) { streams.Close() })
-	if err := r.guest.CreateContainer(ctx, req); err != nil {
+	if err := c.createInGuest(ctx, r.guest, req); err != nil {
 		return err
-	}
-	if ctx.Err() != nil {
-		// The caller has gone; the agent has made a container that nobody will delete.
-		if err := r.guest.DiscardContainer(context.WithoutCancel(ctx), c.id); err != nil {
-			log.G(ctx).WithError(err).Warn("delete of a cancelled container in the guest")
-		}
-		return ctx.Err()
 	}
 	// From here on the streams belong to the relays.
 	cfg.IO.Attach(streams.Stdin, streams.Stdout, streams.Stderr)
 	c.pod.goTracked(c.init.watch)
 	return nil
+}
+
+// createInGuest has the agent make the container. The agent hears of a deadline, and of nothing else that ends ctx: it is
+// heard out, so that what it has made for a caller who has gone can be taken back before its disks are.
+func (c *Container) createInGuest(ctx context.Context, g *guest.Client, req *agentv1.CreateContainerRequest) error {
+	call := context.WithoutCancel(ctx)
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		call, cancel = context.WithDeadline(call, deadline)
+		defer cancel()
+	}
+	err := g.CreateContainer(call, req)
+	if ctx.Err() == nil || errdefs.IsUnavailable(err) {
+		return err
+	}
+	if discard := g.DiscardContainer(context.WithoutCancel(ctx), c.id); discard != nil && !errdefs.IsNotFound(discard) {
+		log.G(ctx).WithError(discard).Warn("delete of a cancelled container in the guest")
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	return err
 }
 
 // resolveRootfs makes images of the snapshotter's mounts.

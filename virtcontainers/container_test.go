@@ -4,8 +4,10 @@ package virtcontainers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
+	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -19,6 +21,7 @@ import (
 // recordedIO counts what is done with a process's stdio.
 type recordedIO struct {
 	noIO
+	mu               sync.Mutex
 	attached, closed int
 	stdout           vsock.Conn
 }
@@ -29,8 +32,16 @@ func (r *recordedIO) Attach(_, stdout, _ vsock.Conn) {
 }
 
 func (r *recordedIO) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.closed++
 	return nil
+}
+
+func (r *recordedIO) closes() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.closed
 }
 
 func containerConfig(id string, io ProcessIO) ContainerConfig {
@@ -147,6 +158,7 @@ func TestCreateContainerThatIsGivenUp(t *testing.T) {
 	_, err := p.CreateContainer(ctx, containerConfig("c", &recordedIO{}))
 	require.ErrorContains(t, err, context.Canceled.Error())
 	require.Empty(t, p.Containers())
+	require.Equal(t, []string{"c"}, agent.deleted, "nothing of it stays in the guest")
 }
 
 // The pod's end gives up what is under way, and waits for it.
@@ -154,11 +166,17 @@ func TestStopWhileAContainerIsMade(t *testing.T) {
 	agent := &fakeAgent{}
 	p := readyPod(t, agent)
 	stopped := make(chan error, 1)
+	io := &recordedIO{}
 	agent.creating = func() {
-		go func() { stopped <- p.Stop(context.Background()) }()
+		go func() {
+			err := p.Stop(context.Background())
+			if io.closes() != 1 {
+				err = errors.Join(err, errors.New("the pod has ended and the container's IO is open"))
+			}
+			stopped <- err
+		}()
 		<-p.life.Done()
 	}
-	io := &recordedIO{}
 	_, err := p.CreateContainer(t.Context(), containerConfig("c", io))
 	require.Error(t, err)
 	require.NoError(t, <-stopped)

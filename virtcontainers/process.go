@@ -100,7 +100,10 @@ func (p *Process) Start(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.container.pod.cfg.Config.Timeouts.CreateContainer)
 	defer cancel()
-	if err := g.StartProcess(ctx, p.ref()); err != nil {
+	// The agent hears of no cancellation: whether the process runs is known by its answer alone.
+	call, done := context.WithTimeout(context.WithoutCancel(ctx), p.container.pod.cfg.Config.Timeouts.CreateContainer)
+	defer done()
+	if err := g.StartProcess(call, p.ref()); err != nil {
 		if p.execID != "" {
 			p.finish(Exit{Status: failedStartStatus(err), At: time.Now(), Err: err}, 0, 0)
 			return err
