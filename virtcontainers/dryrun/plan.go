@@ -41,8 +41,8 @@ type PodPlan struct {
 	Err error `json:"-"`
 }
 
-// Plan plans a pod. What the pod is refused for, or why its VMM could not be started, is in the plan; an error is the
-// configuration's or the machine's.
+// Plan plans a pod. What the pod is refused for, the configuration's faults among it, or why its VMM could not be started, is
+// in the plan; an error is the machine's.
 func Plan(ctx context.Context, cfg *configs.Config, p *manifest.Pod) (*PodPlan, error) {
 	name := tee.Name(cfg.TEE.Platform)
 	plan := &PodPlan{
@@ -52,13 +52,13 @@ func Plan(ctx context.Context, cfg *configs.Config, p *manifest.Pod) (*PodPlan, 
 	if ignored := cfg.IgnoredAnnotations(p.Metadata.Annotations); len(ignored) > 0 {
 		plan.Notes = append(plan.Notes, "annotations without effect, since annotations.allowed does not list them: "+strings.Join(ignored, ", "))
 	}
+	var faults configs.Faults
 	applied, err := cfg.ApplyAnnotations(p.Metadata.Annotations)
 	if err != nil {
-		var all configs.Faults
-		if !errors.As(err, &all) {
+		if !errors.As(err, &faults) {
 			return nil, err
 		}
-		for _, f := range all {
+		for _, f := range faults {
 			plan.Refused = append(plan.Refused, f.String())
 		}
 		applied = cfg
@@ -67,6 +67,11 @@ func Plan(ctx context.Context, cfg *configs.Config, p *manifest.Pod) (*PodPlan, 
 	vm, err := vc.CheckPod(podConfig(applied, p), platform.Options{})
 	var refused *vc.RefusedError
 	switch {
+	case errors.As(err, &faults):
+		// The node's or the pod's own, by an annotation: nobody else's pods need be refused for them.
+		for _, f := range faults {
+			plan.Refused = append(plan.Refused, f.String())
+		}
 	case errors.As(err, &refused):
 		for _, r := range refused.Reasons {
 			plan.Refused = append(plan.Refused, shorten(r))

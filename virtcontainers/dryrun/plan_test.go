@@ -16,6 +16,7 @@ import (
 
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/tee/initdata"
 	"github.com/cloister-project/cloister/virtcontainers/dryrun/manifest"
 )
 
@@ -34,6 +35,19 @@ func TestPlanRefusesAnnotations(t *testing.T) {
 	assert.Equal(t, []string{"annotations without effect, since annotations.allowed does not list them: io.cloister.unknown"}, plan.Notes)
 	assert.Nil(t, plan.Document)
 	assert.NoError(t, plan.Err)
+}
+
+// An annotation that the platform cannot have is the pod's fault: its plan says so.
+func TestPlanRefusesInitdataForNobody(t *testing.T) {
+	text, err := initdata.EncodeAnnotation([]byte("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n"))
+	require.NoError(t, err)
+	p := manifest.Example()
+	p.Metadata.Annotations = map[string]string{"io.cloister.initdata": text}
+	plan, err := Plan(t.Context(), load(t, newNode(t, "[annotations]\nallowed = ['io.cloister.initdata']"), "none"), p)
+	require.NoError(t, err)
+	require.Len(t, plan.Refused, 1)
+	assert.Contains(t, plan.Refused[0], "initdata")
+	assert.Nil(t, plan.Document)
 }
 
 // What the tool plans, the shim would start: a plan makes nothing, and is the same each time.
