@@ -26,7 +26,7 @@ const (
 	NetworkPath NetworkMode = iota
 	// NetworkNew: a new network namespace that OCI hooks may fill; else loopback only.
 	NetworkNew
-	// NetworkHost: the host's own namespace. A VM cannot have it; Start refuses.
+	// NetworkHost: the host's own namespace. A VM cannot have it; NewPod refuses.
 	NetworkHost
 )
 

@@ -165,7 +165,7 @@ func FuzzWords(f *testing.F) {
 	f.Add("\x1b[2J\u009bgr\u00f6\u00dfer\n\xff")
 	f.Add(strings.Repeat("x", maxError+1))
 	f.Fuzz(func(t *testing.T, s string) {
-		for _, quoted := range []string{Word(s), Sentence(s)} {
+		for _, quoted := range []string{Word(s), sentence(s)} {
 			require.LessOrEqual(t, len(quoted), maxSentence+len("..."))
 			require.Empty(t, strings.Trim(quoted, printableASCII()))
 		}

@@ -20,5 +20,5 @@
 // # Trust
 //
 // The guest is hostile: of its errors only the code and bounded words are taken, what it says of itself is bounded
-// before anybody quotes it (Sentence, Word), and answers that would make this side spin end the connection.
+// before anybody quotes it (Word), and answers that would make this side spin end the connection.
 package guest

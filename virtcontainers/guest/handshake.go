@@ -57,7 +57,7 @@ func shakeHands(conn net.Conn, check func(*agentv1.Hello) error) (*agentv1.Hello
 		return nil, fmt.Errorf("read the agent's hello: %w", err)
 	}
 	if hello.GetRefusal() != "" {
-		return nil, &RefusalError{words: Sentence(hello.GetRefusal())} // it waits for no answer
+		return nil, &RefusalError{words: sentence(hello.GetRefusal())} // it waits for no answer
 	}
 	reply := &agentv1.HelloReply{
 		ProtocolMajor: wire.Major, ProtocolMinor: wire.Minor,

@@ -32,8 +32,8 @@ func Word(s string) string {
 	}, s)
 }
 
-// Sentence returns a bounded, harmless line of what a guest says.
-func Sentence(s string) string {
+// sentence returns a bounded, harmless line of what a guest says.
+func sentence(s string) string {
 	cut := len(s) > maxSentence
 	if cut {
 		s = s[:maxSentence]
