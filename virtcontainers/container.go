@@ -149,6 +149,10 @@ func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 func (c *Container) create(ctx context.Context, r *running, plan *containerPlan, cfg ContainerConfig) error {
 	ctx = log.WithLogger(ctx, log.G(ctx).WithField("container", c.id))
 	req := &agentv1.CreateContainerRequest{ContainerId: c.id, Spec: plan.spec}
+	var err error
+	if req.Mounts, err = r.mounts.Attach(ctx, plan.mounts, c.cleanup.add); err != nil {
+		return fmt.Errorf("mounts: %w", err)
+	}
 	root, err := c.resolveRootfs(ctx, cfg.Rootfs)
 	if err != nil {
 		return err
@@ -156,9 +160,6 @@ func (c *Container) create(ctx context.Context, r *running, plan *containerPlan,
 	writable := uint64(c.pod.cfg.Config.Rootfs.WritableLayerMaxMiB) << 20
 	if req.Rootfs, err = r.disks.Attach(ctx, root, writable, c.cleanup.add); err != nil {
 		return fmt.Errorf("root filesystem: %w", err)
-	}
-	if req.Mounts, err = r.mounts.Attach(ctx, plan.mounts, c.cleanup.add); err != nil {
-		return fmt.Errorf("mounts: %w", err)
 	}
 	if !cfg.HooksDone {
 		if err := c.runCreateHooks(ctx); err != nil {

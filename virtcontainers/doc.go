@@ -16,19 +16,18 @@
 // # A container's way
 //
 // CreateContainer goes through the parts of this package once, in this order: the allow-list (package ocispec) and what
-// becomes of each mount (package mounts), which together refuse what cannot be had before anything is made; the container's
-// place in the pod; its layers' images (package rootfs) as disks of the VM (package disks); its mounts (package mounts
-// again, to make what was planned); the OCI hooks (package hooks); its streams, and the container itself in the guest
-// (package guest). What a step made is taken back by the container's stack of undo steps.
+// becomes of each mount (package mounts), which together refuse what cannot be had before anything is made; the mounts, as
+// planned; its layers' images (package rootfs) as disks of the VM (package disks); the OCI hooks (package hooks); its streams,
+// and the container itself in the guest (package guest). What a step made is taken back by the container's stack of undo
+// steps.
 //
 // # Confidential pods
 //
 // A pod's platform (package tee) is chosen by configuration and never replaced by another. How its VM is launched is package
 // vmplan's; Start goes through it: Probe before anything is made, the document, initdata's disk, the platform's Prepare, the
 // VMM, and the comparison of the guest's Hello with what was asked. A confidential VM shares no files with the host: packages
-// mounts and volumes give it copies and directories in
-// its own memory, and refuse the rest with the reason. Nothing here protects the guest: these rules make errors that people
-// can act on; the guest enforces its own.
+// mounts and volumes give it copies and directories in its own memory, and refuse the rest with the reason. Nothing here
+// protects the guest: these rules make errors that people can act on; the guest enforces its own.
 //
 // # States of a process
 //
