@@ -169,8 +169,7 @@ lint: ## gofmt, go vet, staticcheck, shell syntax, length of lines and files
 	if [ -n "$$long" ]; then echo "longer than 500 lines, split them:" $$long >&2; exit 1; fi
 
 .PHONY: test
-test: setup conformance build guest build-s390x guest-s390x
-test: test-unit test-vm test-e2e ## All tests (as root); lists at its end what this machine left out, and why
+test: setup conformance build guest build-s390x guest-s390x test-unit test-vm test-e2e ## All tests (as root); ends with what was left out
 	@tools/left-out $(BIN)
 
 # Files that tests read: firmware with known measurements, kernels, boot stubs.
