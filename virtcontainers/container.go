@@ -190,14 +190,18 @@ func (c *Container) createInGuest(ctx context.Context, g *guest.Client, req *age
 		defer cancel()
 	}
 	err := g.CreateContainer(call, req)
-	if ctx.Err() == nil || errdefs.IsUnavailable(err) {
+	gone := ctx.Err()
+	if gone == nil {
+		gone = c.pod.life.Err() // which ends ctx, a moment later
+	}
+	if gone == nil || errdefs.IsUnavailable(err) {
 		return err
 	}
 	if discard := g.DiscardContainer(context.WithoutCancel(ctx), c.id); discard != nil && !errdefs.IsNotFound(discard) {
 		log.G(ctx).WithError(discard).Warn("delete of a cancelled container in the guest")
 	}
 	if err == nil {
-		err = ctx.Err()
+		err = gone
 	}
 	return err
 }
@@ -267,7 +271,9 @@ func (c *Container) Exec(ctx context.Context, cfg ExecConfig) (_ *Process, err e
 	}
 	streams, stdio, err := g.OpenStdio(ctx, guest.Stdio(cfg.Stdio))
 	if err == nil {
-		err = g.CreateProcess(ctx, &agentv1.CreateProcessRequest{ContainerId: c.id, ExecId: cfg.ID, Process: process, Stdio: stdio})
+		// The agent hears of no cancellation: an exec that it has and that is forgotten here would keep its id.
+		err = g.CreateProcess(context.WithoutCancel(ctx),
+			&agentv1.CreateProcessRequest{ContainerId: c.id, ExecId: cfg.ID, Process: process, Stdio: stdio})
 		if err != nil {
 			streams.Close()
 		}

@@ -161,6 +161,23 @@ func TestCreateContainerThatIsGivenUp(t *testing.T) {
 	require.Equal(t, []string{"c"}, agent.deleted, "nothing of it stays in the guest")
 }
 
+// A caller who goes away while a further process is made or started changes nothing: the guest has it, and so has its owner.
+func TestExecWhoseCallerIsGone(t *testing.T) {
+	agent := &fakeAgent{}
+	p := readyPod(t, agent)
+	c, err := p.CreateContainer(t.Context(), containerConfig("c", &recordedIO{}))
+	require.NoError(t, err)
+	require.NoError(t, c.Init().Start(t.Context()))
+	call := func() (ctx context.Context) {
+		ctx, agent.execing = context.WithCancel(t.Context())
+		return ctx
+	}
+	x, err := c.Exec(call(), ExecConfig{ID: "x", Process: containerConfig("c", nil).Spec.Process, IO: &recordedIO{}})
+	require.NoError(t, err)
+	require.NoError(t, x.Start(call()))
+	require.Equal(t, ProcessRunning, x.State().Status)
+}
+
 // The pod's end gives up what is under way, and waits for it.
 func TestStopWhileAContainerIsMade(t *testing.T) {
 	agent := &fakeAgent{}

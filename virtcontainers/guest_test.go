@@ -33,9 +33,11 @@ type fakeAgent struct {
 	mu      sync.Mutex
 	created []*agentv1.CreateContainerRequest
 	deleted []string
-	// refuse is the fault of CreateContainer; creating is called in it.
+	// refuse is the fault of CreateContainer; creating is called in it, and execing where a further process is made or
+	// started.
 	refuse   error
 	creating func()
+	execing  func()
 	ended    map[string]chan struct{}
 }
 
@@ -62,7 +64,17 @@ func (a *fakeAgent) CreateContainer(_ context.Context, r *agentv1.CreateContaine
 	return &agentv1.CreateContainerResponse{}, refuse
 }
 
-func (a *fakeAgent) StartProcess(context.Context, *agentv1.StartProcessRequest) (*agentv1.StartProcessResponse, error) {
+func (a *fakeAgent) CreateProcess(context.Context, *agentv1.CreateProcessRequest) (*agentv1.CreateProcessResponse, error) {
+	if a.execing != nil {
+		a.execing()
+	}
+	return &agentv1.CreateProcessResponse{}, nil
+}
+
+func (a *fakeAgent) StartProcess(_ context.Context, r *agentv1.StartProcessRequest) (*agentv1.StartProcessResponse, error) {
+	if a.execing != nil && r.GetExecId() != "" {
+		a.execing()
+	}
 	return &agentv1.StartProcessResponse{}, nil
 }
 
