@@ -17,8 +17,8 @@ type Resources struct {
 	Taps map[string]*os.File
 	// VhostNet holds /dev/vhost-net files, by NIC.ID, where NIC.VhostNet is set.
 	VhostNet map[string]*os.File
-	// VhostVsock is the open /dev/vhost-vsock that holds Vsock.CID (vsock.AllocateCID); needed with VsockVhost only.
-	VhostVsock *os.File
+	// Vsock is the transport that holds the document's Vsock.CID; with VsockVhost only. The VM closes it at its end.
+	Vsock *vsock.Kernel
 	// NetNS, where not nil, is the network namespace that the VMM runs in. The driver does not close it.
 	NetNS *os.File
 	// StateDir is an existing directory of this VM alone, for sockets and logs; a path short enough for sockets in it
@@ -29,9 +29,12 @@ type Resources struct {
 	OnStart func(pid int) error
 }
 
-// Close closes all files, for a caller that does not come to a driver's Start.
+// Close closes all of it, for a caller that does not come to a driver's Start.
 func (r Resources) Close() {
-	for _, files := range []map[string]*os.File{r.Taps, r.VhostNet, {"": r.VhostVsock}} {
+	if r.Vsock != nil {
+		_ = r.Vsock.Close()
+	}
+	for _, files := range []map[string]*os.File{r.Taps, r.VhostNet} {
 		for _, f := range files {
 			if f != nil {
 				_ = f.Close()

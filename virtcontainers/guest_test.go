@@ -178,14 +178,19 @@ func (c *connections) Dial(_ context.Context, port uint32) (vsock.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if port == wire.RPCPort {
-		c.accepted <- other
-		return conn, nil
-	}
 	go func() {
+		if _, err := wire.ReadToken(other); err != nil {
+			_ = other.Close()
+			return
+		}
+		if port == wire.RPCPort {
+			_, _ = other.Write([]byte{wire.Accepted})
+			c.accepted <- other
+			return
+		}
 		defer other.Close()
-		if _, err := wire.ReadStreamHeader(other); err == nil {
-			_, _ = other.Write([]byte{wire.StreamAccepted})
+		if _, err := wire.ReadStreamID(other); err == nil {
+			_, _ = other.Write([]byte{wire.Accepted})
 			_, _ = io.Copy(io.Discard, other)
 		}
 	}()

@@ -166,7 +166,7 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 		return nil, err
 	}
 	r.mark("prepared")
-	host, vhost, err := p.plan.Host(ctx)
+	host, kernelVsock, err := p.plan.Host(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -175,11 +175,11 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 	var last errgroup.Group
 	last.Go(func() error { return p.prepareDocument(ctx, r, host) })
 	last.Go(func() error { return p.makeCgroup(ctx, r) })
+	resources := hypervisor.Resources{Vsock: kernelVsock, NetNS: netns, StateDir: p.stateDir}
 	if err := last.Wait(); err != nil {
-		closeFile(vhost)
+		resources.Close()
 		return nil, err
 	}
-	resources := hypervisor.Resources{VhostVsock: vhost, NetNS: netns, StateDir: p.stateDir}
 	if err := networkFiles(r.network, &resources, host.VhostNet); err != nil {
 		resources.Close()
 		return nil, err
@@ -284,12 +284,6 @@ func nics(n *network.Network) (all []hypervisor.NIC) {
 		all = append(all, hypervisor.NIC{ID: nicID(i), MAC: ifc.MAC.String(), MTU: ifc.MTU})
 	}
 	return all
-}
-
-func closeFile(f *os.File) {
-	if f != nil {
-		_ = f.Close()
-	}
 }
 
 func (p *Pod) makeStateDir(r *running) error {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package agentv1 is version 1 of the protocol between shim and agent: messages and ttrpc stubs generated from
+// Package agentv1 has the messages of the protocol between shim and agent: types and ttrpc stubs generated from
 // agent.proto, where each message is documented. Regenerate with `make proto`.
 package agentv1
 

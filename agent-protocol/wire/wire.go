@@ -3,20 +3,18 @@
 package wire
 
 import (
-	"crypto/rand"
 	"encoding/binary"
-	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 
 	"google.golang.org/protobuf/proto"
 )
 
-// Version of the protocol. Peers with the same Major understand each other; Minor counts additions.
+// Version of the protocol. Peers with the same Major understand each other; Minor counts additions. Since 2.0 every
+// connection to the agent begins with the launch's Token.
 const (
-	Major = 1
-	Minor = 1
+	Major = 2
+	Minor = 0
 )
 
 // What a confidential guest is told by its launch. ParamTEE is on the kernel's command line, which is measured: it names
@@ -38,18 +36,20 @@ const (
 
 // Vsock ports.
 const (
-	// readyBase is the port below those of ReadyPort.
-	readyBase = 1024
+	// readyPorts is the number of ports that ReadyPort has, from 1.
+	readyPorts = 1023
 	// RPCPort is where the agent listens for further ttrpc connections (events, long calls).
 	RPCPort = 1025
 	// StreamPort is where the agent listens for stdio streams.
 	StreamPort = 1026
 )
 
-// ReadyPort is where the host listens for the agent's one connection after boot. With the kernel's vsock all guests of a
-// host share the host's ports, so that each has its own; both ends know it from the guest's CID, below 2^31, without a
-// word on the kernel's (measured) command line.
-func ReadyPort(guestCID uint32) uint32 { return readyBase + guestCID }
+// ReadyPort is where the host listens for the agent's one connection after boot: 1 to 1023, since a process without
+// CAP_NET_BIND_SERVICE can bind no such port of the kernel's vsock and wait there for somebody else's guest. All guests of a
+// host share the host's ports, so that the port differs from guest to guest while it boots; both ends know it from the
+// guest's CID, without a word on the kernel's (measured) command line. Two CIDs can have the same port: the host takes a CID
+// whose port is free.
+func ReadyPort(guestCID uint32) uint32 { return 1 + guestCID%readyPorts }
 
 // Limits that both ends enforce. Sizes are bytes.
 const (
@@ -80,65 +80,6 @@ const (
 	// MaxPendingStreams bounds connected streams that no process has claimed yet.
 	MaxPendingStreams = 1024
 )
-
-// StreamIDLen is the length of a stream's id in bytes.
-const StreamIDLen = 16
-
-// Answers of the agent to a stream's header.
-const (
-	StreamAccepted = 0
-	StreamRefused  = 1
-)
-
-// StreamID names a stdio stream: random, chosen by the host, used once.
-type StreamID [StreamIDLen]byte
-
-// NewStreamID makes a random id.
-func NewStreamID() StreamID {
-	var id StreamID
-	_, _ = rand.Read(id[:]) // never fails, see crypto/rand
-	return id
-}
-
-// String returns the id as 32 lower-case hex digits, as it stands in agentv1.Stdio.
-func (id StreamID) String() string { return hex.EncodeToString(id[:]) }
-
-// ParseStreamID is the reverse of String.
-func ParseStreamID(s string) (StreamID, error) {
-	var id StreamID
-	if len(s) != 2*StreamIDLen {
-		return id, fmt.Errorf("stream id has %d characters, want %d", len(s), 2*StreamIDLen)
-	}
-	if _, err := hex.Decode(id[:], []byte(s)); err != nil {
-		return id, fmt.Errorf("stream id: %w", err)
-	}
-	if id.String() != s {
-		return id, errors.New("stream id is not lower-case hex")
-	}
-	return id, nil
-}
-
-// WriteStreamHeader names the stream on a fresh connection to StreamPort and waits for the agent's answer.
-func WriteStreamHeader(rw io.ReadWriter, id StreamID) error {
-	if _, err := rw.Write(id[:]); err != nil {
-		return fmt.Errorf("send stream header: %w", err)
-	}
-	var answer [1]byte
-	if _, err := io.ReadFull(rw, answer[:]); err != nil {
-		return fmt.Errorf("read the answer to a stream header: %w", err)
-	}
-	if answer[0] != StreamAccepted {
-		return errors.New("the agent refused the stream: too many unclaimed streams, or its id was used before")
-	}
-	return nil
-}
-
-// ReadStreamHeader is the agent's half of WriteStreamHeader; the caller answers with StreamAccepted or StreamRefused.
-func ReadStreamHeader(r io.Reader) (StreamID, error) {
-	var id StreamID
-	_, err := io.ReadFull(r, id[:])
-	return id, err
-}
 
 // WriteFrame sends a message as a 4-byte big-endian length and its protobuf encoding.
 func WriteFrame(w io.Writer, m proto.Message) error {

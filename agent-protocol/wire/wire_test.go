@@ -31,41 +31,22 @@ func TestFrameLimits(t *testing.T) {
 	require.ErrorIs(t, ReadFrame(bytes.NewReader([]byte{0, 0, 0, 9, 1}), &agentv1.Hello{}), io.ErrUnexpectedEOF)
 }
 
-func TestStreamID(t *testing.T) {
-	id := NewStreamID()
-	back, err := ParseStreamID(id.String())
-	require.NoError(t, err)
-	require.Equal(t, id, back)
-	for _, bad := range []string{"", "00", strings.Repeat("g", 32), strings.ToUpper(strings.Repeat("ab", 16)), strings.Repeat("0", 33)} {
-		_, err := ParseStreamID(bad)
-		require.Error(t, err, bad)
-	}
-}
-
-func TestStreamHeader(t *testing.T) {
-	for _, tc := range []struct {
-		answer []byte
-		want   string
-	}{{[]byte{StreamAccepted}, ""}, {[]byte{StreamRefused}, "refused"}, {nil, "EOF"}} {
-		rw := struct {
-			io.Reader
-			io.Writer
-		}{bytes.NewReader(tc.answer), io.Discard}
-		err := WriteStreamHeader(rw, NewStreamID())
-		if tc.want == "" {
-			require.NoError(t, err)
-		} else {
-			require.ErrorContains(t, err, tc.want)
-		}
-	}
-}
-
 func TestValidID(t *testing.T) {
 	for _, good := range []string{"a", "0", "a.b-c_d", strings.Repeat("a", 128)} {
 		require.True(t, ValidID(good), good)
 	}
 	for _, bad := range []string{"", ".", "..", "-a", "a/b", "a\x00", strings.Repeat("a", 129), "é"} {
 		require.False(t, ValidID(bad), bad)
+	}
+}
+
+// Ports below 1024 only, and neighbours do not share one.
+func TestReadyPort(t *testing.T) {
+	for _, cid := range []uint32{3, 4, 1022, 1023, 1024, 1<<31 - 1, 1<<32 - 1} {
+		port := ReadyPort(cid)
+		require.GreaterOrEqual(t, port, uint32(1))
+		require.Less(t, port, uint32(1024))
+		require.NotEqual(t, port, ReadyPort(cid-1))
 	}
 }
 

@@ -23,7 +23,7 @@ import (
 )
 
 const (
-	// handshakeBudget bounds Hello and its answer, headerBudget the header of a stdio stream.
+	// handshakeBudget bounds Hello and its answer, headerBudget what a connection begins with.
 	handshakeBudget = 30 * time.Second
 	headerBudget    = 10 * time.Second
 	// closeBudget bounds the end of all containers.
@@ -33,7 +33,7 @@ const (
 	// acceptPause keeps a failing accept (no descriptors left) from spinning.
 	acceptPause = 100 * time.Millisecond
 
-	// maxConns bounds ttrpc connections, maxHeaders stream connections that have not named themselves yet.
+	// maxConns bounds the shim's ttrpc connections, maxHeaders its stream connections that have not named themselves yet.
 	maxConns   = 32
 	maxHeaders = 128
 )
@@ -132,10 +132,11 @@ func (s *Server) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer streams.Close()
-	ready, err := s.hello(ctx)
+	ready, token, err := s.hello(ctx)
 	if err != nil {
 		return err
 	}
+	gate := &gate{token: token}
 	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(guard))
 	if err != nil {
 		_ = ready.Close()
@@ -154,12 +155,13 @@ func (s *Server) run(ctx context.Context) (err error) {
 		close(s.hungUp)
 		s.stop(errHungUp)
 	})})
-	wg.Go(func() { s.acceptRPCs(ctx, rpcs, conns) })
-	wg.Go(func() { s.acceptStreams(ctx, streams) })
+	wg.Go(func() { s.acceptRPCs(ctx, rpcs, gate, conns) })
+	wg.Go(func() { s.acceptStreams(ctx, streams, gate) })
 
 	<-ctx.Done()
 	_ = rpcs.Close()
 	_ = streams.Close()
+	gate.close()
 	_ = ready.Close()
 	_ = server.Close()
 	wg.Wait()
@@ -220,13 +222,13 @@ func (s *Server) Refuse(ctx context.Context, reason error) error {
 	return err
 }
 
-// hello dials the host and exchanges versions.
-func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
+// hello dials the host, exchanges versions and gets the launch's token.
+func (s *Server) hello(ctx context.Context) (_ net.Conn, token wire.Token, err error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeBudget)
 	defer cancel()
 	conn, err := s.dialHost(ctx)
 	if err != nil {
-		return nil, err
+		return nil, token, err
 	}
 	defer func() {
 		if err != nil {
@@ -236,20 +238,23 @@ func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
 	}()
 	hello := s.newHello()
 	if err := wire.WriteFrame(conn, hello); err != nil {
-		return nil, err
+		return nil, token, err
 	}
 	var reply agentv1.HelloReply
 	if err := wire.ReadFrame(conn, &reply); err != nil {
-		return nil, err
+		return nil, token, err
 	}
 	switch {
 	case reply.GetError() != "":
-		return nil, fmt.Errorf("the host refuses this agent (version %s, protocol %d.%d): %q", s.cfg.Version, wire.Major, wire.Minor,
+		return nil, token, fmt.Errorf("the host refuses this agent (version %s, protocol %d.%d): %q", s.cfg.Version, wire.Major, wire.Minor,
 			reply.GetError())
 	case reply.GetProtocolMajor() != wire.Major:
-		return nil, fmt.Errorf("the shim (version %q) speaks protocol %d.%d, this agent (version %s) %d.%d: use a guest image of the shim's "+
-			"release",
+		return nil, token, fmt.Errorf("the shim (version %q) speaks protocol %d.%d, this agent (version %s) %d.%d: "+
+			"use a guest image of the shim's release",
 			reply.GetShimVersion(), reply.GetProtocolMajor(), reply.GetProtocolMinor(), s.cfg.Version, wire.Major, wire.Minor)
+	}
+	if token, err = wire.ParseToken(reply.GetToken()); err != nil {
+		return nil, token, err
 	}
 	if nanos := reply.GetUnixNanos(); nanos != 0 {
 		if err := s.cfg.System.SetClock(nanos); err != nil {
@@ -257,12 +262,14 @@ func (s *Server) hello(ctx context.Context) (_ net.Conn, err error) {
 			log.G(ctx).WithError(err).Warn("cannot set the clock to the host's time")
 		}
 	}
-	return conn, conn.SetDeadline(time.Time{})
+	return conn, token, conn.SetDeadline(time.Time{})
 }
 
-// accept calls handle for each connection until the listener is closed. It holds at most limit connections at a time,
-// until their release is called.
-func (s *Server) accept(ctx context.Context, l net.Listener, limit int, handle func(conn net.Conn, release func())) {
+// accept calls handle, in a goroutine, for each connection that the gate lets through, until the listener is closed. It
+// holds at most limit of them at a time, until their release is called.
+func (s *Server) accept(ctx context.Context, l net.Listener, g *gate, limit int, handle func(conn net.Conn, release func())) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	free := make(chan struct{}, limit)
 	for {
 		conn, err := l.Accept()
@@ -277,44 +284,59 @@ func (s *Server) accept(ctx context.Context, l net.Listener, limit int, handle f
 			}
 			continue
 		}
-		select {
-		case free <- struct{}{}:
-			handle(conn, sync.OnceFunc(func() { <-free }))
-		default:
-			log.G(ctx).WithField("limit", limit).Warn("refused a connection: too many are open")
-			_ = conn.Close()
-		}
-	}
-}
-
-func (s *Server) acceptRPCs(ctx context.Context, l net.Listener, conns *feed) {
-	s.accept(ctx, l, maxConns, func(conn net.Conn, release func()) {
-		conns.put(&watchedConn{Conn: conn, ended: release})
-	})
-}
-
-func (s *Server) acceptStreams(ctx context.Context, l net.Listener) {
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	s.accept(ctx, l, maxHeaders, func(conn net.Conn, release func()) {
+		g.enter(conn)
 		wg.Go(func() {
-			defer release()
-			if err := s.takeStream(conn); err != nil {
-				log.G(ctx).WithError(err).Warn("refused a stdio stream")
-				_ = conn.Close()
+			if g.prove(conn) != nil {
+				return
+			}
+			select {
+			case free <- struct{}{}:
+				handle(conn, sync.OnceFunc(func() { <-free }))
+			default:
+				log.G(ctx).WithField("limit", limit).Warn("refused a connection: too many are open")
+				refuse(conn)
 			}
 		})
+	}
+}
+
+// refuse answers to an opening with no.
+func refuse(conn net.Conn) {
+	_, _ = conn.Write([]byte{wire.Refused})
+	_ = conn.Close()
+}
+
+func (s *Server) acceptRPCs(ctx context.Context, l net.Listener, g *gate, conns *feed) {
+	s.accept(ctx, l, g, maxConns, func(conn net.Conn, release func()) {
+		conn = &watchedConn{Conn: conn, ended: release}
+		_, err := conn.Write([]byte{wire.Accepted})
+		if err == nil {
+			err = conn.SetDeadline(time.Time{})
+		}
+		if err != nil {
+			log.G(ctx).WithError(err).Warn("answer to the opening of a connection")
+			_ = conn.Close()
+			return
+		}
+		conns.put(conn)
 	})
 }
 
-// takeStream reads a stream's header and hands the stream over. With an error the caller keeps the connection.
+func (s *Server) acceptStreams(ctx context.Context, l net.Listener, g *gate) {
+	s.accept(ctx, l, g, maxHeaders, func(conn net.Conn, release func()) {
+		defer release()
+		if err := s.takeStream(conn); err != nil {
+			log.G(ctx).WithError(err).Warn("refused a stdio stream")
+			refuse(conn)
+		}
+	})
+}
+
+// takeStream reads a stream's id and hands the stream over. With an error the caller keeps the connection.
 func (s *Server) takeStream(conn net.Conn) error {
-	if err := conn.SetDeadline(time.Now().Add(headerBudget)); err != nil {
-		return err
-	}
-	id, err := wire.ReadStreamHeader(conn)
+	id, err := wire.ReadStreamID(conn)
 	if err != nil {
-		return fmt.Errorf("read the header: %w", err)
+		return fmt.Errorf("read the stream's id: %w", err)
 	}
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return err
@@ -322,12 +344,11 @@ func (s *Server) takeStream(conn net.Conn) error {
 	// First the registry, then the answer: when the host has read it, StartProcess finds the stream. The host does not
 	// start the process before, so nothing overtakes this byte.
 	if err := s.streams.Offer(id, conn); err != nil {
-		_, _ = conn.Write([]byte{wire.StreamRefused})
 		return err
 	}
-	if _, err := conn.Write([]byte{wire.StreamAccepted}); err != nil {
+	if _, err := conn.Write([]byte{wire.Accepted}); err != nil {
 		// The connection is the registry's now, and broken: it is dropped when nobody asks for it.
-		log.L.WithError(err).Warn("answer to a stdio stream's header")
+		log.L.WithError(err).Warn("answer to the opening of a stdio stream")
 	}
 	return nil
 }

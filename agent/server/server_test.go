@@ -164,8 +164,11 @@ func boot(t *testing.T, reply *agentv1.HelloReply) *host {
 }
 
 func good() *agentv1.HelloReply {
-	return &agentv1.HelloReply{ProtocolMajor: wire.Major, UnixNanos: 42, ShimVersion: "shim"}
+	return &agentv1.HelloReply{ProtocolMajor: wire.Major, UnixNanos: 42, ShimVersion: "shim", Token: testToken[:]}
 }
+
+// testToken is the one of all launches here.
+var testToken = wire.NewToken()
 
 // ended waits for the end of Run.
 func (h *host) ended() error {
@@ -189,7 +192,9 @@ func (h *host) dial(port uint32) net.Conn {
 }
 
 func (h *host) rpc() agentv1.AgentService {
-	c := ttrpc.NewClient(h.dial(wire.RPCPort))
+	conn := h.dial(wire.RPCPort)
+	require.NoError(h.t, wire.OpenRPC(conn, testToken))
+	c := ttrpc.NewClient(conn)
 	h.t.Cleanup(func() { _ = c.Close() })
 	return agentv1.NewAgentClient(c)
 }
@@ -224,9 +229,11 @@ func TestHandshakeFailures(t *testing.T) {
 		want  string
 	}{
 		"other version": {&agentv1.HelloReply{ProtocolMajor: wire.Major + 1, ShimVersion: "v9"},
-			`the shim (version "v9") speaks protocol 2.0, this agent (version v-test) 1.1`},
+			`the shim (version "v9") speaks protocol 3.0, this agent (version v-test) 2.0`},
+		"no token":    {&agentv1.HelloReply{ProtocolMajor: wire.Major}, "the launch's token has 0 bytes, want 32"},
+		"empty token": {&agentv1.HelloReply{ProtocolMajor: wire.Major, Token: make([]byte, wire.TokenLen)}, "all zeros"},
 		"refused": {&agentv1.HelloReply{ProtocolMajor: wire.Major, Error: "no"},
-			`the host refuses this agent (version v-test, protocol 1.1): "no"`},
+			`the host refuses this agent (version v-test, protocol 2.0): "no"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := boot(t, tc.reply)
@@ -307,23 +314,23 @@ func TestTooManyConnections(t *testing.T) {
 		_, err := clients[i].Ping(ctx(t), &agentv1.PingRequest{})
 		require.NoError(t, err)
 	}
-	_, err := h.rpc().Ping(ctx(t), &agentv1.PingRequest{})
-	require.Error(t, err)
-	_, err = h.client.Ping(ctx(t), &agentv1.PingRequest{})
+	require.ErrorContains(t, wire.OpenRPC(h.dial(wire.RPCPort), testToken), "too many connections")
+	_, err := h.client.Ping(ctx(t), &agentv1.PingRequest{})
 	require.NoError(t, err, "the ready connection does not count")
 }
 
 func TestStreams(t *testing.T) {
 	h := boot(t, good())
 	id := wire.NewStreamID()
-	require.NoError(t, wire.WriteStreamHeader(h.dial(wire.StreamPort), id))
-	require.ErrorContains(t, wire.WriteStreamHeader(h.dial(wire.StreamPort), id), "refused")
+	require.NoError(t, wire.OpenStream(h.dial(wire.StreamPort), testToken, id))
+	require.ErrorContains(t, wire.OpenStream(h.dial(wire.StreamPort), testToken, id), "refused")
 	half := h.dial(wire.StreamPort)
-	_, err := half.Write([]byte{1, 2, 3})
+	_, err := half.Write(append(testToken[:len(testToken):len(testToken)], 1, 2, 3))
 	require.NoError(t, err)
 	require.NoError(t, half.(*net.UnixConn).CloseWrite())
-	_, err = half.Read(make([]byte, 1))
-	require.ErrorIs(t, err, io.EOF)
+	answer, err := io.ReadAll(half)
+	require.NoError(t, err)
+	require.Equal(t, []byte{wire.Refused}, answer)
 }
 
 // The whole way of a container, over the protocol.
@@ -348,11 +355,11 @@ func TestContainer(t *testing.T) {
 	require.NoError(t, err)
 	in, out := wire.NewStreamID(), wire.NewStreamID()
 	stdin, stdout := h.dial(wire.StreamPort), h.dial(wire.StreamPort)
-	require.NoError(t, wire.WriteStreamHeader(stdin, in))
+	require.NoError(t, wire.OpenStream(stdin, testToken, in))
 	_, err = h.client.CreateContainer(ctx(t), &agentv1.CreateContainerRequest{ContainerId: "c", Spec: spec,
 		Stdio: &agentv1.Stdio{Stdin: in.String(), Stdout: out.String()}})
 	require.NoError(t, err)
-	require.NoError(t, wire.WriteStreamHeader(stdout, out))
+	require.NoError(t, wire.OpenStream(stdout, testToken, out))
 	started, err := h.client.StartProcess(ctx(t), &agentv1.StartProcessRequest{ContainerId: "c"})
 	require.NoError(t, err)
 	require.NotZero(t, started.GetPid())

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 
-	"github.com/containerd/log"
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
 
@@ -17,7 +16,7 @@ import (
 
 // Transport is how the agent and the host reach each other: vsock in a guest, unix sockets in tests.
 type Transport interface {
-	// Listen accepts connections of the host, and only of the host, on a port of wire.
+	// Listen accepts connections of the host, and only of the host, on a port of wire; of any process there.
 	Listen(port uint32) (net.Listener, error)
 	// DialReady connects to the host's ready port (wire.ReadyPort).
 	DialReady(ctx context.Context) (net.Conn, error)
@@ -47,14 +46,17 @@ func (vsockTransport) Listen(port uint32) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on vsock port %d: %w", port, err)
 	}
-	return hostListener{l}, nil
+	return &hostListener{Listener: l}, nil
 }
 
 // hostListener drops connections that come from elsewhere: with the loopback transport in the kernel, a container's
-// process could connect from the guest itself.
-type hostListener struct{ net.Listener }
+// process could connect from the guest itself. That the rest comes from the shim is for gate to find out.
+type hostListener struct {
+	net.Listener
+	refused tally
+}
 
-func (l hostListener) Accept() (net.Conn, error) {
+func (l *hostListener) Accept() (net.Conn, error) {
 	for {
 		conn, err := l.Listener.Accept()
 		if err != nil {
@@ -63,8 +65,8 @@ func (l hostListener) Accept() (net.Conn, error) {
 		if from, ok := conn.RemoteAddr().(*vsock.Addr); ok && from.ContextID == vsock.Host {
 			return conn, nil
 		}
-		log.L.WithField("from", conn.RemoteAddr().String()).Warn("refused a vsock connection that is not the host's")
 		_ = conn.Close()
+		l.refused.warn("refused vsock connections that are not the host's", fmt.Errorf("from %s", conn.RemoteAddr()))
 	}
 }
 

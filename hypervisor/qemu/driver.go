@@ -125,8 +125,8 @@ func (d *Driver) Accelerator(ctx context.Context, want string) (hypervisor.Accel
 
 // Start implements hypervisor.Driver.
 func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervisor.Resources) (_ hypervisor.VM, err error) {
-	// QEMU gets copies.
-	defer res.Close()
+	// QEMU gets copies; the transport becomes the VM's.
+	defer func() { res.Close() }()
 	if err := d.Validate(doc); err != nil {
 		return nil, err
 	}
@@ -149,7 +149,12 @@ func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervi
 	if err != nil {
 		return nil, err
 	}
-	if err := v.start(ctx, b.path, cmdline, res); err != nil {
+	kernel := res.Vsock
+	if kernel != nil {
+		v.transport, res.Vsock = kernel, nil
+		defer kernel.ReleaseDevice()
+	}
+	if err := v.start(ctx, b.path, cmdline, res, kernel); err != nil {
 		return nil, errors.Join(err, v.discard())
 	}
 	return v, nil
@@ -175,8 +180,15 @@ func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]st
 			f.Add("nic %s: no vhost-net was given", n.ID)
 		}
 	}
-	if doc.Vsock.Kind == hypervisor.VsockVhost && res.VhostVsock == nil {
-		f.Add("vsock: no vhost-vsock device was given")
+	switch kernel := res.Vsock; {
+	case doc.Vsock.Kind != hypervisor.VsockVhost:
+		if kernel != nil {
+			f.Add("vsock: the kernel's transport was given, and the document asks for %s", doc.Vsock.Kind)
+		}
+	case kernel == nil:
+		f.Add("vsock: the kernel's transport was not given")
+	case kernel.CID() != doc.Vsock.CID:
+		f.Add("vsock: the transport that was given holds context id %d, the document has %d", kernel.CID(), doc.Vsock.CID)
 	}
 	if fi, err := os.Stat(res.StateDir); err != nil || !fi.IsDir() || !filepath.IsAbs(res.StateDir) {
 		f.Add("state directory %q: no absolute path of a directory", res.StateDir)
@@ -196,8 +208,9 @@ func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]st
 	return drivers, nil
 }
 
-// start opens what the VM needs and starts QEMU. On an error the process is gone; the caller calls discard.
-func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hypervisor.Resources) error {
+// start opens what the VM needs and starts QEMU. On an error the process is gone; the caller calls discard. kernel is nil but
+// with the kernel's vsock.
+func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hypervisor.Resources, kernel *vsock.Kernel) error {
 	given := map[string]*os.File{}
 	for id, f := range res.Taps {
 		given[fileTap+id] = f
@@ -218,11 +231,7 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 	}
 	switch v.doc.Vsock.Kind {
 	case hypervisor.VsockVhost:
-		k, err := vsock.NewKernel(v.doc.Vsock.CID)
-		if err != nil {
-			return err
-		}
-		v.transport, given[fileVsock] = k, res.VhostVsock
+		given[fileVsock] = kernel.Device()
 	case hypervisor.VsockVhostUser:
 		dev, err := vhostuser.New(vhostuser.Config{GuestCID: v.doc.Vsock.CID})
 		if err != nil {

@@ -23,50 +23,129 @@ const (
 	vhostVsockDevice = "/dev/vhost-vsock"
 	// vhostVsockSetGuestCID is VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h: _IOW(0xAF, 0x60, __u64).
 	vhostVsockSetGuestCID = 0x4008AF60
-	// firstGuestCID and lastGuestCID are what a guest gets: 0 to 2 are reserved, and wire.ReadyPort adds to the number.
+	// firstGuestCID and lastGuestCID are what a guest gets: 0 to 2 are reserved, and 2^32-1 means any.
 	firstGuestCID = 3
 	lastGuestCID  = 1<<31 - 1
-	// cidAttempts bounds the search; with random ids even two attempts are rare.
-	cidAttempts = 64
+	// reserveAttempts bounds the search; with random ids even two attempts are rare.
+	reserveAttempts = 64
 )
 
-// AllocateCID reserves a context id that no VM on this host uses, and returns the open vhost-vsock device that holds it:
-// it is passed to QEMU as vhostfd (`-device vhost-vsock-pci,guest-cid=CID,vhostfd=N`). The id is free again once all
-// copies of the file are closed. It fails with errdefs.ErrUnavailable where the kernel has no vhost-vsock.
-func AllocateCID(ctx context.Context) (uint32, *os.File, error) {
-	return allocateCID(ctx, vhostVsockDevice, setGuestCID)
+// Kernel is the Transport over the kernel's vhost-vsock, to one guest: it holds the guest's context id, and the port of the
+// host where this guest says that it is ready.
+//
+// Ports of listeners belong to the host, not to a VM: with this transport two VMs on a host cannot have a listener on
+// the same port. Connections of other VMs and of the host's own processes are closed.
+type Kernel struct {
+	cid    uint32
+	device *os.File
+	dial   func(ctx context.Context, cid, port uint32) (Conn, error)
+	listen func(port uint32) (net.Listener, error)
+
+	ctx  context.Context // ends with Close
+	stop context.CancelFunc
+
+	mu     sync.Mutex
+	open   map[interface{ Close() error }]struct{} // nil once closed
+	closed bool
+	// ready is the listener that was bound with the context id, until Listen hands it out.
+	ready     *kernelListener
+	readyPort uint32
 }
 
-func allocateCID(ctx context.Context, device string, set func(*os.File, uint32) error) (cid uint32, _ *os.File, err error) {
-	f, err := os.OpenFile(device, os.O_RDWR|unix.O_CLOEXEC, 0)
+var _ Transport = (*Kernel)(nil)
+
+// kernelAPI is what Kernel needs of the kernel, replaced in tests.
+type kernelAPI struct {
+	device string
+	setCID func(*os.File, uint32) error
+	dial   func(ctx context.Context, cid, port uint32) (Conn, error)
+	listen func(port uint32) (net.Listener, error)
+}
+
+// NewKernel reserves a context id that no VM on this host uses, with the port of the host that readyPort gives for it:
+// both are this guest's before its VMM starts. The id is free again once all copies of Device are closed.
+//
+// It fails with errdefs.ErrUnavailable where the kernel has no vhost-vsock, with errdefs.ErrPermissionDenied where this
+// process may not use it or not bind the port (below 1024: CAP_NET_BIND_SERVICE), and with errdefs.ErrResourceExhausted,
+// naming a port that somebody else has, when all that it tries are taken.
+func NewKernel(ctx context.Context, readyPort func(cid uint32) uint32) (*Kernel, error) {
+	return newKernel(ctx, kernelAPI{device: vhostVsockDevice, setCID: setGuestCID, dial: dialKernel, listen: listenKernel}, readyPort)
+}
+
+func newKernel(ctx context.Context, api kernelAPI, readyPort func(cid uint32) uint32) (_ *Kernel, err error) {
+	f, err := os.OpenFile(api.device, os.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
-		return 0, nil, fmt.Errorf("no vhost-vsock on this host (%w); load the module with `modprobe vhost_vsock`, "+
+		return nil, fmt.Errorf("no vhost-vsock on this host (%w); load the module with `modprobe vhost_vsock`, "+
 			"or choose the vhost-user transport: %w", err, errdefs.ErrUnavailable)
 	case errors.Is(err, fs.ErrPermission):
-		return 0, nil, fmt.Errorf("vhost-vsock is not permitted (%w); run as root or give this user access to %s: %w",
-			err, device, errdefs.ErrPermissionDenied)
+		return nil, fmt.Errorf("vhost-vsock is not permitted (%w); run as root or give this user access to %s: %w",
+			err, api.device, errdefs.ErrPermissionDenied)
 	case err != nil:
-		return 0, nil, fmt.Errorf("vhost-vsock: %w", err)
+		return nil, fmt.Errorf("vhost-vsock: %w", err)
 	}
+	k := &Kernel{device: f, dial: api.dial, listen: api.listen, open: make(map[interface{ Close() error }]struct{})}
+	k.ctx, k.stop = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, f.Close())
+			err = errors.Join(err, k.Close())
 		}
 	}()
-	for range cidAttempts {
+	var taken error
+	for range reserveAttempts {
 		if err := ctx.Err(); err != nil {
-			return 0, nil, fmt.Errorf("vsock context id: %w", err)
+			return nil, fmt.Errorf("vsock context id: %w", err)
 		}
-		cid := firstGuestCID + rand.Uint32N(lastGuestCID-firstGuestCID+1)
-		switch err := set(f, cid); {
-		case err == nil:
-			return cid, f, nil
-		case !errors.Is(err, unix.EADDRINUSE):
-			return 0, nil, fmt.Errorf("set vsock context id %d at %s: %w", cid, device, err)
+		// The device keeps the last id that was set.
+		k.cid = firstGuestCID + rand.Uint32N(lastGuestCID-firstGuestCID+1)
+		switch err := api.setCID(f, k.cid); {
+		case errors.Is(err, unix.EADDRINUSE):
+			taken = fmt.Errorf("another VM of this host has context id %d", k.cid)
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("set vsock context id %d at %s: %w", k.cid, api.device, err)
 		}
+		port := readyPort(k.cid)
+		l, err := k.Listen(port)
+		switch {
+		case errdefs.IsAlreadyExists(err):
+			taken = err
+			continue
+		case err != nil:
+			return nil, err
+		}
+		k.ready, k.readyPort = l.(*kernelListener), port
+		return k, nil
 	}
-	return 0, nil, fmt.Errorf("%d random vsock context ids are all in use at %s: %w", cidAttempts, device, errdefs.ErrResourceExhausted)
+	return nil, fmt.Errorf("no vsock context id with a free port after %d attempts, of which the last: %w: %w",
+		reserveAttempts, taken, errdefs.ErrResourceExhausted)
+}
+
+// CID is the guest's context id.
+func (k *Kernel) CID() uint32 { return k.cid }
+
+// Device is the open /dev/vhost-vsock that holds the context id, for the VMM (QEMU: `-device
+// vhost-vsock-pci,guest-cid=CID,vhostfd=N`). It stays the transport's.
+func (k *Kernel) Device() *os.File { return k.device }
+
+// ReleaseDevice closes this process's copy of the device, when the VMM has one of its own: the kernel ends the guest's
+// connections, and frees its memory, with the last copy.
+func (k *Kernel) ReleaseDevice() { _ = k.device.Close() }
+
+func dialKernel(ctx context.Context, cid, port uint32) (Conn, error) {
+	c, err := mdlayher.DialContext(ctx, cid, port, nil)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func listenKernel(port uint32) (net.Listener, error) {
+	l, err := mdlayher.ListenContextID(HostCID, port, nil)
+	if err != nil {
+		return nil, err
+	}
+	return l, nil
 }
 
 // setGuestCID hands the kernel a pointer to a 64-bit id.
@@ -80,61 +159,16 @@ func setGuestCID(f *os.File, cid uint32) error {
 	return errors.Join(err, errno)
 }
 
-// Kernel is the Transport over the kernel's vhost-vsock.
-//
-// Ports of listeners belong to the host, not to a VM: with this transport two VMs on a host cannot have a listener on
-// the same port. Connections of other VMs are closed.
-type Kernel struct {
-	cid    uint32
-	dial   func(ctx context.Context, cid, port uint32) (Conn, error)
-	listen func(port uint32) (net.Listener, error)
-
-	ctx  context.Context // ends with Close
-	stop context.CancelFunc
-
-	mu     sync.Mutex
-	open   map[interface{ Close() error }]struct{} // nil once closed
-	closed bool
-}
-
-var _ Transport = (*Kernel)(nil)
-
-// NewKernel returns the transport to the guest with a context id, such as AllocateCID gave.
-func NewKernel(cid uint32) (*Kernel, error) {
-	if cid < firstGuestCID || cid > lastGuestCID {
-		return nil, fmt.Errorf("vsock context id %d for a guest: %d to %d are possible: %w",
-			cid, firstGuestCID, uint32(lastGuestCID), errdefs.ErrInvalidArgument)
-	}
-	return newKernel(cid,
-		func(ctx context.Context, cid, port uint32) (Conn, error) {
-			c, err := mdlayher.DialContext(ctx, cid, port, nil)
-			if err != nil {
-				return nil, err
-			}
-			return c, nil
-		},
-		func(port uint32) (net.Listener, error) {
-			l, err := mdlayher.ListenContextID(HostCID, port, nil)
-			if err != nil {
-				return nil, err
-			}
-			return l, nil
-		}), nil
-}
-
-func newKernel(cid uint32, dial func(context.Context, uint32, uint32) (Conn, error), listen func(uint32) (net.Listener, error)) *Kernel {
-	k := &Kernel{cid: cid, dial: dial, listen: listen, open: make(map[interface{ Close() error }]struct{})}
-	k.ctx, k.stop = context.WithCancel(context.Background())
-	return k
-}
-
 // Dial implements Transport.
 func (k *Kernel) Dial(ctx context.Context, port uint32) (Conn, error) {
-	ctx, cancel := context.WithCancel(ctx)
+	// Package mdlayher/socket watches a context that has a deadline for nothing else, so that Close and the caller's cancel
+	// would have to wait for it: dial gets one without.
+	dialling, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
+	defer context.AfterFunc(ctx, cancel)()
 	defer context.AfterFunc(k.ctx, cancel)()
 	for {
-		c, err := k.dial(ctx, k.cid, port)
+		c, err := k.dial(dialling, k.cid, port)
 		switch {
 		case err == nil:
 			return k.keep(c)
@@ -176,30 +210,48 @@ func (k *Kernel) remove(c interface{ Close() error }) {
 	delete(k.open, c)
 }
 
-// Listen implements Transport.
+// Listen implements Transport. The port that was reserved with the context id is bound already.
 func (k *Kernel) Listen(port uint32) (net.Listener, error) {
+	if l := k.reserved(port); l != nil {
+		return l, nil
+	}
 	l, err := k.listen(port)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("listen on vsock port %d: a process of this host has it, with the kernel's vsock a port "+
-			"serves one VM only (%w): %w", port, err, errdefs.ErrAlreadyExists)
+		return nil, fmt.Errorf("listen on vsock port %d of this host: another process has it (%w): %w", port, err, errdefs.ErrAlreadyExists)
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("listen on vsock port %d of this host: a port below 1024 needs CAP_NET_BIND_SERVICE, as root has it (%w): %w",
+			port, err, errdefs.ErrPermissionDenied)
 	case err != nil:
-		return nil, fmt.Errorf("listen on vsock port %d: %w", port, err)
+		return nil, fmt.Errorf("listen on vsock port %d of this host: %w", port, err)
 	}
 	kl := &kernelListener{Listener: l, k: k}
 	if err := k.add(kl); err != nil {
-		return nil, fmt.Errorf("listen on vsock port %d: %w", port, errors.Join(err, l.Close()))
+		return nil, fmt.Errorf("listen on vsock port %d of this host: %w", port, errors.Join(err, l.Close()))
 	}
 	return kl, nil
 }
 
-// Close implements Transport. The file that AllocateCID gave is the caller's.
+// reserved hands out the listener that was bound with the context id, once.
+func (k *Kernel) reserved(port uint32) net.Listener {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.ready == nil || k.closed || port != k.readyPort {
+		return nil
+	}
+	l := k.ready
+	k.ready = nil
+	return l
+}
+
+// Close implements Transport. It closes Device as well.
 func (k *Kernel) Close() error {
 	k.stop()
 	k.mu.Lock()
 	open := k.open
 	k.open, k.closed = nil, true
 	k.mu.Unlock()
+	k.ReleaseDevice()
 	var errs []error
 	for c := range open {
 		errs = append(errs, c.Close())

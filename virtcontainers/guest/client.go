@@ -23,6 +23,8 @@ import (
 // Client is the connection to one agent.
 type Client struct {
 	transport vsock.Transport
+	// token proves to the agent that a connection is this client's.
+	token wire.Token
 	// rpc is for calls, waits for those that wait.
 	rpc, waits agentv1.AgentService
 	hello      *agentv1.Hello
@@ -44,17 +46,18 @@ func Accept(ctx context.Context, transport vsock.Transport, ready net.Listener, 
 	if err != nil {
 		return nil, err
 	}
-	hello, err := shakeHands(conn, check)
+	token := wire.NewToken()
+	hello, err := shakeHands(conn, token, check)
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	c := &Client{transport: transport, hello: hello, timeout: timeout}
+	c := &Client{transport: transport, token: token, hello: hello, timeout: timeout}
 	c.rpc = c.connect(conn)
-	second, err := transport.Dial(ctx, wire.RPCPort)
+	second, err := c.openRPC(ctx)
 	if err != nil {
 		c.Close()
-		return nil, fmt.Errorf("open the second connection to the agent: %w", err)
+		return nil, fmt.Errorf("the second connection to the agent: %w", err)
 	}
 	c.waits = c.connect(second)
 	return c, nil

@@ -59,7 +59,7 @@ func TestHandshake(t *testing.T) {
 				_ = wire.ReadFrame(agent, reply)
 				replies <- reply
 			}()
-			hello, err := shakeHands(host, func(*agentv1.Hello) error { return nil })
+			hello, err := shakeHands(host, wire.NewToken(), func(*agentv1.Hello) error { return nil })
 			reply := <-replies
 			if tc.want == "" {
 				require.NoError(t, err)
@@ -100,7 +100,7 @@ func TestHandshakeWithAGuestThatRefuses(t *testing.T) {
 			_ = wire.WriteFrame(agent, &agentv1.Hello{ProtocolMajor: wire.Major + 1, Refusal: tc.words})
 			_ = agent.Close()
 		}()
-		_, err := shakeHands(host, func(*agentv1.Hello) error { return nil })
+		_, err := shakeHands(host, wire.NewToken(), func(*agentv1.Hello) error { return nil })
 		require.EqualError(t, err, tc.want)
 		require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 		require.NoError(t, host.Close())
@@ -120,7 +120,7 @@ func TestHandshakeWithAnotherLaunch(t *testing.T) {
 		replies <- reply
 	}()
 	other := fmt.Errorf("its guest says another platform: %w", errdefs.ErrFailedPrecondition)
-	_, err := shakeHands(host, func(h *agentv1.Hello) error {
+	_, err := shakeHands(host, wire.NewToken(), func(h *agentv1.Hello) error {
 		require.Equal(t, "snp", h.GetTee())
 		return other
 	})
@@ -149,7 +149,7 @@ func FuzzHandshake(f *testing.F) {
 			_ = wire.ReadFrame(agent, &agentv1.HelloReply{})
 			_ = agent.Close()
 		}()
-		hello, err := shakeHands(host, func(*agentv1.Hello) error { return nil })
+		hello, err := shakeHands(host, wire.NewToken(), func(*agentv1.Hello) error { return nil })
 		if err != nil {
 			require.Nil(t, hello)
 			return

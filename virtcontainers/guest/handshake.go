@@ -48,7 +48,8 @@ func acceptContext(ctx context.Context, l net.Listener) (net.Conn, error) {
 	return conn, nil
 }
 
-func shakeHands(conn net.Conn, check func(*agentv1.Hello) error) (*agentv1.Hello, error) {
+// shakeHands exchanges Hello and HelloReply. An agent that is not refused gets the token.
+func shakeHands(conn net.Conn, token wire.Token, check func(*agentv1.Hello) error) (*agentv1.Hello, error) {
 	if err := conn.SetDeadline(time.Now().Add(handshakeTime)); err != nil {
 		return nil, err
 	}
@@ -69,6 +70,8 @@ func shakeHands(conn net.Conn, check func(*agentv1.Hello) error) (*agentv1.Hello
 	}
 	if refused != nil {
 		reply.Error = refused.Error()
+	} else {
+		reply.Token = token[:]
 	}
 	if err := wire.WriteFrame(conn, reply); err != nil {
 		return nil, fmt.Errorf("answer the agent's hello: %w", err)
@@ -79,7 +82,10 @@ func shakeHands(conn net.Conn, check func(*agentv1.Hello) error) (*agentv1.Hello
 	if len(hello.BootTimeline) > maxBootMarks {
 		hello.BootTimeline = hello.BootTimeline[:maxBootMarks]
 	}
-	return hello, conn.SetDeadline(time.Time{})
+	if err := conn.SetDeadline(time.Time{}); err != nil {
+		return nil, fmt.Errorf("after the agent's hello: %w", err)
+	}
+	return hello, nil
 }
 
 func checkVersion(hello *agentv1.Hello) error {

@@ -4,11 +4,8 @@ package guest
 
 import (
 	"context"
-	"fmt"
-	"time"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
-	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 )
 
@@ -63,23 +60,4 @@ func (c *Client) OpenStdio(ctx context.Context, stdio Stdio) (*Streams, *agentv1
 		*one.conn, *one.id = conn, id.String()
 	}
 	return &s, req, nil
-}
-
-// openStream connects one stream.
-func (c *Client) openStream(ctx context.Context) (vsock.Conn, wire.StreamID, error) {
-	id := wire.NewStreamID()
-	conn, err := c.transport.Dial(ctx, wire.StreamPort)
-	if err != nil {
-		return nil, id, fmt.Errorf("connect a stdio stream: %w", err)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	err = wire.WriteStreamHeader(conn, id)
-	if !stop() && err == nil {
-		err = ctx.Err()
-	}
-	if err != nil {
-		_ = conn.Close()
-		return nil, id, err
-	}
-	return conn, id, nil
 }

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/pvh"
@@ -37,9 +38,9 @@ type Host struct {
 	VhostNet bool
 }
 
-// Host finds out what the document leaves to the host, but for the kernel. With the kernel's vsock the file that holds the
-// CID comes with it; the caller closes it.
-func (p *Plan) Host(ctx context.Context) (Host, *os.File, error) {
+// Host finds out what the document leaves to the host, but for the guest's kernel. With the kernel's vsock the transport that
+// holds the CID, and the port where the agent reports, come with it; the caller closes it.
+func (p *Plan) Host(ctx context.Context) (Host, *vsock.Kernel, error) {
 	accel, err := p.accelerator(ctx)
 	if err != nil {
 		return Host{}, nil, err
@@ -48,12 +49,12 @@ func (p *Plan) Host(ctx context.Context) (Host, *os.File, error) {
 	if h.Vsock == hypervisor.VsockVhostUser {
 		return h, nil, nil
 	}
-	cid, file, err := vsock.AllocateCID(ctx)
+	kernel, err := vsock.NewKernel(ctx, wire.ReadyPort)
 	if err != nil {
 		return Host{}, nil, fmt.Errorf("hypervisor.vsock = %q: %w", p.cfg.Hypervisor.Vsock, err)
 	}
-	h.CID = cid
-	return h, file, nil
+	h.CID = kernel.CID()
+	return h, kernel, nil
 }
 
 func (p *Plan) accelerator(ctx context.Context) (hypervisor.Accelerator, error) {

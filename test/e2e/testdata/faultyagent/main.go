@@ -65,7 +65,7 @@ func fail(ctx context.Context, fault string) error {
 	}
 	switch fault {
 	case "other-protocol":
-		return hello(ctx, &agentv1.Hello{ProtocolMajor: wire.Major + 98, AgentVersion: "from-the-future"})
+		return hello(ctx, &agentv1.Hello{ProtocolMajor: 99, AgentVersion: "from-the-future"})
 	case "garbage":
 		return garbage(ctx)
 	case "exit-later":
