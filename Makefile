@@ -163,7 +163,7 @@ lint: ## gofmt, go vet, staticcheck, shell syntax, length of lines and files
 	set -x; $(GO) vet -tags seccomp ./... $$programs; $(GO) tool staticcheck -tags seccomp ./... $$programs
 	@wide=$$(LC_ALL=C.UTF-8 git grep --untracked -nE '^.{141,}' -- '*.go' '*.md' '*.proto' ':!*.pb.go' | cut -c 1-80 || :); \
 	if [ -n "$$wide" ]; then echo "lines of more than 140 columns, break them:" >&2; echo "$$wide" >&2; exit 1; fi
-	@for script in tools/setup tools/conformance/build tools/left-out tools/qemu-next/run .ci/run; do bash -n $$script; done
+	@for script in tools/setup tools/conformance/build tools/left-out tools/qemu-next/run tools/test-kvm/{run,lane,inner} .ci/run; do bash -n $$script; done
 	@long=$$(git ls-files -co --exclude-standard '*.go' | grep -vE '(_test|\.pb)\.go$$' | xargs -r wc -l | \
 	  awk '$$2 != "total" && $$1 > 500 { print $$2 " (" $$1 " lines)" }'); \
 	if [ -n "$$long" ]; then echo "longer than 500 lines, split them:" $$long >&2; exit 1; fi
@@ -216,6 +216,11 @@ test-qemu-next: setup ## Command lines of all platforms against a newer QEMU, wh
 .PHONY: test-e2e
 test-e2e: ## End-to-end tests on what is built (as root)
 	CLOISTER_E2E=required $(GO) test -count=1 -p 1 -timeout 90m $(if $(RUN),-run '$(RUN)' -v) ./test/...
+
+# KVM on an emulated CPU, see tools/test-kvm/run. RUN is what test-e2e has as well.
+.PHONY: test-kvm
+test-kvm: setup conformance build guest ## Tests on real KVM, vhost-vsock, vhost-net and cgroup v2, in an emulated machine (as root)
+	@tools/test-kvm/run $(if $(RUN),-- tools/test-kvm/lane '$(RUN)')
 
 .PHONY: bench
 bench: setup conformance build guest ## Measure the budget table (as root)
