@@ -183,10 +183,10 @@ func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]st
 	switch kernel := res.Vsock; {
 	case doc.Vsock.Kind != hypervisor.VsockVhost:
 		if kernel != nil {
-			f.Add("vsock: the kernel's transport was given, and the document asks for %s", doc.Vsock.Kind)
+			f.Add("vsock: a transport over the kernel's vhost-vsock was given, and the document asks for %s", doc.Vsock.Kind)
 		}
 	case kernel == nil:
-		f.Add("vsock: the kernel's transport was not given")
+		f.Add("vsock: no transport over the kernel's vhost-vsock was given")
 	case kernel.CID() != doc.Vsock.CID:
 		f.Add("vsock: the transport that was given holds context id %d, the document has %d", kernel.CID(), doc.Vsock.CID)
 	}
