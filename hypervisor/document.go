@@ -29,6 +29,8 @@ const (
 	VsockVhost VsockKind = "vhost"
 	// VsockVhostUser is the device embedded in this process; it needs Memory.Shared.
 	VsockVhostUser VsockKind = "vhost-user"
+	// VsockHybrid is the VMM's own device, reached over unix sockets (package vsock/hybrid).
+	VsockHybrid VsockKind = "hybrid"
 )
 
 // Document describes a VM before it starts. It is pure data.

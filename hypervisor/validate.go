@@ -104,13 +104,13 @@ func (f *Faults) boot(d Document) {
 
 func (f *Faults) vsock(d Document) {
 	switch d.Vsock.Kind {
-	case VsockVhost:
+	case VsockVhost, VsockHybrid:
 	case VsockVhostUser:
 		if !d.Memory.Shared {
 			f.Add("vsock.kind %q needs memory.shared", d.Vsock.Kind)
 		}
 	default:
-		f.Add("vsock.kind %q is neither %q nor %q", d.Vsock.Kind, VsockVhost, VsockVhostUser)
+		f.Add("vsock.kind %q is none of %q, %q and %q", d.Vsock.Kind, VsockVhost, VsockVhostUser, VsockHybrid)
 	}
 	if d.Vsock.CID < 3 || d.Vsock.CID == 1<<32-1 {
 		f.Add("vsock.cid %d is not between 3 and 4294967294", d.Vsock.CID)

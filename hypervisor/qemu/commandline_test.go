@@ -123,3 +123,9 @@ func TestValidate(t *testing.T) {
 		})
 	}
 }
+
+func TestValidateRefusesHybridVsock(t *testing.T) {
+	d := goldenDocument()
+	d.Vsock.Kind = hypervisor.VsockHybrid
+	require.ErrorContains(t, new(Driver).Validate(d), "QEMU has no such device")
+}

@@ -29,6 +29,9 @@ func (*Driver) Validate(doc hypervisor.Document) error {
 	if !cpuModelPattern.MatchString(doc.CPU.Model) {
 		f.Add("cpu.model %q is no CPU model", doc.CPU.Model)
 	}
+	if doc.Vsock.Kind == hypervisor.VsockHybrid {
+		f.Add("vsock.kind %q: QEMU has no such device", doc.Vsock.Kind)
+	}
 	if doc.CPU.Count > maxCPUs {
 		f.Add("cpu.count %d is more than %d", doc.CPU.Count, maxCPUs)
 	}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cloudhypervisor
+
+import (
+	"github.com/cloister-project/cloister/hypervisor"
+)
+
+const (
+	// maxCPUs keeps APIC ids in 8 bits: no interrupt remapping needed.
+	maxCPUs = 240
+	// maxDevices are the 32 places of the first PCI segment, less those of the host bridge, the entropy source, vsock and
+	// pvpanic.
+	maxDevices = 32 - 4
+	// cpuHost is the only CPU there is.
+	cpuHost = "host"
+)
+
+// Validate checks everything about a document that can be told without touching the host: what holds for every VMM, and what
+// Cloud Hypervisor does not do. The error is errdefs.ErrInvalidArgument and names every fault.
+func Validate(doc hypervisor.Document) error {
+	f := doc.Faults()
+	if a := doc.Arch(); a != hypervisor.ArchAMD64 {
+		f.Add("architecture %q: Cloud Hypervisor runs %q guests here; choose hypervisor.kind \"qemu\"", a, hypervisor.ArchAMD64)
+	}
+	if doc.Accelerator != hypervisor.AccelKVM {
+		f.Add("accelerator %q: Cloud Hypervisor has %q only, it does not emulate; choose hypervisor.kind \"qemu\"",
+			doc.Accelerator, hypervisor.AccelKVM)
+	}
+	if m := doc.CPU.Model; m != "" && m != cpuHost {
+		f.Add("cpu.model %q: Cloud Hypervisor has no CPU models, the guest gets the host's; leave it empty", m)
+	}
+	if doc.CPU.Count > maxCPUs {
+		f.Add("cpu.count %d is more than %d", doc.CPU.Count, maxCPUs)
+	}
+	if doc.Boot.Firmware != "" {
+		f.Add("boot.firmware: Cloud Hypervisor boots the kernel directly; leave it empty")
+	}
+	if doc.Vsock.Kind != hypervisor.VsockHybrid {
+		f.Add("vsock.kind %q: Cloud Hypervisor has its own device, %q", doc.Vsock.Kind, hypervisor.VsockHybrid)
+	}
+	for _, n := range doc.NICs {
+		if n.VhostNet {
+			f.Add("nic %s: Cloud Hypervisor does not use the kernel's vhost-net", n.ID)
+		}
+	}
+	if n := len(doc.Disks) + len(doc.NICs) + doc.SharedDirectories; n > maxDevices {
+		f.Add("%d disks, NICs and shared directories are more than the %d that have a place on the PCI bus", n, maxDevices)
+	}
+	if doc.Confidential != nil {
+		f = append(f, confidential(*doc.Confidential)...)
+	}
+	return f.Err()
+}
+
+// confidential refuses every confidential VM, with its reason.
+func confidential(c hypervisor.Confidential) (f hypervisor.Faults) {
+	switch {
+	case c.SNP != nil:
+		f.Add("platform %q with Cloud Hypervisor needs an IGVM file per vCPU count, not supported yet; "+
+			"choose hypervisor.kind \"qemu\"", c.Platform)
+	case c.TDX != nil:
+		f.Add("platform %q: Cloud Hypervisor speaks the interface that KVM had before TDX was merged into Linux, and gives the "+
+			"guest no quotes; choose hypervisor.kind \"qemu\"", c.Platform)
+	case c.SecureExecution:
+		f.Add("platform %q: Cloud Hypervisor does not run on IBM Z; choose hypervisor.kind \"qemu\"", c.Platform)
+	default:
+		f.Add("platform %q: Cloud Hypervisor gives virtio devices the DMA rules of a confidential guest only where hardware "+
+			"protects it; choose hypervisor.kind \"qemu\"", c.Platform)
+	}
+	return f
+}
