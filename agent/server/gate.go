@@ -86,17 +86,17 @@ func (g *gate) close() {
 
 // tally logs what others can cause as often as they like: the first time, the tenth, the hundredth and so on.
 type tally struct {
-	mu   sync.Mutex
-	n    uint64
-	next uint64
+	mu      sync.Mutex
+	n, next uint64
 }
 
 func (t *tally) warn(what string, last error) {
 	t.mu.Lock()
 	t.n++
-	due := t.n > t.next
+	t.next = max(t.next, 1)
+	due := t.n == t.next
 	if due {
-		t.next = max(t.next*10, 9)
+		t.next *= 10
 	}
 	n := t.n
 	t.mu.Unlock()

@@ -33,8 +33,7 @@ func TestKernelVsock(t *testing.T) {
 		}
 	}
 	n := sharedNode(t)
-	drop := "[hypervisor]\naccel = 'kvm'\nvsock = 'vhost'\n"
-	require.NoError(t, n.WriteDropIn("kernel-vsock", drop))
+	require.NoError(t, n.WriteDropIn("kernel-vsock", "[hypervisor]\naccel = 'kvm'\nvsock = 'vhost'\n"))
 	cleanup(t, "the settings", func(context.Context) error { return n.RemoveDropIn("kernel-vsock") })
 	pod := runPod(t, n, harness.PodSpec{})
 	c := runContainer(t, pod, harness.ContainerSpec{})

@@ -41,7 +41,7 @@ func sharedNode(t *testing.T) *harness.Node {
 	shared.mu.Lock()
 	defer shared.mu.Unlock()
 	if shared.node == nil {
-		shared.node = startNode(t, harness.Options{})
+		shared.node = startNode(t, harness.Options{DropIn: os.Getenv("CLOISTER_E2E_DROPIN")})
 	}
 	n := shared.node
 	t.Cleanup(func() { // runs after the test's own clean-ups, which were added later
