@@ -11,6 +11,9 @@ const (
 	AccelTCG Accelerator = "tcg"
 )
 
+// AccelAuto asks for KVM where the CPU has hardware virtualization, else for emulation if the VMM has it.
+const AccelAuto = "auto"
+
 // Architecture is the guest's instruction set, in Go's words (GOARCH).
 type Architecture string
 

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/hostcheck"
 	"github.com/cloister-project/cloister/hypervisor/pvh"
 )
 
@@ -32,7 +33,7 @@ func bootFiles(f *hypervisor.Faults, doc hypervisor.Document) {
 	b := doc.Boot
 	switch {
 	case b.Sealed:
-		bootFile(f, "boot.kernel", b.Kernel)
+		hostcheck.BootFile(f, "boot.kernel", b.Kernel)
 	case doc.Arch() == hypervisor.ArchS390X:
 		limit, err := s390CommandLineSize(b.Kernel)
 		if err != nil {
@@ -49,18 +50,10 @@ func bootFiles(f *hypervisor.Faults, doc hypervisor.Document) {
 		}
 	}
 	if !b.Sealed {
-		bootFile(f, "boot.initrd", b.Initrd)
+		hostcheck.BootFile(f, "boot.initrd", b.Initrd)
 	}
 	if b.Firmware != "" {
-		bootFile(f, "boot.firmware", b.Firmware)
-	}
-}
-
-func bootFile(f *hypervisor.Faults, field, path string) {
-	if fi, err := os.Stat(path); err != nil {
-		f.Add("%s: %w", field, err)
-	} else if !fi.Mode().IsRegular() || fi.Size() == 0 {
-		f.Add("%s: %s is empty or no regular file", field, path)
+		hostcheck.BootFile(f, "boot.firmware", b.Firmware)
 	}
 }
 

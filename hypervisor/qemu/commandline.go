@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 )
 
 // Names of the files that a command line expects to be inherited, in CommandLine.Files.
@@ -40,7 +41,7 @@ const (
 // commandLine of QEMU.
 type commandLine struct {
 	args []string
-	// files names what is inherited, from firstInheritedFD on.
+	// files names what is inherited, from supervise.FirstInheritedFD on.
 	files []string
 }
 
@@ -175,7 +176,7 @@ func (b *builder) device(props ...string) { b.add("-device", strings.Join(props,
 // fd returns the number of the next inherited file.
 func (b *builder) fd(name string) string {
 	b.files = append(b.files, name)
-	return strconv.Itoa(firstInheritedFD + len(b.files) - 1)
+	return strconv.Itoa(supervise.FirstInheritedFD + len(b.files) - 1)
 }
 
 func (b *builder) chardevSocket(id, file string) {

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 	"github.com/cloister-project/cloister/tee/abi"
 )
 
@@ -34,7 +35,7 @@ func describe(doc hypervisor.Document, b *program) (hypervisor.Invocation, error
 	}
 	i := hypervisor.Invocation{Binary: b.path, Args: line.args}
 	for n, name := range line.files {
-		i.Files = append(i.Files, hypervisor.InheritedFile{FD: firstInheritedFD + n, Name: name, What: describeFile(name)})
+		i.Files = append(i.Files, hypervisor.InheritedFile{FD: supervise.FirstInheritedFD + n, Name: name, What: describeFile(name)})
 	}
 	return i, nil
 }

@@ -48,7 +48,7 @@
 //
 // # Locks
 //
-// vm.mu guards the tables of disks, ports and waiters. It is never held over a QMP command or other I/O.
+// vm.mu guards what the events said and who waits for one. It is never held over a QMP command or other I/O.
 //
 // # Trust
 //

@@ -8,22 +8,17 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/hostcheck"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 	"github.com/cloister-project/cloister/hypervisor/vsock/vhostuser"
-)
-
-// Names of the logs in Resources.StateDir. Each may have an older part with the suffix ".1"; together at most 1 MiB.
-const (
-	ConsoleLog = "console.log"
-	VMMLog     = "qemu.log"
 )
 
 // Config of a Driver.
@@ -42,7 +37,7 @@ const Kind = "qemu"
 // Driver starts VMs with one QEMU binary; hypervisor.Driver.
 type Driver struct {
 	config Config
-	host   host
+	host   hostcheck.KVM
 	// turn is held (one element) while the binary is looked for and probed; found is written under it.
 	turn  chan struct{}
 	found *program
@@ -64,7 +59,7 @@ func New(c Config) *Driver {
 	if c.Arch == "" {
 		c.Arch = hostArchitecture()
 	}
-	return &Driver{config: c, host: host{kvm: "/dev/kvm", cpuinfo: "/proc/cpuinfo"}, turn: make(chan struct{}, 1)}
+	return &Driver{config: c, host: hostcheck.HostKVM(), turn: make(chan struct{}, 1)}
 }
 
 // open finds the binary and what it can do, once; a failure is tried again by the next call. Errors: os.ErrNotExist or
@@ -120,7 +115,7 @@ func (d *Driver) Accelerator(ctx context.Context, want string) (hypervisor.Accel
 	if err != nil {
 		return "", err
 	}
-	return d.host.accelerator(want, b.features)
+	return accelerator(want, b.features, d.host)
 }
 
 // Start implements hypervisor.Driver.
@@ -172,10 +167,8 @@ func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]st
 		}
 		drivers[disk.ID] = driver
 	}
+	hostcheck.Taps(&f, doc, res)
 	for _, n := range doc.NICs {
-		if res.Taps[n.ID] == nil {
-			f.Add("nic %s: no tap was given", n.ID)
-		}
 		if n.VhostNet && res.VhostNet[n.ID] == nil {
 			f.Add("nic %s: no vhost-net was given", n.ID)
 		}
@@ -190,22 +183,11 @@ func preflight(doc hypervisor.Document, res hypervisor.Resources) (map[string]st
 	case kernel.CID() != doc.Vsock.CID:
 		f.Add("vsock: the transport that was given holds context id %d, the document has %d", kernel.CID(), doc.Vsock.CID)
 	}
-	if fi, err := os.Stat(res.StateDir); err != nil || !fi.IsDir() || !filepath.IsAbs(res.StateDir) {
-		f.Add("state directory %q: no absolute path of a directory", res.StateDir)
-	}
+	hostcheck.StateDir(&f, res.StateDir)
 	if err := f.Err(); err != nil {
 		return nil, err
 	}
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		return nil, fmt.Errorf("memory of the host: %w", err)
-	}
-	// A shared memory file is not accounted for when it is made: without this the host would run out of memory later.
-	if total := uint64(info.Totalram) * uint64(info.Unit); doc.Memory.Bytes > total {
-		return nil, fmt.Errorf("the VM is to have %d MiB of memory and the host has %d MiB; lower the pod's limits or the configured memory: %w",
-			doc.Memory.Bytes>>20, total>>20, errdefs.ErrResourceExhausted)
-	}
-	return drivers, nil
+	return drivers, hostcheck.Memory(doc.Memory.Bytes)
 }
 
 // start opens what the VM needs and starts QEMU. On an error the process is gone; the caller calls discard. kernel is nil but
@@ -220,7 +202,7 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 	}
 	// QEMU's ends, closed here once it has its copies.
 	var theirs []*os.File
-	defer func() { closeFiles(theirs) }()
+	defer func() { supervise.CloseFiles(theirs) }()
 	open := func(name string) (net.Conn, error) {
 		conn, file, err := socketPair(name)
 		if err == nil {
@@ -261,19 +243,21 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 	for i, name := range cmdline.files {
 		files[i] = given[name]
 	}
-	v.proc, err = startProcess(processSpec{path: path, args: cmdline.args, files: files, output: stderr, netns: res.NetNS})
+	v.proc, err = supervise.Start(supervise.Command{
+		Name: "QEMU", Path: path, Args: cmdline.args, Files: files, Stdout: stderr, Stderr: stderr, NetNS: res.NetNS,
+	})
 	if err != nil {
 		control.Close()
 		console.Close()
 		output.Close()
 		return err
 	}
-	closeFiles(theirs)
-	v.copyLogs(console, output)
+	supervise.CloseFiles(theirs)
+	v.logs.Copy(console, output)
 
 	// From here on, the end of the process ends everything else.
 	if res.OnStart != nil {
-		if err := res.OnStart(v.proc.pid()); err != nil {
+		if err := res.OnStart(v.proc.PID()); err != nil {
 			control.Close()
 			v.abandon(0)
 			return fmt.Errorf("set up the host's side of QEMU: %w", err)
@@ -281,7 +265,7 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 	}
 	client, err := qmp.New(ctx, control, v.onEvent)
 	if err != nil {
-		grace := drainGrace
+		grace := supervise.DrainGrace
 		if ctx.Err() != nil {
 			grace = 0
 		}
@@ -313,13 +297,4 @@ func socketPair(name string) (net.Conn, *os.File, error) {
 		return nil, nil, fmt.Errorf("socket pair for QEMU's %s: %w", name, err)
 	}
 	return conn, theirs, nil
-}
-
-// closeFiles closes the files that are not nil; closing twice does no harm.
-func closeFiles(files []*os.File) {
-	for _, f := range files {
-		if f != nil {
-			f.Close()
-		}
-	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 	"github.com/cloister-project/cloister/tee/abi"
 )
 
@@ -151,16 +152,17 @@ func TestEmulatedDevicesLookTheSame(t *testing.T) {
 	ours, theirs, err := socketPair("qmp")
 	require.NoError(t, err)
 	defer ours.Close()
-	p, err := startProcess(processSpec{
-		path: probed(t, d).path, args: append(args, "-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", firstInheritedFD), "-mon",
+	p, err := supervise.Start(supervise.Command{
+		Name: "QEMU",
+		Path: probed(t, d).path, Args: append(args, "-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", supervise.FirstInheritedFD), "-mon",
 			"chardev=qmp,mode=control"),
-		files: []*os.File{theirs}, output: os.Stderr,
+		Files: []*os.File{theirs}, Stdout: os.Stderr, Stderr: os.Stderr,
 	})
 	require.NoError(t, err)
 	theirs.Close()
 	defer func() {
-		_ = p.kill()
-		<-p.done
+		_ = p.Kill()
+		<-p.Done()
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
 	defer cancel()

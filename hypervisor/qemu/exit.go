@@ -6,14 +6,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"strings"
-	"syscall"
 	"time"
 
 	"github.com/containerd/log"
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 )
 
 // endEvents is what QMP's events said about the VM's end.
@@ -30,7 +29,6 @@ const (
 	// maxIOFaults bounds the log lines about broken disks: a guest can cause as many as it likes.
 	maxIOFaults   = 10
 	statusTimeout = 5 * time.Second
-	maxPanicLine  = 256
 )
 
 // onEvent is QMP's handler; it runs in the client's dispatcher, so it may execute commands.
@@ -125,7 +123,7 @@ func describePanic(data json.RawMessage) (line string, tee bool) {
 	if i.Type == "" {
 		return s, false
 	}
-	s += " (" + clip(i.Type)
+	s += " (" + supervise.Clip(i.Type)
 	for _, n := range []struct {
 		name  string
 		value *uint64
@@ -135,20 +133,11 @@ func describePanic(data json.RawMessage) (line string, tee bool) {
 		}
 	}
 	for _, words := range []string{i.Message, i.Reason} {
-		if words = clip(words); words != "" {
+		if words = supervise.Clip(words); words != "" {
 			s += ", " + words
 		}
 	}
 	return s + ")", i.Type == "tdx" || i.Type == "sev"
-}
-
-// clip makes a guest's words fit for an error message.
-func clip(s string) string {
-	s = strings.Join(strings.Fields(string((&cleaner{}).filter([]byte(s)))), " ")
-	if len(s) > maxPanicLine {
-		s = strings.ToValidUTF8(s[:maxPanicLine], "")
-	}
-	return s
 }
 
 // classify tells why the VM ended. The process is gone and everything it wrote was read.
@@ -156,12 +145,12 @@ func (v *vm) classify() hypervisor.Exit {
 	v.mu.Lock()
 	end, killed, cause := v.end, v.killed, v.cause
 	v.mu.Unlock()
-	e := hypervisor.Exit{VMMLog: v.log.quote(), Console: v.console.quoteAround(panicMark)}
-	text, _ := v.console.text()
-	status := v.proc.state.Sys().(syscall.WaitStatus)
+	e := hypervisor.Exit{VMMLog: v.logs.VMM.Quote(), Console: v.logs.Console.QuoteAround(supervise.PanicMark)}
+	text, _ := v.logs.Console.Text()
+	status := v.proc.Status()
 	switch {
 	case end.panicked != "" || end.shutdown == "guest-panic":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, supervise.PanicLine(text)
 		switch {
 		case e.Detail != "" && end.byTEE:
 			e.Detail += "; " + end.panicked
@@ -171,7 +160,7 @@ func (v *vm) classify() hypervisor.Exit {
 			e.Detail = "the guest reported a panic"
 		}
 	case end.shutdown == "guest-reset":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, panicLine(text)
+		e.Reason, e.Detail = hypervisor.ExitGuestPanic, supervise.PanicLine(text)
 		if e.Detail == "" {
 			e.Detail = "the guest reset itself, without a kernel panic on its console"
 		}
@@ -183,36 +172,13 @@ func (v *vm) classify() hypervisor.Exit {
 		e.Reason, e.Detail = hypervisor.ExitStopped, "stopped from outside"
 	case status.Signaled():
 		e.Reason = hypervisor.ExitVMM
-		e.Detail = fmt.Sprintf("QEMU was killed by signal %d (%v)", status.Signal(), status.Signal())
-		switch status.Signal() {
-		case syscall.SIGKILL:
-			e.Detail += ": by somebody on the host, or by the kernel for want of memory (see its log)"
-		case syscall.SIGSYS:
-			e.Detail += ": its seccomp sandbox forbids what it did; hypervisor.sandbox = false shows whether that is so"
-		}
+		e.Detail = supervise.Signaled("QEMU", status.Signal())
 	case end.shutdown == "host-signal":
 		e.Reason, e.Detail = hypervisor.ExitVMM, "QEMU was ended by a signal of somebody on the host"
 	case end.shutdown != "":
-		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU ended itself (%s), exit status %d", clip(end.shutdown), status.ExitStatus())
+		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU ended itself (%s), exit status %d", supervise.Clip(end.shutdown), status.ExitStatus())
 	default:
 		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU exited with status %d", status.ExitStatus())
 	}
 	return e
-}
-
-// panicMark begins the kernel's line about a panic.
-const panicMark = "Kernel panic - not syncing"
-
-// panicLine finds the kernel's last words on the console.
-func panicLine(console string) string {
-	const mark = panicMark
-	i := strings.LastIndex(console, "end "+mark) // "---[ end Kernel panic - not syncing: … ]---" repeats the first one
-	if i < 0 {
-		i = len(console)
-	}
-	if j := strings.LastIndex(console[:i], mark); j >= 0 {
-		line, _, _ := strings.Cut(console[j:], "\n")
-		return clip(line)
-	}
-	return ""
 }

@@ -22,6 +22,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 )
 
 // Features is what a QEMU binary can do, as far as it matters here.
@@ -61,6 +62,7 @@ const (
 	featuresPrefix  = "qemu-features-"
 	maxFeaturesFile = 64 << 10
 	probeTimeout    = 30 * time.Second
+	maxComplaint    = 4 << 10 // bytes that are quoted of what a binary says of itself
 )
 
 // binaryIdentity is what a cached probe result belongs to.
@@ -215,12 +217,13 @@ func probe(ctx context.Context, path string) (f Features, err error) {
 		theirs.Close()
 		return f, err
 	}
-	p, err := startProcess(processSpec{
-		path: path,
-		args: []string{"-machine", "none", "-nodefaults", "-no-user-config", "-display", "none",
-			"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", firstInheritedFD), "-mon", "chardev=qmp,mode=control"},
-		files:  []*os.File{theirs},
-		output: stderr,
+	p, err := supervise.Start(supervise.Command{
+		Name: "QEMU",
+		Path: path,
+		Args: []string{"-machine", "none", "-nodefaults", "-no-user-config", "-display", "none",
+			"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", supervise.FirstInheritedFD), "-mon", "chardev=qmp,mode=control"},
+		Files:  []*os.File{theirs},
+		Stdout: stderr, Stderr: stderr,
 	})
 	theirs.Close()
 	stderr.Close()
@@ -232,13 +235,13 @@ func probe(ctx context.Context, path string) (f Features, err error) {
 	said := make(chan string, 1)
 	go func() {
 		// Enough for its complaint; the rest is read so that it does not block.
-		b, _ := io.ReadAll(io.LimitReader(output, quotedSize))
+		b, _ := io.ReadAll(io.LimitReader(output, maxComplaint))
 		_, _ = io.Copy(io.Discard, output)
-		said <- string((&cleaner{}).filter(b))
+		said <- supervise.Clean(string(b))
 	}()
 	defer func() {
-		_ = p.kill()
-		<-p.done
+		_ = p.Kill()
+		<-p.Done()
 		// Whoever else has the write end (a wrapper script's child) is not waited for.
 		_ = output.SetReadDeadline(time.Now().Add(time.Second))
 		words := <-said

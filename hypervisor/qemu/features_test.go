@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/hostcheck"
 )
 
 func TestProbeAndCache(t *testing.T) {
@@ -68,29 +69,29 @@ func TestAccelerator(t *testing.T) {
 
 	for _, tc := range []struct {
 		name string
-		host host
+		host hostcheck.KVM
 		f    Features
 		want string
 		got  hypervisor.Accelerator
 		err  error
 	}{
-		{"auto, Intel", host{kvm, intel}, all, "auto", "kvm", nil},
-		{"auto, AMD", host{kvm, amd}, all, "", "kvm", nil},
-		{"auto, s390x", host{kvm, s390}, all, "auto", "kvm", nil},
-		{"auto, software KVM", host{kvm, none}, all, "auto", "tcg", nil},
-		{"auto, no device", host{absent, intel}, all, "auto", "tcg", nil},
-		{"auto, binary without KVM", host{kvm, intel}, onlyTCG, "auto", "tcg", nil},
-		{"auto, nothing at all", host{absent, intel}, onlyKVM, "auto", "", errdefs.ErrUnavailable},
-		{"kvm", host{kvm, intel}, all, "kvm", "kvm", nil},
-		{"kvm, no device", host{absent, intel}, all, "kvm", "", os.ErrNotExist},
-		{"kvm, software KVM", host{kvm, none}, all, "kvm", "", errdefs.ErrUnavailable},
-		{"kvm, binary without", host{kvm, intel}, onlyTCG, "kvm", "", errdefs.ErrNotImplemented},
-		{"tcg", host{kvm, intel}, all, "tcg", "tcg", nil},
-		{"tcg, binary without", host{kvm, intel}, onlyKVM, "tcg", "", errdefs.ErrNotImplemented},
-		{"unknown", host{kvm, intel}, all, "xen", "", errdefs.ErrInvalidArgument},
+		{"auto, Intel", hostcheck.KVM{Device: kvm, CPUInfo: intel}, all, "auto", "kvm", nil},
+		{"auto, AMD", hostcheck.KVM{Device: kvm, CPUInfo: amd}, all, "", "kvm", nil},
+		{"auto, s390x", hostcheck.KVM{Device: kvm, CPUInfo: s390}, all, "auto", "kvm", nil},
+		{"auto, software KVM", hostcheck.KVM{Device: kvm, CPUInfo: none}, all, "auto", "tcg", nil},
+		{"auto, no device", hostcheck.KVM{Device: absent, CPUInfo: intel}, all, "auto", "tcg", nil},
+		{"auto, binary without KVM", hostcheck.KVM{Device: kvm, CPUInfo: intel}, onlyTCG, "auto", "tcg", nil},
+		{"auto, nothing at all", hostcheck.KVM{Device: absent, CPUInfo: intel}, onlyKVM, "auto", "", errdefs.ErrUnavailable},
+		{"kvm", hostcheck.KVM{Device: kvm, CPUInfo: intel}, all, "kvm", "kvm", nil},
+		{"kvm, no device", hostcheck.KVM{Device: absent, CPUInfo: intel}, all, "kvm", "", os.ErrNotExist},
+		{"kvm, software KVM", hostcheck.KVM{Device: kvm, CPUInfo: none}, all, "kvm", "", errdefs.ErrUnavailable},
+		{"kvm, binary without", hostcheck.KVM{Device: kvm, CPUInfo: intel}, onlyTCG, "kvm", "", errdefs.ErrNotImplemented},
+		{"tcg", hostcheck.KVM{Device: kvm, CPUInfo: intel}, all, "tcg", "tcg", nil},
+		{"tcg, binary without", hostcheck.KVM{Device: kvm, CPUInfo: intel}, onlyKVM, "tcg", "", errdefs.ErrNotImplemented},
+		{"unknown", hostcheck.KVM{Device: kvm, CPUInfo: intel}, all, "xen", "", errdefs.ErrInvalidArgument},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			got, err := tc.host.accelerator(tc.want, tc.f)
+			got, err := accelerator(tc.want, tc.f, tc.host)
 			require.Equal(t, tc.got, got)
 			if tc.err == nil {
 				require.NoError(t, err)

@@ -31,7 +31,7 @@ func TestGuestBootsAndStops(t *testing.T) {
 	l, err := v.Vsock().Listen(1024)
 	require.NoError(t, err)
 	require.NoError(t, l.Close())
-	console, _ := v.console.text()
+	console, _ := v.logs.Console.Text()
 	require.Empty(t, console)
 	requireInherited(t, v)
 

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 )
 
 // testNetNS makes a network namespace with a tap in it.
@@ -26,7 +27,7 @@ func testNetNS(t *testing.T) (ns, tap *os.File) {
 		err     error
 	}
 	got := make(chan result)
-	onOwnThread(func() {
+	supervise.OnOwnThread(func() {
 		var r result
 		defer func() { got <- r }()
 		if r.err = unix.Unshare(unix.CLONE_NEWNET); r.err != nil {

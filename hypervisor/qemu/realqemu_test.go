@@ -20,6 +20,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 	"github.com/cloister-project/cloister/hypervisor/vsock/vhostuser"
 	"github.com/cloister-project/cloister/tee/abi"
 )
@@ -55,7 +56,7 @@ func launch(t *testing.T, path string, c commandLine) outcome {
 	var conn io.Closer
 	var control net.Conn
 	defer func() {
-		closeFiles(files)
+		supervise.CloseFiles(files)
 		if conn != nil {
 			conn.Close()
 		}
@@ -86,10 +87,10 @@ func launch(t *testing.T, path string, c commandLine) outcome {
 	}
 	output, stderr, err := os.Pipe()
 	require.NoError(t, err)
-	p, err := startProcess(processSpec{path: path, args: c.args, files: files, output: stderr})
+	p, err := supervise.Start(supervise.Command{Name: "QEMU", Path: path, Args: c.args, Files: files, Stdout: stderr, Stderr: stderr})
 	require.NoError(t, err)
 	stderr.Close()
-	closeFiles(files)
+	supervise.CloseFiles(files)
 	said := make(chan string, 1)
 	go func() {
 		b, _ := io.ReadAll(output)
@@ -106,13 +107,13 @@ func launch(t *testing.T, path string, c commandLine) outcome {
 		}
 		client.Close()
 		<-client.Done()
-		require.NoError(t, p.kill())
+		require.NoError(t, p.Kill())
 	}
 	select {
-	case <-p.done:
+	case <-p.Done():
 	case <-time.After(bootTimeout):
-		_ = p.kill()
-		<-p.done
+		_ = p.Kill()
+		<-p.Done()
 	}
 	o.said = <-said
 	output.Close()
@@ -314,11 +315,12 @@ func askQEMU(t *testing.T, path string) *qmp.Client {
 	require.NoError(t, err)
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 	require.NoError(t, err)
-	p, err := startProcess(processSpec{
-		path: path,
-		args: []string{"-machine", "none", "-nodefaults", "-display", "none",
-			"-chardev", "socket,id=qmp,fd=" + strconv.Itoa(firstInheritedFD), "-mon", "chardev=qmp,mode=control"},
-		files: []*os.File{theirs}, output: null,
+	p, err := supervise.Start(supervise.Command{
+		Name: "QEMU",
+		Path: path,
+		Args: []string{"-machine", "none", "-nodefaults", "-display", "none",
+			"-chardev", "socket,id=qmp,fd=" + strconv.Itoa(supervise.FirstInheritedFD), "-mon", "chardev=qmp,mode=control"},
+		Files: []*os.File{theirs}, Stdout: null, Stderr: null,
 	})
 	require.NoError(t, err)
 	theirs.Close()
@@ -329,8 +331,8 @@ func askQEMU(t *testing.T, path string) *qmp.Client {
 			client.Close()
 			<-client.Done()
 		}
-		_ = p.kill()
-		<-p.done
+		_ = p.Kill()
+		<-p.Done()
 	})
 	require.NoError(t, err)
 	return client

@@ -3,13 +3,10 @@
 package qemu
 
 import (
-	"fmt"
-	"os"
 	"regexp"
 
-	"github.com/containerd/errdefs"
-
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/hostcheck"
 )
 
 const (
@@ -52,16 +49,9 @@ func (*Driver) Validate(doc hypervisor.Document) error {
 
 // diskDriver returns QEMU's block driver for the file at path: a regular file or a block device, by what it is.
 func diskDriver(path string) (string, error) {
-	fi, err := os.Stat(path)
-	switch {
-	case err != nil:
-		return "", err
-	case fi.Mode().IsRegular() && fi.Size() == 0:
-		return "", fmt.Errorf("disk image %s is empty: %w", path, errdefs.ErrInvalidArgument)
-	case fi.Mode().IsRegular():
-		return driverFile, nil
-	case fi.Mode()&os.ModeDevice != 0 && fi.Mode()&os.ModeCharDevice == 0:
-		return driverDevice, nil
+	device, err := hostcheck.Image(path)
+	if device {
+		return driverDevice, err
 	}
-	return "", fmt.Errorf("disk %s is neither a regular file nor a block device: %w", path, errdefs.ErrInvalidArgument)
+	return driverFile, err
 }

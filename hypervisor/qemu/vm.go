@@ -7,9 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -17,37 +14,32 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/hotplug"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 	"github.com/cloister-project/cloister/hypervisor/vsock/vhostuser"
 )
 
-const (
-	// exitGrace is for QEMU to be gone after it has closed its QMP connection or the vsock device's.
-	exitGrace = 2 * time.Second
-	// drainGrace is for reading to its end what a QEMU that is gone has left.
-	drainGrace = time.Second
-)
+// exitGrace is for QEMU to be gone after it has closed its QMP connection or the vsock device's.
+const exitGrace = 2 * time.Second
 
 // vm implements hypervisor.VM.
 type vm struct {
 	doc         hypervisor.Document
-	proc        *process
+	proc        *supervise.Process
 	qmp         *qmp.Client
 	transport   vsock.Transport
 	vsockDevice *vhostuser.Device // nil with the kernel's vsock
-	console     *tail
-	log         *tail
-	copiers     sync.WaitGroup
-	sources     []interface{ SetReadDeadline(time.Time) error }
+	logs        *supervise.Logs
+	disks       *hotplug.Disks
+	shares      *hotplug.Directories
 
 	mu      sync.Mutex
 	booted  bool
 	killed  bool // we ended the process, because of cause or by the owner's wish
 	cause   string
 	end     endEvents
-	disks   diskTable
-	shares  shareTable
 	deleted map[string]chan struct{} // device ids whose DEVICE_DELETED is awaited
 	ioFault int
 
@@ -58,45 +50,18 @@ type vm struct {
 var _ hypervisor.VM = (*vm)(nil)
 
 func newVM(doc hypervisor.Document, stateDir string) (*vm, error) {
-	console, err := newTail(filepath.Join(stateDir, ConsoleLog))
+	logs, err := supervise.NewLogs(stateDir)
 	if err != nil {
-		return nil, fmt.Errorf("console log: %w", err)
-	}
-	log, err := newTail(filepath.Join(stateDir, VMMLog))
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("QEMU's log: %w", err), console.remove())
+		return nil, err
 	}
 	return &vm{
 		doc:     doc,
-		console: console,
-		log:     log,
-		disks:   newDiskTable(doc.Disks),
-		shares:  newShareTable(doc.SharedDirectories),
+		logs:    logs,
+		disks:   hotplug.NewDisks(doc.Disks, maxDisks),
+		shares:  hotplug.NewDirectories(doc.SharedDirectories),
 		deleted: make(map[string]chan struct{}),
 		done:    make(chan struct{}),
 	}, nil
-}
-
-// copyLogs reads the console and QEMU's output until they end.
-func (v *vm) copyLogs(console net.Conn, output *os.File) {
-	v.sources = append(v.sources, console, output)
-	copyLog := func(t *tail, r io.ReadCloser) {
-		v.copiers.Go(func() {
-			defer r.Close()
-			t.copyFrom(r)
-		})
-	}
-	copyLog(v.console, console)
-	copyLog(v.log, output)
-}
-
-// drainLogs waits until everything that QEMU wrote is read. QEMU is gone.
-func (v *vm) drainLogs() {
-	for _, s := range v.sources {
-		// Nobody else should have the other end. If somebody has, there is no end to wait for.
-		_ = s.SetReadDeadline(time.Now().Add(drainGrace))
-	}
-	v.copiers.Wait()
 }
 
 // abandon ends a VM whose start failed, before it has a watcher. QEMU gets the given time to end by itself, so that its
@@ -105,13 +70,13 @@ func (v *vm) abandon(grace time.Duration) (own bool) {
 	timer := time.NewTimer(grace)
 	defer timer.Stop()
 	select {
-	case <-v.proc.done:
+	case <-v.proc.Done():
 		own = true
 	case <-timer.C:
-		_ = v.proc.kill()
-		<-v.proc.done
+		_ = v.proc.Kill()
+		<-v.proc.Done()
 	}
-	v.drainLogs()
+	v.logs.Drain()
 	v.exit = v.classify()
 	return own
 }
@@ -122,12 +87,12 @@ func (v *vm) discard() error {
 	if v.transport != nil {
 		err = v.transport.Close()
 	}
-	return errors.Join(err, v.console.remove(), v.log.remove())
+	return errors.Join(err, v.logs.Remove())
 }
 
 // quoteLog is QEMU's own words for an error, on a line of their own.
 func (v *vm) quoteLog() string {
-	if s := v.log.quote(); s != "" {
+	if s := v.logs.VMM.Quote(); s != "" {
 		return "\nQEMU said:\n" + s
 	}
 	return ""
@@ -140,7 +105,7 @@ func (v *vm) watch() {
 		vsockDown = v.vsockDevice.Done()
 	}
 	select {
-	case <-v.proc.done:
+	case <-v.proc.Done():
 	case <-v.qmp.Done():
 		if err := v.qmp.Err(); !errors.Is(err, io.EOF) {
 			v.fail(controlBroke(err))
@@ -150,20 +115,19 @@ func (v *vm) watch() {
 	case <-vsockDown:
 		v.awaitExit(fmt.Sprintf("the vsock device failed: %v", v.vsockDevice.Err()))
 	}
-	<-v.proc.done
+	<-v.proc.Done()
 	select {
 	case <-v.qmp.Done():
 		// A QEMU that broke the protocol may have ended before that was seen.
 		if err := v.qmp.Err(); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
 			v.fail(controlBroke(err))
 		}
-	case <-time.After(drainGrace):
+	case <-time.After(supervise.DrainGrace):
 		v.qmp.Close()
 		<-v.qmp.Done()
 	}
-	v.drainLogs()
-	v.console.close()
-	v.log.close()
+	v.logs.Drain()
+	v.logs.Close()
 	_ = v.transport.Close() // nothing can be done about an error, and the VM's end matters more
 	v.exit = v.classify()
 	close(v.done)
@@ -176,7 +140,7 @@ func (v *vm) awaitExit(cause string) {
 	timer := time.NewTimer(exitGrace)
 	defer timer.Stop()
 	select {
-	case <-v.proc.done:
+	case <-v.proc.Done():
 	case <-timer.C:
 		v.fail(cause)
 	}
@@ -189,11 +153,11 @@ func (v *vm) fail(cause string) {
 		v.cause = cause
 	}
 	v.mu.Unlock()
-	_ = v.proc.kill()
+	_ = v.proc.Kill()
 }
 
 // PID implements hypervisor.VM.
-func (v *vm) PID() int { return v.proc.pid() }
+func (v *vm) PID() int { return v.proc.PID() }
 
 // Vsock implements hypervisor.VM.
 func (v *vm) Vsock() vsock.Transport { return v.transport }
@@ -242,12 +206,12 @@ func (v *vm) Stop(ctx context.Context) error {
 // Kill implements hypervisor.VM.
 func (v *vm) Kill() {
 	select {
-	case <-v.proc.done: // its end was not ours
+	case <-v.proc.Done(): // its end was not ours
 	default:
 		v.mu.Lock()
 		v.killed = true
 		v.mu.Unlock()
-		_ = v.proc.kill()
+		_ = v.proc.Kill()
 	}
 	<-v.done
 }

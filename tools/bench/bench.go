@@ -64,7 +64,7 @@ func (b *bench) start(ctx context.Context) (err error) {
 		return err
 	}
 	b.version = can.Version
-	if b.accel, err = b.driver.Accelerator(ctx, qemu.AccelAuto); err != nil {
+	if b.accel, err = b.driver.Accelerator(ctx, hypervisor.AccelAuto); err != nil {
 		return err
 	}
 	// A pod without limits gets the defaults.

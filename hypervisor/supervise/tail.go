@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package qemu
+package supervise
 
 import (
 	"errors"
@@ -8,8 +8,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"unicode"
-	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,8 +15,8 @@ import (
 const (
 	// tailSize is how much of a log is kept in memory, in bytes.
 	tailSize = 64 << 10
-	// maxLogFile bounds a log on disk: two files of half of it, the older one with the suffix ".1".
-	maxLogFile = 1 << 20
+	// MaxLogFile bounds a log on disk: two files of half of it, the older one with the suffix ".1".
+	MaxLogFile = 1 << 20
 	// quotedSize and quotedLines bound what an Exit quotes of a log.
 	quotedSize  = 4 << 10
 	quotedLines = 40
@@ -26,9 +24,9 @@ const (
 	causeLines = 10
 )
 
-// tail keeps the end of a log that somebody untrusted writes: in memory and in a file, both bounded, without control
+// Tail keeps the end of a log that somebody untrusted writes: in memory and in a file, both bounded, without control
 // characters.
-type tail struct {
+type Tail struct {
 	path string
 
 	mu      sync.Mutex
@@ -40,21 +38,21 @@ type tail struct {
 	changed chan struct{} // closed and replaced at each write
 }
 
-// newTail makes the log's file, which must not exist.
-func newTail(path string) (*tail, error) {
+// NewTail makes the log's file, which must not exist.
+func NewTail(path string) (*Tail, error) {
 	f, err := createLog(path)
 	if err != nil {
 		return nil, err
 	}
-	return &tail{path: path, file: f, changed: make(chan struct{})}, nil
+	return &Tail{path: path, file: f, changed: make(chan struct{})}, nil
 }
 
 func createLog(path string) (*os.File, error) {
 	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 }
 
-// copyFrom reads r to its end.
-func (t *tail) copyFrom(r io.Reader) {
+// CopyFrom reads r to its end.
+func (t *Tail) CopyFrom(r io.Reader) {
 	buf := make([]byte, 4<<10)
 	for {
 		n, err := r.Read(buf)
@@ -65,7 +63,7 @@ func (t *tail) copyFrom(r io.Reader) {
 	}
 }
 
-func (t *tail) write(p []byte) {
+func (t *Tail) write(p []byte) {
 	if len(p) == 0 {
 		return
 	}
@@ -79,7 +77,7 @@ func (t *tail) write(p []byte) {
 	t.changed = make(chan struct{})
 }
 
-func (t *tail) keep(p []byte) {
+func (t *Tail) keep(p []byte) {
 	if len(p) > tailSize {
 		p = p[len(p)-tailSize:]
 	}
@@ -95,11 +93,11 @@ func (t *tail) keep(p []byte) {
 	}
 }
 
-func (t *tail) store(p []byte) {
+func (t *Tail) store(p []byte) {
 	if t.file == nil {
 		return
 	}
-	if t.written+int64(len(p)) > maxLogFile/2 {
+	if t.written+int64(len(p)) > MaxLogFile/2 {
 		t.file.Close()
 		t.file, t.written = nil, 0
 		if os.Rename(t.path, t.path+".1") != nil {
@@ -119,8 +117,8 @@ func (t *tail) store(p []byte) {
 	}
 }
 
-// close closes the file; the tail can still be read.
-func (t *tail) close() {
+// Close closes the file; the tail can still be read.
+func (t *Tail) Close() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.file != nil {
@@ -129,9 +127,9 @@ func (t *tail) close() {
 	}
 }
 
-// remove removes the log's files.
-func (t *tail) remove() error {
-	t.close()
+// Remove removes the log's files.
+func (t *Tail) Remove() error {
+	t.Close()
 	err := os.Remove(t.path)
 	if e := os.Remove(t.path + ".1"); e != nil && !errors.Is(e, os.ErrNotExist) {
 		err = errors.Join(err, e)
@@ -139,23 +137,23 @@ func (t *tail) remove() error {
 	return err
 }
 
-// text is all that is kept in memory, and a channel that is closed when there is more.
-func (t *tail) text() (string, <-chan struct{}) {
+// Text is all that is kept in memory, and a channel that is closed when there is more.
+func (t *Tail) Text() (string, <-chan struct{}) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return string(t.ring[t.pos:]) + string(t.ring[:t.pos]), t.changed
 }
 
-// quote is the end of the log for an error message.
-func (t *tail) quote() string {
-	s, _ := t.text()
+// Quote is the end of the log for an error message.
+func (t *Tail) Quote() string {
+	s, _ := t.Text()
 	return quoteEnd(s)
 }
 
-// quoteAround is quote, with what stands before the first mark in front if a long text after it pushed it out: why PID 1
+// QuoteAround is Quote, with what stands before the first mark in front if a long text after it pushed it out: why PID 1
 // gave up stands before the kernel's panic, and a trace of the kernel's stack after it.
-func (t *tail) quoteAround(mark string) string {
-	s, _ := t.text()
+func (t *Tail) QuoteAround(mark string) string {
+	s, _ := t.Text()
 	end := quoteEnd(s)
 	before, after, found := strings.Cut(s, mark)
 	if !found || strings.Contains(end, mark) && len(strings.Split(after, "\n")) < quotedLines-causeLines {
@@ -184,60 +182,4 @@ func quoteEnd(s string) string {
 		lines = lines[len(lines)-quotedLines:]
 	}
 	return strings.Join(lines, "\n")
-}
-
-// cleaner removes control characters and terminal sequences from a stream, whatever its pieces are.
-type cleaner struct {
-	state   cleanState
-	partial []byte // a rune's first bytes, less than utf8.UTFMax
-}
-
-type cleanState byte
-
-const (
-	cleanText   cleanState = iota
-	cleanEscape            // after ESC
-	cleanCSI               // in a control sequence, up to its final byte
-)
-
-func (c *cleaner) filter(p []byte) []byte {
-	p = append(c.partial, p...)
-	c.partial = nil
-	out := make([]byte, 0, len(p))
-	for len(p) > 0 {
-		if !utf8.FullRune(p) {
-			c.partial = append([]byte(nil), p...)
-			break
-		}
-		r, n := utf8.DecodeRune(p)
-		p = p[n:]
-		switch c.state {
-		case cleanEscape:
-			c.state = cleanText
-			if r == '[' {
-				c.state = cleanCSI
-			}
-			continue
-		case cleanCSI:
-			if r >= 0x40 && r <= 0x7e {
-				c.state = cleanText
-				continue
-			}
-			if r >= 0x20 && r < 0x40 {
-				continue
-			}
-			c.state = cleanText // not a sequence after all
-		}
-		switch {
-		case r == 0x1b:
-			c.state = cleanEscape
-		case r == '\n' || r == '\t':
-			out = append(out, byte(r))
-		case r == utf8.RuneError:
-			out = append(out, '?')
-		case unicode.IsPrint(r):
-			out = utf8.AppendRune(out, r)
-		}
-	}
-	return out
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package qemu
+package supervise
 
 import (
 	"fmt"
@@ -58,33 +58,33 @@ func FuzzCleaner(f *testing.F) {
 
 func TestTail(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
-	l, err := newTail(path)
+	l, err := NewTail(path)
 	require.NoError(t, err)
-	_, err = newTail(path)
+	_, err = NewTail(path)
 	require.ErrorIs(t, err, os.ErrExist)
-	require.Empty(t, l.quote())
+	require.Empty(t, l.Quote())
 	l.write([]byte("hello\n"))
-	require.Equal(t, "hello", l.quote())
+	require.Equal(t, "hello", l.Quote())
 
 	line := strings.Repeat("x", 98) + "\n"
 	for range 20000 {
 		l.write([]byte(line))
 	}
 	l.write([]byte(strings.Repeat("y", 3*tailSize) + "\nend"))
-	text, _ := l.text()
+	text, _ := l.Text()
 	require.Len(t, text, tailSize)
 	require.True(t, strings.HasSuffix(text, "y\nend"))
-	require.Equal(t, "end", l.quote(), "from a whole line on")
+	require.Equal(t, "end", l.Quote(), "from a whole line on")
 	for range 100 {
 		l.write([]byte("\nshort"))
 	}
-	require.Equal(t, quotedLines, strings.Count(l.quote(), "short"))
+	require.Equal(t, quotedLines, strings.Count(l.Quote(), "short"))
 	for _, p := range []string{path, path + ".1"} {
 		fi, err := os.Stat(p)
 		require.NoError(t, err)
-		require.LessOrEqual(t, fi.Size(), int64(maxLogFile/2))
+		require.LessOrEqual(t, fi.Size(), int64(MaxLogFile/2))
 	}
-	require.NoError(t, l.remove())
+	require.NoError(t, l.Remove())
 	require.NoFileExists(t, path)
 	require.NoFileExists(t, path+".1")
 	l.write([]byte("after the end"))
@@ -93,9 +93,9 @@ func TestTail(t *testing.T) {
 func TestPanicLine(t *testing.T) {
 	console := "INIT\n[    1.0] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009\n[    1.1] CPU: 0\n" +
 		"[    1.2] ---[ end Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009 ]---\nRebooting\n"
-	require.Equal(t, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009", panicLine(console))
-	require.Empty(t, panicLine("all is well"))
-	require.LessOrEqual(t, len(panicLine("Kernel panic - not syncing"+strings.Repeat("!", 1000))), maxPanicLine)
+	require.Equal(t, "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009", PanicLine(console))
+	require.Empty(t, PanicLine("all is well"))
+	require.LessOrEqual(t, len(PanicLine("Kernel panic - not syncing"+strings.Repeat("!", 1000))), maxLine)
 }
 
 func TestQuoteAroundAPanic(t *testing.T) {
@@ -106,7 +106,7 @@ func TestQuoteAroundAPanic(t *testing.T) {
 		}
 		return b.String()
 	}
-	const panicked = panicMark + ": Attempted to kill init!\n"
+	const panicked = PanicMark + ": Attempted to kill init!\n"
 	for _, c := range []struct {
 		name, console string
 		want, not     []string
@@ -119,11 +119,11 @@ func TestQuoteAroundAPanic(t *testing.T) {
 		{"panic first", panicked + lines("trace", 100), []string{panicked + "[...]\n", "trace99"}, []string{"trace0\n"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			console, err := newTail(filepath.Join(t.TempDir(), "log"))
+			console, err := NewTail(filepath.Join(t.TempDir(), "log"))
 			require.NoError(t, err)
-			defer console.close()
+			defer console.Close()
 			console.write([]byte(c.console))
-			got := console.quoteAround(panicMark)
+			got := console.QuoteAround(PanicMark)
 			for _, w := range c.want {
 				assert.Contains(t, got+"\n", w)
 			}
