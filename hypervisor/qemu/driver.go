@@ -243,8 +243,8 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 	for i, name := range cmdline.files {
 		files[i] = given[name]
 	}
-	v.proc, err = supervise.Start(supervise.Command{
-		Name: "QEMU", Path: path, Args: cmdline.args, Files: files, Stdout: stderr, Stderr: stderr, NetNS: res.NetNS,
+	v.Proc, err = supervise.Start(supervise.Command{
+		Name: v.Name, Path: path, Args: cmdline.args, Files: files, Stdout: stderr, Stderr: stderr, NetNS: res.NetNS,
 	})
 	if err != nil {
 		control.Close()
@@ -253,13 +253,13 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 		return err
 	}
 	supervise.CloseFiles(theirs)
-	v.logs.Copy(console, output)
+	v.Logs.Copy(console, output)
 
 	// From here on, the end of the process ends everything else.
 	if res.OnStart != nil {
-		if err := res.OnStart(v.proc.PID()); err != nil {
+		if err := res.OnStart(v.PID()); err != nil {
 			control.Close()
-			v.abandon(0)
+			v.Abandon(0, v.guestEnd)
 			return fmt.Errorf("set up the host's side of QEMU: %w", err)
 		}
 	}
@@ -269,10 +269,10 @@ func (v *vm) start(ctx context.Context, path string, cmdline commandLine, res hy
 		if ctx.Err() != nil {
 			grace = 0
 		}
-		if own := v.abandon(grace); own && ctx.Err() == nil {
-			err = v.exit // it says more than a connection that broke
+		if exit, own := v.Abandon(grace, v.guestEnd); own && ctx.Err() == nil {
+			err = exit // it says more than a connection that broke
 		} else {
-			err = fmt.Errorf("%w%s", err, v.quoteLog())
+			err = fmt.Errorf("%w%s", err, v.QuoteLog())
 		}
 		return fmt.Errorf("start QEMU: %w", err)
 	}

@@ -10,7 +10,6 @@ import (
 
 	"github.com/containerd/log"
 
-	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
 	"github.com/cloister-project/cloister/hypervisor/supervise"
 )
@@ -79,7 +78,7 @@ func (v *vm) onStop() {
 		return // it is on its way out
 	}
 	if s.Status == "internal-error" || s.Status == "io-error" {
-		v.fail("QEMU cannot execute the guest any more: " + s.Status)
+		v.Fail("QEMU cannot execute the guest any more: " + s.Status)
 	}
 }
 
@@ -140,45 +139,21 @@ func describePanic(data json.RawMessage) (line string, tee bool) {
 	return s + ")", i.Type == "tdx" || i.Type == "sev"
 }
 
-// classify tells why the VM ended. The process is gone and everything it wrote was read.
-func (v *vm) classify() hypervisor.Exit {
+// guestEnd is what QEMU said of the VM's end.
+func (v *vm) guestEnd() supervise.GuestEnd {
 	v.mu.Lock()
-	end, killed, cause := v.end, v.killed, v.cause
+	end := v.end
 	v.mu.Unlock()
-	e := hypervisor.Exit{VMMLog: v.logs.VMM.Quote(), Console: v.logs.Console.QuoteAround(supervise.PanicMark)}
-	text, _ := v.logs.Console.Text()
-	status := v.proc.Status()
-	switch {
-	case end.panicked != "" || end.shutdown == "guest-panic":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, supervise.PanicLine(text)
-		switch {
-		case e.Detail != "" && end.byTEE:
-			e.Detail += "; " + end.panicked
-		case e.Detail == "" && end.panicked != "":
-			e.Detail = end.panicked
-		case e.Detail == "":
-			e.Detail = "the guest reported a panic"
-		}
-	case end.shutdown == "guest-reset":
-		e.Reason, e.Detail = hypervisor.ExitGuestPanic, supervise.PanicLine(text)
-		if e.Detail == "" {
-			e.Detail = "the guest reset itself, without a kernel panic on its console"
-		}
-	case end.shutdown == "guest-shutdown":
-		e.Reason, e.Detail = hypervisor.ExitStopped, "the guest powered off"
-	case cause != "":
-		e.Reason, e.Detail = hypervisor.ExitVMM, cause
-	case killed:
-		e.Reason, e.Detail = hypervisor.ExitStopped, "stopped from outside"
-	case status.Signaled():
-		e.Reason = hypervisor.ExitVMM
-		e.Detail = supervise.Signaled("QEMU", status.Signal())
-	case end.shutdown == "host-signal":
-		e.Reason, e.Detail = hypervisor.ExitVMM, "QEMU was ended by a signal of somebody on the host"
-	case end.shutdown != "":
-		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU ended itself (%s), exit status %d", supervise.Clip(end.shutdown), status.ExitStatus())
-	default:
-		e.Reason, e.Detail = hypervisor.ExitVMM, fmt.Sprintf("QEMU exited with status %d", status.ExitStatus())
+	g := supervise.GuestEnd{
+		Panicked: end.panicked != "" || end.shutdown == "guest-panic", Words: end.panicked, More: end.byTEE,
+		Reset: end.shutdown == "guest-reset", PoweredOff: end.shutdown == "guest-shutdown",
 	}
-	return e
+	switch end.shutdown {
+	case "":
+	case "host-signal":
+		g.Own = "QEMU was ended by a signal of somebody on the host"
+	default:
+		g.Own = fmt.Sprintf("QEMU ended itself (%s), exit status %d", supervise.Clip(end.shutdown), v.Proc.Status().ExitStatus())
+	}
+	return g
 }

@@ -225,7 +225,7 @@ func awaitLog(t *testing.T, v *vm, text string, times int) {
 	t.Helper()
 	timeout := time.After(30 * time.Second)
 	for {
-		log, changed := v.logs.VMM.Text()
+		log, changed := v.Logs.VMM.Text()
 		if strings.Count(log, text) >= times {
 			require.Equal(t, times, strings.Count(log, text), log)
 			return
@@ -251,7 +251,7 @@ func TestAddSharedDirectoryToConfidentialVM(t *testing.T) {
 	require.NoError(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)))
 	// What came before the disk is in the log by then.
 	awaitLog(t, v, "command device_add", 1)
-	log, _ := v.logs.VMM.Text()
+	log, _ := v.Logs.VMM.Text()
 	require.NotContains(t, log, "chardev-add")
 }
 

@@ -198,7 +198,7 @@ func waitConsoleAfter(t testing.TB, v *vm, mark, text string) string {
 	timer := time.NewTimer(bootTimeout)
 	defer timer.Stop()
 	for {
-		all, changed := v.logs.Console.Text()
+		all, changed := v.Logs.Console.Text()
 		if i := strings.LastIndex(all, text); i >= 0 && (mark == "" || i > strings.LastIndex(all, mark)) {
 			if line, _, whole := strings.Cut(all[i:], "\n"); whole {
 				return line

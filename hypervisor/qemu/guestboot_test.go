@@ -31,7 +31,7 @@ func TestGuestBootsAndStops(t *testing.T) {
 	l, err := v.Vsock().Listen(1024)
 	require.NoError(t, err)
 	require.NoError(t, l.Close())
-	console, _ := v.logs.Console.Text()
+	console, _ := v.Logs.Console.Text()
 	require.Empty(t, console)
 	requireInherited(t, v)
 

@@ -120,8 +120,8 @@ func (v *vm) removeDevice(ctx context.Context, device string) error {
 	select {
 	case <-gone:
 		return nil
-	case <-v.done:
-		return fmt.Errorf("%w: %w", errdefs.ErrFailedPrecondition, v.exit)
+	case <-v.Done():
+		return v.EndedError()
 	case <-ctx.Done():
 		return fmt.Errorf("wait for QEMU to unplug it: %w", context.Cause(ctx))
 	}
