@@ -6,36 +6,24 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"path/filepath"
 	"strconv"
-	"strings"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/supervise"
 )
 
 const (
-	// apiFD and eventFD are what the VMM inherits, behind the standard files.
-	apiFD   = 3
-	eventFD = 4
+	// apiFD and eventFD are what the VMM inherits.
+	apiFD   = supervise.FirstInheritedFD
+	eventFD = supervise.FirstInheritedFD + 1
 
-	apiRoot   = "/api/v1/"
-	vsockName = "vsock"
-
-	imageRaw = "Raw"
-	// modeTTY writes to standard output, from where the owner reads the console with a bound of its own.
-	modeTTY = "Tty"
-	modeOff = "Off"
-	// onePair is a queue to send and one to receive.
-	onePair = 2
+	apiRoot = "/api/v1/"
 )
 
-// Invocation returns how a binary is run for a document, with its sockets in stateDir. The requests stand in the order in
-// which they are sent; beside each vm.add-net goes the tap's file of the NIC in the same place of doc.NICs. The error is
-// Validate's.
-func Invocation(doc hypervisor.Document, binary, stateDir string) (hypervisor.Invocation, error) {
-	if err := Validate(doc); err != nil {
-		return hypervisor.Invocation{}, err
-	}
+// newInvocation is how a binary is run for a valid document, with its sockets in stateDir. The requests stand in the order in
+// which they are sent; beside each vm.add-net goes the tap's file of the NIC in the same place of doc.NICs. The last one,
+// vm.boot, is VM.Boot's.
+func newInvocation(doc hypervisor.Document, binary, stateDir string) (hypervisor.Invocation, error) {
 	inv := hypervisor.Invocation{
 		Binary: binary,
 		Args: []string{
@@ -48,45 +36,32 @@ func Invocation(doc hypervisor.Document, binary, stateDir string) (hypervisor.In
 			{FD: eventFD, Name: "events", What: "the pipe that takes the event monitor's reports"},
 		},
 	}
-	type call struct {
-		name string
-		body any
+	create, err := request("vm.create", newVMConfig(doc, stateDir))
+	if err != nil {
+		return hypervisor.Invocation{}, err
 	}
-	calls := []call{{"vm.create", create(doc, stateDir)}}
+	inv.Requests = append(inv.Requests, create)
 	for _, n := range doc.NICs {
-		calls = append(calls, call{"vm.add-net", netConfig{ID: n.ID, MAC: n.MAC, MTU: n.MTU, NumQueues: onePair}})
-	}
-	calls = append(calls, call{name: "vm.boot"})
-	for _, c := range calls {
-		r := hypervisor.Request{Method: http.MethodPut, Path: apiRoot + c.name}
-		if c.body != nil {
-			body, err := json.Marshal(c.body)
-			if err != nil {
-				return hypervisor.Invocation{}, fmt.Errorf("request %s: %w", c.name, err)
-			}
-			r.Body = body
+		add, err := request("vm.add-net", netConfig{ID: nicID(n.ID), MAC: n.MAC, MTU: n.MTU, NumQueues: onePair})
+		if err != nil {
+			return hypervisor.Invocation{}, err
 		}
-		inv.Requests = append(inv.Requests, r)
+		inv.Requests = append(inv.Requests, add)
 	}
-	return inv, nil
+	boot, err := request("vm.boot", nil)
+	inv.Requests = append(inv.Requests, boot)
+	return inv, err
 }
 
-func create(doc hypervisor.Document, stateDir string) vmConfig {
-	c := vmConfig{
-		CPUs:   cpusConfig{Boot: doc.CPU.Count, Max: doc.CPU.Count},
-		Memory: memoryConfig{Size: doc.Memory.Bytes, Shared: doc.Memory.Shared},
-		Payload: payloadConfig{
-			Kernel: doc.Boot.Kernel, Initramfs: doc.Boot.Initrd, Cmdline: strings.Join(doc.Boot.Parameters, " "),
-		},
-		RNG:      rngConfig{Src: "/dev/urandom"},
-		Serial:   consoleConfig{Mode: modeTTY},
-		Console:  consoleConfig{Mode: modeOff},
-		Vsock:    vsockConfig{CID: doc.Vsock.CID, Socket: filepath.Join(stateDir, vsockName)},
-		PVPanic:  true,
-		Platform: platformConfig{SystemUUID: doc.UUID},
+// request is a call of the API; a nil body is none.
+func request(name string, body any) (hypervisor.Request, error) {
+	r := hypervisor.Request{Method: http.MethodPut, Path: apiRoot + name}
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return hypervisor.Request{}, fmt.Errorf("request %s: %w", name, err)
+		}
+		r.Body = b
 	}
-	for _, d := range doc.Disks {
-		c.Disks = append(c.Disks, diskConfig{ID: d.ID, Path: d.Path, ReadOnly: d.ReadOnly, Serial: d.Serial, ImageType: imageRaw})
-	}
-	return c
+	return r, nil
 }

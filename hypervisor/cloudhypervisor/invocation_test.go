@@ -38,7 +38,7 @@ func TestInvocationGolden(t *testing.T) {
 		"plain":     func(*hypervisor.Document) {},
 		"sandboxed": func(d *hypervisor.Document) { d.Sandboxed = true },
 		"devices": func(d *hypervisor.Document) {
-			d.CPU.Model, d.Memory.Shared, d.SharedDirectories = "", true, 9
+			d.CPU.Model, d.Memory.Shared, d.SharedDirectories, d.Sandboxed = "", true, 9, true
 			d.NICs = []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}, {ID: "eth1", MAC: "02:00:00:00:00:02"}}
 			d.Disks = []hypervisor.Disk{
 				{ID: "layer0", Path: "/var/lib/cloister/layers/a,b.erofs", Serial: "layer0", ReadOnly: true},
@@ -49,8 +49,12 @@ func TestInvocationGolden(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := document()
 			change(&d)
-			inv, err := Invocation(d, "/usr/bin/cloud-hypervisor", "/run/cloister/0123abc")
+			require.NoError(t, new(Driver).Validate(d))
+			inv, err := newInvocation(d, "/usr/bin/cloud-hypervisor", "/run/cloister/0123abc")
 			require.NoError(t, err)
+			for _, r := range inv.Requests {
+				require.Empty(t, checkRequest(r), r.Path)
+			}
 			got, err := json.MarshalIndent(inv, "", "  ")
 			require.NoError(t, err)
 			got = append(got, '\n')
@@ -86,9 +90,10 @@ func TestValidateRefuses(t *testing.T) {
 		"vhost-net": {func(d *hypervisor.Document) {
 			d.NICs = []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", VhostNet: true}}
 		}, "vhost-net"},
+		"many disks": {func(d *hypervisor.Document) { d.Disks = make([]hypervisor.Disk, maxDisks+1) }, "249 disks are more than 248"},
 		"many devices": {func(d *hypervisor.Document) {
-			d.Memory.Shared, d.SharedDirectories = true, maxDevices+1
-		}, "29 disks, NICs and shared directories"},
+			d.Memory.Shared, d.SharedDirectories = true, maxOthers+1
+		}, "30 NICs and shared directories"},
 		"snp": {confidential(hypervisor.Confidential{Platform: abi.SNP, SNP: &hypervisor.SNP{}}),
 			"needs an IGVM file per vCPU count, not supported yet"},
 		"tdx": {confidential(hypervisor.Confidential{Platform: abi.TDX, TDX: &hypervisor.TDX{}}), "no quotes"},
@@ -99,10 +104,10 @@ func TestValidateRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := document()
 			tc.change(&d)
-			_, err := Invocation(d, "/usr/bin/cloud-hypervisor", "/run/cloister/0123abc")
+			err := new(Driver).Validate(d)
 			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 			require.ErrorContains(t, err, tc.want)
 		})
 	}
-	require.NoError(t, Validate(document()))
+	require.NoError(t, new(Driver).Validate(document()))
 }

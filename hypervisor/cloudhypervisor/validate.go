@@ -2,23 +2,17 @@
 
 package cloudhypervisor
 
-import (
-	"github.com/cloister-project/cloister/hypervisor"
-)
+import "github.com/cloister-project/cloister/hypervisor"
 
 const (
 	// maxCPUs keeps APIC ids in 8 bits: no interrupt remapping needed.
 	maxCPUs = 240
-	// maxDevices are the 32 places of the first PCI segment, less those of the host bridge, the entropy source, vsock and
-	// pvpanic.
-	maxDevices = 32 - 4
 	// cpuHost is the only CPU there is.
 	cpuHost = "host"
 )
 
-// Validate checks everything about a document that can be told without touching the host: what holds for every VMM, and what
-// Cloud Hypervisor does not do. The error is errdefs.ErrInvalidArgument and names every fault.
-func Validate(doc hypervisor.Document) error {
+// Validate implements hypervisor.Driver: what holds for every VMM, and what Cloud Hypervisor does not do.
+func (*Driver) Validate(doc hypervisor.Document) error {
 	f := doc.Faults()
 	if a := doc.Arch(); a != hypervisor.ArchAMD64 {
 		f.Add("architecture %q: Cloud Hypervisor runs %q guests here; choose hypervisor.kind \"qemu\"", a, hypervisor.ArchAMD64)
@@ -44,8 +38,11 @@ func Validate(doc hypervisor.Document) error {
 			f.Add("nic %s: Cloud Hypervisor does not use the kernel's vhost-net", n.ID)
 		}
 	}
-	if n := len(doc.Disks) + len(doc.NICs) + doc.SharedDirectories; n > maxDevices {
-		f.Add("%d disks, NICs and shared directories are more than the %d that have a place on the PCI bus", n, maxDevices)
+	if len(doc.Disks) > maxDisks {
+		f.Add("%d disks are more than %d", len(doc.Disks), maxDisks)
+	}
+	if n := len(doc.NICs) + doc.SharedDirectories; n > maxOthers {
+		f.Add("%d NICs and shared directories are more than the %d that have a place on the PCI bus", n, maxOthers)
 	}
 	if doc.Confidential != nil {
 		f = append(f, confidential(*doc.Confidential)...)

@@ -5,6 +5,7 @@ package api
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,8 +22,9 @@ import (
 )
 
 const (
-	// maxRequest is what fits a unix socket's send buffer by default, so that one sendmsg takes all of a request.
-	maxRequest = 128 << 10
+	// maxRequest is what Cloud Hypervisor's HTTP server takes of a body (micro_http, HTTP_MAX_PAYLOAD_SIZE), in bytes; it fits
+	// a unix socket's send buffer, so that one sendmsg takes all of a request.
+	maxRequest = 51200
 	// maxWords is how much of an error's text is quoted, in bytes.
 	maxWords = 1 << 10
 )
@@ -34,8 +36,8 @@ type Client struct {
 }
 
 // Do sends a request with the files that belong to it and returns the reply's body; the files stay the caller's. ctx bounds
-// all of it. A status of 400 or more is an error with the VMM's own words: errdefs.ErrNotFound (404), ErrAlreadyExists (409),
-// ErrInvalidArgument (400), else ErrInternal. errdefs.ErrUnavailable: there is no VMM behind the socket.
+// all of it. A status of 300 or more is a *StatusError with the VMM's own words: errdefs.ErrNotFound (404), ErrAlreadyExists
+// (409), ErrInvalidArgument (400), else ErrInternal. errdefs.ErrUnavailable: there is no VMM behind the socket.
 func (c *Client) Do(ctx context.Context, r hypervisor.Request, files ...*os.File) ([]byte, error) {
 	body, err := c.do(ctx, r, files)
 	if err != nil {
@@ -128,19 +130,57 @@ func duplicate(f *os.File) (fd int, err error) {
 	return fd, errors.Join(err, dup)
 }
 
+// StatusError is the VMM's refusal of a request. Without one in its chain, an error of Do leaves open whether the VMM did
+// what it was asked.
+type StatusError struct {
+	Status int
+	// Words are the VMM's own, bounded and on one line.
+	Words string
+}
+
+// Error implements error.
+func (e *StatusError) Error() string {
+	return fmt.Sprintf("the VMM answers with status %d: %s", e.Status, e.Words)
+}
+
+// Unwrap returns the errdefs kind of the status.
+func (e *StatusError) Unwrap() error {
+	switch e.Status {
+	case 400:
+		return errdefs.ErrInvalidArgument
+	case 404:
+		return errdefs.ErrNotFound
+	case 409:
+		return errdefs.ErrAlreadyExists
+	}
+	return errdefs.ErrInternal
+}
+
 func statusError(status int, body []byte) error {
 	if status < 300 {
 		return nil
 	}
-	kind := map[int]error{400: errdefs.ErrInvalidArgument, 404: errdefs.ErrNotFound, 409: errdefs.ErrAlreadyExists}[status]
-	if kind == nil {
-		kind = errdefs.ErrInternal
+	return &StatusError{Status: status, Words: clean(words(body))}
+}
+
+// words takes the messages out of an error's body: a JSON list from the outermost to the cause, or just text.
+func words(body []byte) string {
+	var list []string
+	if json.Unmarshal(body, &list) == nil {
+		return strings.Join(list, ": ")
 	}
-	words := strings.Map(func(r rune) rune {
+	return string(body)
+}
+
+func clean(s string) string {
+	if len(s) > maxWords {
+		s = s[:maxWords]
+	}
+	s = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || r == unicode.ReplacementChar {
 			return ' '
 		}
 		return r
-	}, string(body[:min(len(body), maxWords)]))
-	return fmt.Errorf("the VMM answers with status %d: %s: %w", status, strings.TrimSpace(words), kind)
+	}, s)
+	return strings.Join(strings.Fields(s), " ")
 }
