@@ -56,7 +56,8 @@ type Hypervisor struct {
 
 // Values of Hypervisor.Kind, Accel and Vsock.
 const (
-	KindQEMU = "qemu"
+	KindQEMU            = "qemu"
+	KindCloudHypervisor = "cloudhypervisor"
 
 	// AccelAuto takes KVM where the CPU offers hardware virtualization and /dev/kvm opens, else TCG.
 	AccelAuto = "auto"

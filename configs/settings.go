@@ -156,7 +156,7 @@ func settings() []setting {
 
 func hypervisorSettings() []setting {
 	return []setting{
-		text("hypervisor.kind", func(c *Config) *string { return &c.Hypervisor.Kind }, oneOf(KindQEMU)),
+		text("hypervisor.kind", func(c *Config) *string { return &c.Hypervisor.Kind }, oneOf(KindQEMU, KindCloudHypervisor)),
 		text("hypervisor.arch", func(c *Config) *string { return &c.Hypervisor.Arch }, emptyOr(oneOf(ArchAMD64, ArchS390X))),
 		text("hypervisor.path", func(c *Config) *string { return &c.Hypervisor.Path }, emptyOr(absolutePath)),
 		text("hypervisor.accel", func(c *Config) *string { return &c.Hypervisor.Accel }, oneOf(AccelAuto, AccelKVM, AccelTCG)),

@@ -21,6 +21,8 @@ import (
 type Driver interface {
 	// Kind is the VMM's name as the configuration has it (hypervisor.kind).
 	Kind() string
+	// VsockKinds returns what can carry the guest's vsock, at least one.
+	VsockKinds() []VsockKind
 	// DefaultCPU returns the CPU model of VMs for which nobody names another; empty where the VMM has no models. A
 	// confidential VM's platform may name its own.
 	DefaultCPU(Accelerator) string

@@ -94,6 +94,11 @@ func (d *Driver) open(ctx context.Context) (*program, error) {
 // Kind implements hypervisor.Driver.
 func (*Driver) Kind() string { return Kind }
 
+// VsockKinds implements hypervisor.Driver.
+func (*Driver) VsockKinds() []hypervisor.VsockKind {
+	return []hypervisor.VsockKind{hypervisor.VsockVhost, hypervisor.VsockVhostUser}
+}
+
 // Binary implements hypervisor.Driver.
 func (d *Driver) Binary() (string, error) { return findBinary(d.config.Path, d.config.Arch) }
 

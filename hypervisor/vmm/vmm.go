@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/cloudhypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu"
 )
 
@@ -27,7 +28,7 @@ type Config struct {
 }
 
 // Kinds returns the names of all VMMs.
-func Kinds() []string { return []string{qemu.Kind} }
+func Kinds() []string { return []string{qemu.Kind, cloudhypervisor.Kind} }
 
 // New returns the driver. It touches nothing: the binary is looked for when it is needed. A kind that is not known is
 // errdefs.ErrInvalidArgument.
@@ -39,6 +40,8 @@ func New(c Config) (hypervisor.Driver, error) {
 	switch c.Kind {
 	case qemu.Kind:
 		return qemu.New(qemu.Config{Arch: c.Arch, Path: c.Path, CacheDir: dir}), nil
+	case cloudhypervisor.Kind:
+		return cloudhypervisor.New(cloudhypervisor.Config{Arch: c.Arch, Path: c.Path}), nil
 	}
 	return nil, fmt.Errorf("hypervisor.kind = %q is not known; known are %s: %w", c.Kind, strings.Join(Kinds(), ", "),
 		errdefs.ErrInvalidArgument)

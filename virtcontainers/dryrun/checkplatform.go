@@ -150,8 +150,11 @@ func checkVMM(ctx context.Context, driver hypervisor.Driver, cfg *configs.Config
 }
 
 func checkVsock(plan *vmplan.Plan) Finding {
-	if plan.VsockKind() == hypervisor.VsockVhost {
+	switch plan.VsockKind() {
+	case hypervisor.VsockVhost:
 		return openable("vsock", vmplan.VhostVsockDevice, "load the module vhost_vsock, or set hypervisor.vsock")
+	case hypervisor.VsockHybrid:
+		return Finding{What: "vsock", Result: Good, Detail: "the VMM's own device"}
 	}
 	return Finding{What: "vsock", Result: Good, Detail: "the shim's own vhost-user device"}
 }

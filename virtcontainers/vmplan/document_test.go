@@ -107,8 +107,12 @@ func TestDocumentWithInitdata(t *testing.T) {
 }
 
 func TestVsockOfAPlatform(t *testing.T) {
+	both := []hypervisor.VsockKind{hypervisor.VsockVhostUser, hypervisor.VsockVhost}
 	plan := func(name tee.Name, setting string) *Plan {
-		return &Plan{cfg: &configs.Config{Hypervisor: configs.Hypervisor{Vsock: setting}}, platform: fakePlatform{name: name}}
+		return &Plan{
+			cfg:    &configs.Config{Hypervisor: configs.Hypervisor{Vsock: setting}},
+			driver: fakeDriver{vsock: both}, platform: fakePlatform{name: name},
+		}
 	}
 	for _, name := range []tee.Name{tee.SNP, tee.TDX, tee.SE} {
 		for setting, want := range map[string]hypervisor.VsockKind{
@@ -122,6 +126,20 @@ func TestVsockOfAPlatform(t *testing.T) {
 		auto = hypervisor.VsockVhost
 	}
 	require.Equal(t, auto, plan(tee.Sample, configs.VsockAuto).VsockKind())
+
+	// A VMM with one device has that one on every platform, and refuses the name of another.
+	for setting, refused := range map[string]bool{
+		"": false, configs.VsockAuto: false, configs.VsockVhost: true, configs.VsockVhostUser: true,
+	} {
+		p := plan(tee.SNP, setting)
+		p.driver = fakeDriver{vsock: []hypervisor.VsockKind{hypervisor.VsockHybrid}}
+		require.Equal(t, hypervisor.VsockHybrid, p.VsockKind())
+		if err := p.checkVsock(); refused {
+			require.ErrorContains(t, err, `is nothing that hypervisor.kind = "fake" has`)
+		} else {
+			require.NoError(t, err)
+		}
+	}
 }
 
 // vhost-net is taken with KVM where it is, and never insisted upon.

@@ -53,8 +53,15 @@ func (f fakePlatform) Measure(context.Context, hypervisor.Document) (*tee.Refere
 	return f.measure()
 }
 
-// fakeDriver is there and can do nothing.
-type fakeDriver struct{ hypervisor.Driver }
+// fakeDriver is there and can do nothing. Its guests have the vsock devices that a test says.
+type fakeDriver struct {
+	hypervisor.Driver
+	vsock []hypervisor.VsockKind
+}
+
+func (fakeDriver) Kind() string { return "fake" }
+
+func (d fakeDriver) VsockKinds() []hypervisor.VsockKind { return d.vsock }
 
 func (fakeDriver) Capabilities(context.Context) (hypervisor.Capabilities, error) {
 	return hypervisor.Capabilities{}, nil

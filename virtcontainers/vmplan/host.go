@@ -17,9 +17,9 @@ import (
 	"github.com/cloister-project/cloister/hypervisor/vsock"
 )
 
-// vhostUserCID is the guest's CID on the embedded device: every guest has a device of its own, so that it need not be
-// unique.
-const vhostUserCID = 3
+// ownDeviceCID is the guest's CID on the embedded device and on the VMM's own: every guest has a device of its own there, so
+// that it need not be unique.
+const ownDeviceCID = 3
 
 // Devices of the kernel that carry a VM's vsock and network.
 const (
@@ -45,8 +45,8 @@ func (p *Plan) Host(ctx context.Context) (Host, *vsock.Kernel, error) {
 	if err != nil {
 		return Host{}, nil, err
 	}
-	h := Host{Accelerator: accel, Vsock: p.VsockKind(), CID: vhostUserCID, VhostNet: usesVhostNet(accel, vhostNetDevice)}
-	if h.Vsock == hypervisor.VsockVhostUser {
+	h := Host{Accelerator: accel, Vsock: p.VsockKind(), CID: ownDeviceCID, VhostNet: usesVhostNet(accel, vhostNetDevice)}
+	if h.Vsock != hypervisor.VsockVhost {
 		return h, nil, nil
 	}
 	kernel, err := vsock.NewKernel(ctx, wire.ReadyPort)
@@ -71,6 +71,9 @@ func (p *Plan) accelerator(ctx context.Context) (hypervisor.Accelerator, error) 
 // VsockKind is the transport. The embedded device maps the guest's memory, of which a protected guest shows little: there
 // the kernel's is taken unless another is asked for by name.
 func (p *Plan) VsockKind() hypervisor.VsockKind {
+	if kinds := p.driver.VsockKinds(); len(kinds) == 1 {
+		return kinds[0]
+	}
 	switch setting := p.cfg.Hypervisor.Vsock; {
 	case setting == configs.VsockVhostUser:
 		return hypervisor.VsockVhostUser

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -65,10 +66,23 @@ func New(pod Pod) (*Plan, error) {
 	if p.driver, err = openDriver(p.cfg, pod.KeepProbe); err != nil {
 		return nil, err
 	}
+	if err := p.checkVsock(); err != nil {
+		return nil, err
+	}
 	if p.initdata, err = loadInitdata(p.cfg); err != nil {
 		return nil, err
 	}
 	return p, nil
+}
+
+// checkVsock refuses a vsock device by name that the VMM does not have.
+func (p *Plan) checkVsock() error {
+	setting := hypervisor.VsockKind(p.cfg.Hypervisor.Vsock)
+	if setting == configs.VsockAuto || setting == "" || slices.Contains(p.driver.VsockKinds(), setting) {
+		return nil
+	}
+	return configs.Faults{p.cfg.Fault("hypervisor.vsock", fmt.Sprintf("%q is nothing that hypervisor.kind = %q has", setting, p.driver.Kind()),
+		`set it to "auto"`)}
 }
 
 // openDriver returns the driver of the configured VMM.
@@ -193,7 +207,7 @@ func (p *Plan) predict(ctx context.Context, doc hypervisor.Document) (string, er
 // errdefs.ErrInvalidArgument: configuration or pod ask for what cannot be had. Ordinary and sample VMs need a VMM that
 // can be asked for its accelerator; what is wrong with it is the error then.
 func (p *Plan) Dry(ctx context.Context) (*hypervisor.Document, error) {
-	host := Host{Accelerator: hypervisor.AccelKVM, CID: vhostUserCID, Kernel: p.cfg.Hypervisor.Kernel, Vsock: p.VsockKind()}
+	host := Host{Accelerator: hypervisor.AccelKVM, CID: ownDeviceCID, Kernel: p.cfg.Hypervisor.Kernel, Vsock: p.VsockKind()}
 	if !p.Name().Protected() {
 		var err error
 		if host.Accelerator, err = p.accelerator(ctx); err != nil {
