@@ -3,6 +3,7 @@
 package qemu
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -41,6 +42,8 @@ const (
 	// The same for emulated s390x guests; the kernel is a raw image.
 	s390xKernelVariable  = "CLOISTER_TEST_S390X_KERNEL"
 	s390xModulesVariable = "CLOISTER_TEST_S390X_MODULES"
+	// What runs amd64 guests: "tcg", which is the default, or "kvm".
+	accelVariable = "CLOISTER_TEST_ACCEL"
 
 	// bootTimeout is generous: emulation on a busy machine.
 	bootTimeout = 120 * time.Second
@@ -142,16 +145,18 @@ func testModule(t testing.TB, arch hypervisor.Architecture, name string) []byte 
 // testDocument is a VM with the embedded vsock device that does what says.
 func testDocument(t testing.TB, kernel, initrd, do string) hypervisor.Document {
 	t.Helper()
+	accel := hypervisor.Accelerator(cmp.Or(os.Getenv(accelVariable), string(hypervisor.AccelTCG)))
+	require.Contains(t, []hypervisor.Accelerator{hypervisor.AccelTCG, hypervisor.AccelKVM}, accel, accelVariable)
 	return hypervisor.Document{
 		ID:           "test",
 		Architecture: hypervisor.ArchAMD64,
 		UUID:         uuid.NewString(),
-		Accelerator:  hypervisor.AccelTCG,
-		CPU:          hypervisor.CPU{Model: new(Driver).DefaultCPU(hypervisor.AccelTCG), Count: 1},
+		Accelerator:  accel,
+		CPU:          hypervisor.CPU{Model: new(Driver).DefaultCPU(accel), Count: 1},
 		Memory:       hypervisor.Memory{Bytes: 256 << 20, Shared: true},
 		Boot: hypervisor.Boot{
 			Kernel: kernel, Initrd: initrd,
-			Parameters: append(New(Config{Arch: hypervisor.ArchAMD64}).KernelParameters(hypervisor.AccelTCG), "init.do="+do),
+			Parameters: append(New(Config{Arch: hypervisor.ArchAMD64}).KernelParameters(accel), "init.do="+do),
 		},
 		Vsock:             hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
 		SharedDirectories: 2,
