@@ -13,6 +13,6 @@
 // (helpers_test.go) as the time after which a condition is taken to never come true.
 //
 // All need root and a machine that is set up. Without they are skipped, or fail if CLOISTER_E2E=required (`make test`). What is
-// in CLOISTER_E2E_DROPIN is laid over the shared node's cloister.toml: `make test-kvm` asks there for KVM and the kernel's vsock
+// in CLOISTER_E2E_DROPIN is laid over every node's cloister.toml: `make test-kvm` asks there for KVM and the kernel's vsock
 // by name, so that nothing else can have been used.
 package e2e

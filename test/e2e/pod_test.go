@@ -37,7 +37,8 @@ func TestFiveContainers(t *testing.T) {
 	}})
 	status, _, err := pod.Status(testContext(t))
 	require.NoError(t, err)
-	ip := status.GetNetwork().GetIp()
+	require.Len(t, status.GetNetwork().GetAdditionalIps(), 1)
+	ips := []string{status.GetNetwork().GetIp(), status.GetNetwork().GetAdditionalIps()[0].GetIp()} // IPv4 and IPv6
 
 	var all []*harness.Container
 	for i := range 5 {
@@ -55,19 +56,21 @@ func TestFiveContainers(t *testing.T) {
 	})
 	t.Run("from the node", func(t *testing.T) {
 		ctx := testContext(t)
-		var got string
-		waitFor(t, ctx, "the container listens", func() bool {
-			conn, err := n.Dial(ctx, "tcp", net.JoinHostPort(ip, "9000"))
-			if err != nil {
-				return false
-			}
-			defer conn.Close()
-			b, err := io.ReadAll(conn)
-			got = string(b)
-			return err == nil && got != ""
-		})
-		assert.Equal(t, "container 0\n", got)
-		succeed(t, n.Command(ctx, n.Artifacts().Busybox, "ping", "-c", "1", "-W", "30", ip))
+		for _, ip := range ips {
+			var got string
+			waitFor(t, ctx, "the container listens on "+ip, func() bool {
+				conn, err := n.Dial(ctx, "tcp", net.JoinHostPort(ip, "9000"))
+				if err != nil {
+					return false
+				}
+				defer conn.Close()
+				b, err := io.ReadAll(conn)
+				got = string(b)
+				return err == nil && got != ""
+			})
+			assert.Equal(t, "container 0\n", got, ip)
+		}
+		succeed(t, n.Command(ctx, n.Artifacts().Busybox, "ping", "-c", "1", "-W", "30", ips[0]))
 		output(t, all[0], "ping -c 1 -W 30 10.88.0.1")
 	})
 	t.Run("boot and hostname", func(t *testing.T) {

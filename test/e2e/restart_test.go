@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -18,7 +19,7 @@ import (
 // TestContainerdRestart ends containerd in the middle of stdio, in order and by SIGKILL, and starts it again: pods,
 // containers and their bytes go on as if nothing had been.
 func TestContainerdRestart(t *testing.T) {
-	n := harness.ForTest(t, harness.Options{})
+	n := harness.ForTest(t, harness.Options{DropIn: os.Getenv("CLOISTER_E2E_DROPIN")})
 	handlers := []string{harness.HandlerCloister, harness.HandlerClassic}
 	var (
 		pods     []*harness.Pod

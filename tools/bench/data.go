@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/test/harness"
 )
 
@@ -65,7 +66,9 @@ func (b *bench) measureData(ctx context.Context) (_ []row, err error) {
 	}
 	bounded, cancel := context.WithTimeout(ctx, stepBudget)
 	defer cancel()
-	p, err := startProbe(bounded, b.driver, b.bare, b.accel, b.dir, b.artifacts.Initrd, disk)
+	p, err := b.startProbe(bounded, "probe", func(d *hypervisor.Document, _ *hypervisor.Resources) {
+		d.Disks = []hypervisor.Disk{{ID: "disk", Path: disk, Serial: "disk", ReadOnly: true}}
+	})
 	if err != nil {
 		return nil, fmt.Errorf("the probe: %w", err)
 	}

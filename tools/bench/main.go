@@ -37,6 +37,8 @@ type plan struct {
 	// StreamMiB go through a stream, and come from a disk, in one sample.
 	StreamMiB int `json:"stream_mib"`
 	ReadMiB   int `json:"read_mib"`
+	// RoundTrips are in one sample.
+	RoundTrips int `json:"round_trips"`
 }
 
 // memoryContainers is what the shim's memory budget is stated for.
@@ -60,9 +62,9 @@ func main() {
 		}
 		return
 	}
-	p := plan{Rounds: *rounds, Execs: 5 * *rounds, Containers: 8, Pods: 4, StreamMiB: 32, ReadMiB: 16}
+	p := plan{Rounds: *rounds, Execs: 5 * *rounds, Containers: 8, Pods: 4, StreamMiB: 32, ReadMiB: 16, RoundTrips: 1000}
 	if *quick {
-		p = plan{Rounds: 2, Execs: 5, Containers: memoryContainers, Pods: 2, StreamMiB: 8, ReadMiB: 8}
+		p = plan{Rounds: 2, Execs: 5, Containers: memoryContainers, Pods: 2, StreamMiB: 8, ReadMiB: 8, RoundTrips: 200}
 	}
 	if p.Rounds < 1 {
 		fmt.Fprintln(os.Stderr, "bench: -rounds must be 1 or more")
@@ -108,6 +110,7 @@ func run(ctx context.Context, p plan, out, only string, strict bool) (err error)
 		{"streams and disks", b.measureData},
 		{"size of the guest image", b.measureSize},
 		{"pods at once", b.measurePods},
+		{"vsock devices", b.measureVsock},
 	} {
 		if !strings.Contains(step.name, only) {
 			continue

@@ -21,14 +21,15 @@ import (
 // probe is a VM like a pod's, whose init is probeMain.
 type probe struct{ vm hypervisor.VM }
 
-// startProbe boots the probe with a disk, and returns when it answers.
-func startProbe(ctx context.Context, driver hypervisor.Driver, q bareQEMU, accel hypervisor.Accelerator, dir, initrdOf,
-	disk string) (_ *probe, err error) {
+// startProbe boots a probe, whose document and resources change may make another's, and returns when it answers. What change
+// puts into the resources goes with the VM, or with an error.
+func (b *bench) startProbe(ctx context.Context, name string, change func(*hypervisor.Document, *hypervisor.Resources)) (_ *probe,
+	err error) {
 	self, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
 		return nil, err
 	}
-	image, err := os.Open(initrdOf)
+	image, err := os.Open(b.artifacts.Initrd)
 	if err != nil {
 		return nil, err
 	}
@@ -37,24 +38,26 @@ func startProbe(ctx context.Context, driver hypervisor.Driver, q bareQEMU, accel
 	if err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, "probe.img")
+	path := filepath.Join(b.dir, name+".img")
 	if err := os.WriteFile(path, initrd, 0o600); err != nil {
 		return nil, err
 	}
-	state := filepath.Join(dir, "probe")
+	state := filepath.Join(b.dir, name)
 	if err := os.Mkdir(state, 0o700); err != nil {
 		return nil, err
 	}
-	vm, err := driver.Start(ctx, hypervisor.Document{
-		ID: "probe", UUID: uuid.NewString(), Accelerator: accel,
-		CPU:    hypervisor.CPU{Model: q.cpu, Count: q.vcpus},
-		Memory: hypervisor.Memory{Bytes: uint64(q.memoryMiB) << 20, Shared: true},
-		Boot:   hypervisor.Boot{Kernel: q.kernel, Initrd: path, Parameters: []string{"console=ttyS0", "quiet", "panic=-1"}},
+	doc := hypervisor.Document{
+		ID: name, UUID: uuid.NewString(), Accelerator: b.accel,
+		CPU:    hypervisor.CPU{Model: b.bare.cpu, Count: b.bare.vcpus},
+		Memory: hypervisor.Memory{Bytes: uint64(b.bare.memoryMiB) << 20, Shared: true},
+		Boot:   hypervisor.Boot{Kernel: b.bare.kernel, Initrd: path, Parameters: []string{"console=ttyS0", "quiet", "panic=-1"}},
 		Vsock:  hypervisor.Vsock{Kind: hypervisor.VsockVhostUser, CID: 3},
-		Disks:  []hypervisor.Disk{{ID: "disk", Path: disk, Serial: "disk", ReadOnly: true}},
 		// As a pod has them.
 		SharedDirectories: 2, Sandboxed: true,
-	}, hypervisor.Resources{StateDir: state})
+	}
+	res := hypervisor.Resources{StateDir: state}
+	change(&doc, &res)
+	vm, err := b.driver.Start(ctx, doc, res)
 	if err != nil {
 		return nil, err
 	}
@@ -135,6 +138,30 @@ func (p *probe) toGuest(ctx context.Context, bytes int) (float64, error) {
 		err = fmt.Errorf("the probe got %d bytes of %d", got, bytes)
 	}
 	return mibPerSecond(bytes, time.Since(started)), err
+}
+
+// roundTrip sends so many messages of messageSize bytes, each after the answer to the one before, and returns the
+// microseconds that one took. The first is not counted: it starts the program on the other side.
+func (p *probe) roundTrip(ctx context.Context, times int) (float64, error) {
+	conn, end, err := p.command(ctx, "echo")
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	var started time.Time
+	message := make([]byte, messageSize)
+	for i := range times + 1 {
+		if i == 1 {
+			started = time.Now()
+		}
+		if _, err := conn.Write(message); err != nil {
+			return 0, err
+		}
+		if _, err := io.ReadFull(conn, message); err != nil {
+			return 0, err
+		}
+	}
+	return float64(time.Since(started).Nanoseconds()) / 1000 / float64(times), nil
 }
 
 // readDisk has the guest read so many bytes straight from the disk and returns the rate in MiB/s.

@@ -22,6 +22,7 @@ import (
 //
 //	source N      the probe writes N bytes and ends the stream
 //	sink          it reads to the end, then answers with the number of bytes (8 bytes, little endian)
+//	echo          it sends messages of messageSize bytes back until the stream ends
 //	read AT N     it reads N bytes of the disk from there on and answers with the nanoseconds that the second half took (likewise)
 //
 // and an answer that begins with "error" otherwise.
@@ -29,6 +30,9 @@ const probePort = 5000
 
 // probeBuffer is the size of one read or write, that of the relays between process and stream.
 const probeBuffer = 64 << 10
+
+// messageSize is that of the small messages whose round trip is timed, in bytes.
+const messageSize = 64
 
 const probeDisk = "/dev/sda"
 
@@ -122,6 +126,17 @@ func probeCommand(conn net.Conn) error {
 				return binary.Write(conn, binary.LittleEndian, n)
 			}
 			if err != nil {
+				return err
+			}
+		}
+	case len(command) == 1 && command[0] == "echo":
+		for message := buf[:messageSize]; ; {
+			if _, err := io.ReadFull(in, message); errors.Is(err, io.EOF) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			if _, err := conn.Write(message); err != nil {
 				return err
 			}
 		}
