@@ -67,6 +67,8 @@ type Capabilities struct {
 	Binary  string   `json:"binary"`
 	Version string   `json:"version"`
 	Details []string `json:"details,omitempty"`
+	// Sandbox says what a sandboxed document (Document.Sandboxed) lacks here; empty: nothing.
+	Sandbox string `json:"sandbox,omitempty"`
 	// Platforms has, for each confidential platform with hardware behind it that the VMM knows to launch, what this binary
 	// lacks for it; empty: nothing.
 	Platforms map[abi.Platform]string `json:"platforms,omitempty"`

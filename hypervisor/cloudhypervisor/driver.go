@@ -114,7 +114,11 @@ func (d *Driver) Capabilities(ctx context.Context) (hypervisor.Capabilities, err
 	if err != nil {
 		return hypervisor.Capabilities{}, err
 	}
-	return hypervisor.Capabilities{Binary: b.path, Version: b.version}, nil
+	can := hypervisor.Capabilities{Binary: b.path, Version: b.version}
+	if err := hostcheck.Landlock(); err != nil {
+		can.Sandbox = err.Error()
+	}
+	return can, nil
 }
 
 // Accelerator implements hypervisor.Driver.

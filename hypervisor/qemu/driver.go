@@ -108,10 +108,14 @@ func (d *Driver) Capabilities(ctx context.Context) (hypervisor.Capabilities, err
 	if err != nil {
 		return hypervisor.Capabilities{}, err
 	}
-	return hypervisor.Capabilities{
+	can := hypervisor.Capabilities{
 		Binary: b.path, Version: strings.TrimSpace(b.features.Version),
 		Details: b.features.details(), Platforms: b.features.platforms(),
-	}, nil
+	}
+	if !b.features.Sandbox {
+		can.Sandbox = "this QEMU was built without seccomp (-sandbox)"
+	}
+	return can, nil
 }
 
 // Accelerator implements hypervisor.Driver.

@@ -167,3 +167,18 @@ func TestOneLine(t *testing.T) {
 	assert.Equal(t, "a; b c", oneLine("a\nb   c"))
 	assert.NotContains(t, oneLine("\n\n"), "\n")
 }
+
+// A VMM whose confinement this host lacks is no use unless the configuration does without it.
+func TestCheckOfTheSandbox(t *testing.T) {
+	can := hypervisor.Capabilities{Binary: "/vmm", Version: "vmm v1", Sandbox: "no landlock"}
+	cfg := load(t, newNode(t, ""), "none")
+	for wanted, missing := range map[bool]int{true: 1, false: 0} {
+		cfg.Hypervisor.Sandbox = wanted
+		findings, asked := checkVMM(t.Context(), fakeDriver{can: can}, cfg, tee.None)
+		require.True(t, asked)
+		assert.Equal(t, missing, Missing(findings), "%+v", findings)
+		for _, f := range findings {
+			assert.NotEmpty(t, f.Detail, "%+v", f)
+		}
+	}
+}

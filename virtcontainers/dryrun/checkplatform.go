@@ -128,9 +128,13 @@ func checkVMM(ctx context.Context, driver hypervisor.Driver, cfg *configs.Config
 		return []Finding{{What: whatVMM, Result: Bad, Detail: oneLine(err.Error()),
 			Fix: "set hypervisor.path to one that runs on this node, for guests of " + cfg.Architecture()}}, false
 	}
-	findings = []Finding{
-		{What: whatVMM, Result: Good, Detail: fmt.Sprintf("%s, %s", can.Binary, can.Version)},
-		{What: "VMM's features", Result: Good, Detail: strings.Join(can.Details, " ")},
+	findings = []Finding{{What: whatVMM, Result: Good, Detail: fmt.Sprintf("%s, %s", can.Binary, can.Version)}}
+	if len(can.Details) > 0 {
+		findings = append(findings, Finding{What: "VMM's features", Result: Good, Detail: strings.Join(can.Details, " ")})
+	}
+	if cfg.Hypervisor.Sandbox && can.Sandbox != "" {
+		findings = append(findings, Finding{What: "VMM's sandbox", Result: Bad, Detail: oneLine(can.Sandbox),
+			Fix: "mend what is named, or do without the sandbox: hypervisor.sandbox = false"})
 	}
 	if name.Protected() {
 		return findings, true // the platform itself says what it needs of KVM

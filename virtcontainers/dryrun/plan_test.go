@@ -72,6 +72,23 @@ func TestPlanMakesNothing(t *testing.T) {
 	assert.Equal(t, before, after)
 }
 
+// KVM is planned on a machine without it, as every hardware is: nobody is asked.
+func TestPlanOfAVMMThatNeedsKVM(t *testing.T) {
+	cfg := load(t, newNode(t, ""), "none")
+	cfg.Hypervisor.Kind, cfg.Hypervisor.Path = configs.KindCloudHypervisor, filepath.Join(t.TempDir(), "cloud-hypervisor")
+	require.NoError(t, os.WriteFile(cfg.Hypervisor.Path, []byte("#!/bin/sh\necho cloud-hypervisor v53.0.0\n"), 0o700))
+	plan, err := Plan(t.Context(), cfg, manifest.Example())
+	require.NoError(t, err)
+	require.NoError(t, plan.Err)
+	assert.Equal(t, hypervisor.AccelKVM, plan.Document.Accelerator)
+	require.NotEmpty(t, plan.Requests)
+	assert.Equal(t, "/api/v1/vm.create", plan.Requests[0].Path)
+
+	cfg.Hypervisor.Accel = configs.AccelTCG // no hardware's matter
+	_, err = Plan(t.Context(), cfg, manifest.Example())
+	require.ErrorContains(t, err, "does not emulate")
+}
+
 // Nobody takes a VM that the host can read for a protected one.
 func TestPlanOfADebugLaunch(t *testing.T) {
 	cfg := load(t, newNode(t, "allow_debug = true"), "snp")
@@ -84,7 +101,16 @@ func TestPlanOfADebugLaunch(t *testing.T) {
 type fakeDriver struct {
 	hypervisor.Driver
 	run hypervisor.Invocation
+	can hypervisor.Capabilities
 	err error
+}
+
+func (d fakeDriver) Capabilities(context.Context) (hypervisor.Capabilities, error) {
+	return d.can, d.err
+}
+
+func (fakeDriver) Accelerator(context.Context, string) (hypervisor.Accelerator, error) {
+	return hypervisor.AccelKVM, nil
 }
 
 func (d fakeDriver) Describe(context.Context, hypervisor.Document) (hypervisor.Invocation, error) {

@@ -202,15 +202,18 @@ func (p *Plan) predict(ctx context.Context, doc hypervisor.Document) (string, er
 
 // Dry returns the document with which a pod would be started, prepared by its platform. It starts and changes nothing. The
 // document has no NICs, since there is no network yet, and any CID; neither is measured. A platform with hardware behind it
-// is planned on every machine, whatever that machine lacks: Probe tells.
+// is planned on every machine, whatever that machine lacks: Probe tells. So is KVM.
 //
 // errdefs.ErrInvalidArgument: configuration or pod ask for what cannot be had. Ordinary and sample VMs need a VMM that
-// can be asked for its accelerator; what is wrong with it is the error then.
+// can be asked for its accelerator; what is wrong with the VMM is the error then.
 func (p *Plan) Dry(ctx context.Context) (*hypervisor.Document, error) {
 	host := Host{Accelerator: hypervisor.AccelKVM, CID: ownDeviceCID, Kernel: p.cfg.Hypervisor.Kernel, Vsock: p.VsockKind()}
 	if !p.Name().Protected() {
 		var err error
-		if host.Accelerator, err = p.accelerator(ctx); err != nil {
+		switch host.Accelerator, err = p.accelerator(ctx); {
+		case errdefs.IsUnavailable(err): // KVM, on a machine without
+			host.Accelerator = hypervisor.AccelKVM
+		case err != nil:
 			return nil, err
 		}
 	}
