@@ -197,8 +197,8 @@ test-unit: setup ## The quick tests, with the race detector; skips what needs ro
 	CGO_ENABLED=1 $(GO) test -race -tags 'seccomp netgo osusergo' -timeout 15m $(if $(RUN),-run '$(RUN)') \
 	  $$($(GO) list ./... | grep -v '^$(MODULE)/test/')
 
-# Packages that start VMs by themselves, on the kernels that setup fetched or on the guest image. CLOISTER_TEST_VMM and
-# CLOISTER_TEST_ACCEL in the environment say with what those of the first one are started (hypervisor/contract/doc.go).
+# Packages that start VMs by themselves, on the kernels that setup fetched or on the guest image. Those of the
+# first one are of the VMM that CLOISTER_TEST_VMM names (hypervisor/contract/doc.go).
 VM_PACKAGES := ./hypervisor/contract ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share ./tee/...
 .PHONY: test-vm
 test-vm: setup guest guest-s390x ## Tests of single packages in real VMs (as root)

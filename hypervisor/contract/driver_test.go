@@ -39,7 +39,9 @@ func TestDriverWithoutBinary(t *testing.T) {
 			require.ErrorContains(t, err, "id ")
 			require.ErrorContains(t, err, "uuid")
 
-			for path, want := range map[string]error{"/nonexistent/vmm": os.ErrNotExist, "/etc/passwd": errdefs.ErrInvalidArgument, "/bin/true": nil} {
+			for path, want := range map[string]error{
+				"/nonexistent/vmm": os.ErrNotExist, "/etc/passwd": errdefs.ErrInvalidArgument, "/bin/true": nil,
+			} {
 				d := driver(path)
 				_, err := d.Capabilities(context.Background())
 				require.ErrorContains(t, err, "hypervisor.path", path)
