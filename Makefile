@@ -197,8 +197,9 @@ test-unit: setup ## The quick tests, with the race detector; skips what needs ro
 	CGO_ENABLED=1 $(GO) test -race -tags 'seccomp netgo osusergo' -timeout 15m $(if $(RUN),-run '$(RUN)') \
 	  $$($(GO) list ./... | grep -v '^$(MODULE)/test/')
 
-# Packages that start QEMU by themselves, on the kernels that setup fetched or on the guest image.
-VM_PACKAGES := ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share ./tee/...
+# Packages that start VMs by themselves, on the kernels that setup fetched or on the guest image. Those of the
+# first one are of the VMM that CLOISTER_TEST_VMM names (hypervisor/contract/doc.go).
+VM_PACKAGES := ./hypervisor/contract ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share ./tee/...
 .PHONY: test-vm
 test-vm: setup guest guest-s390x ## Tests of single packages in real VMs (as root)
 	@$(test-vms); \

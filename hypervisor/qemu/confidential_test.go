@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/vmtest"
 )
 
 // A property that the binary does not have is named, and never left out.
@@ -97,7 +98,7 @@ func TestBootFiles(t *testing.T) {
 
 // With firmware the kernel is the file that the firmware starts and measures, not the ELF file out of it.
 func TestFirmwareNeedsBzImage(t *testing.T) {
-	kernel := testKernel(t)
+	kernel := vmtest.Kernel(t, hypervisor.ArchAMD64)
 	var f hypervisor.Faults
 	bootFiles(&f, hypervisor.Document{Boot: hypervisor.Boot{Kernel: kernel, Initrd: kernel}})
 	require.NoError(t, f.Err())

@@ -17,6 +17,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
 	"github.com/cloister-project/cloister/hypervisor/supervise"
+	"github.com/cloister-project/cloister/hypervisor/vmtest"
 	"github.com/cloister-project/cloister/tee/abi"
 )
 
@@ -124,7 +125,7 @@ func pciDevices(t *testing.T, c *qmp.Client) []pciDevice {
 	var buses []struct {
 		Devices []pciDevice `json:"devices"`
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Timeout)
 	defer cancel()
 	require.NoError(t, c.Execute(ctx, "query-pci", nil, &buses))
 	require.NotEmpty(t, buses)
@@ -135,7 +136,7 @@ func pciDevices(t *testing.T, c *qmp.Client) []pciDevice {
 // another with the emulated one.
 func TestEmulatedDevicesLookTheSame(t *testing.T) {
 	d := testDriver(t)
-	launched := testDocument(t, testKernel(t), testInitrd(t), "idle")
+	launched := guestDocument(t, d, "idle")
 	launched.SharedDirectories = 0
 	launched.Confidential = &hypervisor.Confidential{Platform: abi.Sample}
 	v := startGuest(t, d, launched)
@@ -164,7 +165,7 @@ func TestEmulatedDevicesLookTheSame(t *testing.T) {
 		_ = p.Kill()
 		<-p.Done()
 	}()
-	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Timeout)
 	defer cancel()
 	client, err := qmp.New(ctx, ours, nil)
 	require.NoError(t, err)

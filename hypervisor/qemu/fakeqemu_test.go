@@ -19,6 +19,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/supervise"
+	"github.com/cloister-project/cloister/hypervisor/vmtest"
 	"github.com/cloister-project/cloister/tee/abi"
 )
 
@@ -144,7 +145,7 @@ func fakeDriver(t *testing.T, mode string) (*Driver, hypervisor.Document) {
 	require.NoError(t, os.WriteFile(path, kernel, 0o600))
 	d := New(Config{Arch: hypervisor.ArchAMD64})
 	d.found = &program{path: wrapper, features: debianFeatures()}
-	return d, testDocument(t, path, path, "idle")
+	return d, vmtest.Document(d, hypervisor.AccelTCG, path, path, "idle")
 }
 
 func TestFaults(t *testing.T) {
@@ -172,7 +173,7 @@ func TestFaults(t *testing.T) {
 			require.Contains(t, exit.Detail, want.detail)
 			require.Less(t, len(exit.Detail), 600)
 			require.Contains(t, exit.VMMLog, "command cont")
-			require.ErrorIs(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)), errdefs.ErrFailedPrecondition)
+			require.ErrorIs(t, v.AddDisk(context.Background(), vmtest.Disk(t, t.TempDir(), 1)), errdefs.ErrFailedPrecondition)
 		})
 	}
 }
@@ -209,7 +210,7 @@ func TestStartFaults(t *testing.T) {
 func TestAddDiskRefused(t *testing.T) {
 	d, doc := fakeDriver(t, "refuses")
 	v := startGuest(t, d, doc)
-	disk := testDisk(t, t.TempDir(), 1)
+	disk := vmtest.Disk(t, t.TempDir(), 1)
 	for range 2 { // nothing is kept of the first
 		require.ErrorContains(t, v.AddDisk(context.Background(), disk), "no such bus")
 	}
@@ -248,7 +249,7 @@ func TestAddSharedDirectoryToConfidentialVM(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrPermissionDenied)
 	require.ErrorContains(t, err, "this VM is confidential")
 	// Disks are no directories.
-	require.NoError(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)))
+	require.NoError(t, v.AddDisk(context.Background(), vmtest.Disk(t, t.TempDir(), 1)))
 	// What came before the disk is in the log by then.
 	awaitLog(t, v, "command device_add", 1)
 	log, _ := v.Logs.VMM.Text()
@@ -260,15 +261,15 @@ func TestAddDiskCancelled(t *testing.T) {
 	v := startGuest(t, d, doc)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	require.ErrorIs(t, v.AddDisk(ctx, testDisk(t, t.TempDir(), 1)), context.Canceled)
-	require.NoError(t, v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)))
+	require.ErrorIs(t, v.AddDisk(ctx, vmtest.Disk(t, t.TempDir(), 1)), context.Canceled)
+	require.NoError(t, v.AddDisk(context.Background(), vmtest.Disk(t, t.TempDir(), 1)))
 }
 
 func TestAddDiskWhileQEMUEnds(t *testing.T) {
 	d, doc := fakeDriver(t, "silent")
 	v := startGuest(t, d, doc)
 	errs := make(chan error, 1)
-	go func() { errs <- v.AddDisk(context.Background(), testDisk(t, t.TempDir(), 1)) }()
+	go func() { errs <- v.AddDisk(context.Background(), vmtest.Disk(t, t.TempDir(), 1)) }()
 	awaitLog(t, v, "device_add", 1)
 	require.ErrorIs(t, v.RemoveDisk(context.Background(), "layer-1"), errdefs.ErrUnavailable)
 	v.Kill()
@@ -278,7 +279,7 @@ func TestAddDiskWhileQEMUEnds(t *testing.T) {
 func TestRemoveDiskRepeated(t *testing.T) {
 	d, doc := fakeDriver(t, "slow")
 	v := startGuest(t, d, doc)
-	disk := testDisk(t, t.TempDir(), 1)
+	disk := vmtest.Disk(t, t.TempDir(), 1)
 	require.NoError(t, v.AddDisk(context.Background(), disk))
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()

@@ -6,35 +6,15 @@ import (
 	"context"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/hypervisor/vmtest"
 	"github.com/cloister-project/cloister/tee/abi"
 )
-
-// deviceModules drive every device that a document can have, in the order in which they are loaded.
-var deviceModules = append(append([]string{}, scsiModules...),
-	"failover", "net_failover", "virtio_net", "vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport")
-
-// guestDocument is testDocument for any architecture.
-func guestDocument(t *testing.T, arch hypervisor.Architecture, do string, modules ...string) hypervisor.Document {
-	t.Helper()
-	if arch == hypervisor.ArchAMD64 {
-		return testDocument(t, testKernel(t), testInitrd(t, modules...), do)
-	}
-	kernel := os.Getenv(s390xKernelVariable)
-	if kernel == "" {
-		t.Skip(s390xKernelVariable + " (the path of a raw s390x kernel) is not set")
-	}
-	doc := testDocument(t, kernel, testInitrdFor(t, arch, modules...), do)
-	doc.Architecture, doc.SharedDirectories = arch, 0
-	doc.Boot.Parameters = append(New(Config{Arch: arch}).KernelParameters(doc.Accelerator), "init.do="+do)
-	return doc
-}
 
 // TestGuestDevices boots real guests under emulation and looks from inside at every device. The confidential ones are
 // of the platform sample: the rules and no protection.
@@ -42,7 +22,7 @@ func TestGuestDevices(t *testing.T) {
 	for name, tc := range map[string]struct {
 		arch         hypervisor.Architecture
 		confidential bool
-		// As testdata/init prints them: 1 is the network, 8 SCSI, 0x13 vsock.
+		// As the guest's init prints them: 1 is the network, 8 SCSI, 0x13 vsock.
 		devices string
 	}{
 		"amd64, sample": {hypervisor.ArchAMD64, true, "pci/0x0001/1/1,pci/0x0008/1/1,pci/0x0013/1/1"},
@@ -51,60 +31,36 @@ func TestGuestDevices(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := driverFor(t, tc.arch)
-			doc := guestDocument(t, tc.arch, "devices", deviceModules...)
+			doc := guestDocument(t, d, "devices", vmtest.DeviceModules...)
 			if tc.confidential {
 				doc.SharedDirectories, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
 			}
 			doc.NICs = []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1400}}
-			ns, tap := testNetNS(t)
+			ns, tap := vmtest.NetNS(t)
 			dir, ctx := t.TempDir(), context.Background()
-			disks := []hypervisor.Disk{testDisk(t, dir, 0), testDisk(t, dir, 1), testDisk(t, dir, 2)}
+			disks := []hypervisor.Disk{vmtest.Disk(t, dir, 0), vmtest.Disk(t, dir, 1), vmtest.Disk(t, dir, 2)}
 			doc.Disks = disks[:1]
 
 			start := time.Now()
-			h, err := d.Start(ctx, doc, hypervisor.Resources{StateDir: t.TempDir(), NetNS: ns, Taps: map[string]*os.File{"eth0": tap}})
-			require.NoError(t, err)
-			v := h.(*vm)
-			defer func() {
-				v.Kill()
-				if t.Failed() {
-					t.Log(v.Exit())
-				}
-			}()
-			l, err := v.Vsock().Listen(1024)
-			require.NoError(t, err)
-			defer l.Close()
-			heard := make(chan string, 1)
-			go func() {
-				conn, err := l.Accept()
-				if err != nil {
-					heard <- err.Error()
-					return
-				}
-				defer conn.Close()
-				words := make([]byte, 64)
-				n, _ := conn.Read(words)
-				_, _ = conn.Write([]byte("hello"))
-				heard <- string(words[:n])
-				_, _ = conn.Read(words) // until the guest has the answer and closes
-			}()
+			v := vmtest.Start(t, d, doc, hypervisor.Resources{NetNS: ns, Taps: map[string]*os.File{"eth0": tap}})
+			heard := v.Greet(t)
 			require.NoError(t, v.AddDisk(ctx, disks[1]), "before the guest runs")
 			require.NoError(t, v.Boot(ctx))
-			waitConsole(t, v, "INIT up")
+			v.WaitConsole(t, "INIT up")
 			t.Logf("init after %v", time.Since(start))
-			require.Equal(t, "VIRTIO "+tc.devices+".", strings.TrimSpace(waitConsole(t, v, "VIRTIO ")))
-			require.Equal(t, "VSOCK hello.", strings.TrimSpace(waitConsole(t, v, "VSOCK ")))
+			require.Equal(t, "VIRTIO "+tc.devices+".", v.WaitConsole(t, "VIRTIO "))
+			require.Equal(t, "VSOCK hello.", v.WaitConsole(t, "VSOCK "))
 			require.Equal(t, "I am "+string(tc.arch), <-heard)
 
 			if tc.confidential && tc.arch == hypervisor.ArchAMD64 {
-				requireNoRoom(ctx, t, v)
+				requireNoRoom(ctx, t, v.VM.(*vm))
 			}
-			waitConsole(t, v, expectedDisks(disks[:2]))
+			v.WaitConsole(t, vmtest.DisksLine(disks[:2]))
 			require.NoError(t, v.AddDisk(ctx, disks[2]))
-			waitConsole(t, v, expectedDisks(disks))
+			v.WaitConsole(t, vmtest.DisksLine(disks))
 			require.NoError(t, v.RemoveDisk(ctx, disks[0].ID))
-			waitConsole(t, v, expectedDisks(disks[1:]))
-			requireClosed(t, v, disks[0].Path)
+			v.WaitConsole(t, vmtest.DisksLine(disks[1:]))
+			v.RequireClosed(t, disks[0].Path)
 		})
 	}
 }
@@ -138,7 +94,7 @@ func TestS390XGuestEnds(t *testing.T) {
 		"reset":    {Reason: hypervisor.ExitGuestPanic, Detail: "the guest reset itself, without a kernel panic on its console"},
 	} {
 		t.Run(do, func(t *testing.T) {
-			v := startGuest(t, d, guestDocument(t, hypervisor.ArchS390X, do))
+			v := startGuest(t, d, guestDocument(t, d, do))
 			require.NoError(t, v.Boot(context.Background()))
 			exit := waitEnd(t, v)
 			require.Equal(t, want.Reason, exit.Reason, exit.Error())
@@ -164,7 +120,7 @@ func TestSealedImageNotUnpacked(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sealed")
 	require.NoError(t, os.WriteFile(path, image, 0o600))
 
-	doc := guestDocument(t, hypervisor.ArchS390X, "")
+	doc := guestDocument(t, d, "")
 	doc.Boot = hypervisor.Boot{Kernel: path, Sealed: true}
 	v := startGuest(t, d, doc)
 	require.NoError(t, v.Boot(context.Background()))
@@ -175,14 +131,14 @@ func TestSealedImageNotUnpacked(t *testing.T) {
 
 // TestGuestBootsWithFirmware: the firmware starts the bzImage, with every device under the rules of a confidential VM.
 func TestGuestBootsWithFirmware(t *testing.T) {
-	firmware, kernel := os.Getenv("CLOISTER_TEST_OVMF"), os.Getenv(kernelVariable)
-	if firmware == "" || kernel == "" {
-		t.Skipf("CLOISTER_TEST_OVMF (the path of OVMF.fd) or %s is not set", kernelVariable)
+	firmware := os.Getenv("CLOISTER_TEST_OVMF")
+	if firmware == "" {
+		t.Skip("CLOISTER_TEST_OVMF (the path of OVMF.fd) is not set")
 	}
 	d := driverFor(t, hypervisor.ArchAMD64)
-	doc := guestDocument(t, hypervisor.ArchAMD64, "poweroff")
+	doc := guestDocument(t, d, "poweroff")
 	doc.SharedDirectories, doc.Confidential = 0, &hypervisor.Confidential{Platform: abi.Sample}
-	doc.Boot.Firmware, doc.Boot.Kernel = firmware, kernel
+	doc.Boot.Firmware, doc.Boot.Kernel = firmware, vmtest.KernelImage(t, hypervisor.ArchAMD64)
 	v := startGuest(t, d, doc)
 	start := time.Now()
 	require.NoError(t, v.Boot(context.Background()))

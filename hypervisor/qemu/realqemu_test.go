@@ -21,6 +21,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/qemu/qmp"
 	"github.com/cloister-project/cloister/hypervisor/supervise"
+	"github.com/cloister-project/cloister/hypervisor/vmtest"
 	"github.com/cloister-project/cloister/hypervisor/vsock/vhostuser"
 	"github.com/cloister-project/cloister/tee/abi"
 )
@@ -38,7 +39,7 @@ func driverFor(t testing.TB, arch hypervisor.Architecture) *Driver {
 	if path == "" {
 		t.Skip(s390xQEMUVariable + " (the path of qemu-system-s390x) is not set")
 	}
-	d := New(Config{Path: path, Arch: arch, CacheDir: filepath.Join(cacheDir(t), "qemu")})
+	d := New(Config{Path: path, Arch: arch, CacheDir: filepath.Join(vmtest.CacheDir(t), "qemu")})
 	probed(t, d)
 	return d
 }
@@ -77,7 +78,7 @@ func launch(t *testing.T, path string, c commandLine) outcome {
 			defer dev.Close()
 			files = append(files, dev.QEMUFile())
 		case strings.HasPrefix(name, fileTap):
-			_, tap := testNetNS(t)
+			_, tap := vmtest.NetNS(t)
 			files = append(files, tap)
 		default: // vhost-net, which is left out
 			null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -97,7 +98,7 @@ func launch(t *testing.T, path string, c commandLine) outcome {
 		said <- string(b)
 	}()
 
-	ctx, cancel := context.WithTimeout(context.Background(), bootTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), vmtest.Timeout)
 	defer cancel()
 	var o outcome
 	if client, err := qmp.New(ctx, control, nil); err == nil {
@@ -111,7 +112,7 @@ func launch(t *testing.T, path string, c commandLine) outcome {
 	}
 	select {
 	case <-p.Done():
-	case <-time.After(bootTimeout):
+	case <-time.After(vmtest.Timeout):
 		_ = p.Kill()
 		<-p.Done()
 	}
@@ -131,9 +132,7 @@ func realFiles(t *testing.T, arch hypervisor.Architecture) *strings.Replacer {
 	}
 	kernel := file("s390x-kernel", s390HeaderEnd)
 	if arch == hypervisor.ArchAMD64 {
-		if kernel = os.Getenv(kernelVariable); kernel == "" {
-			t.Skip(kernelVariable + " (the path of a Debian bzImage) is not set")
-		}
+		kernel = vmtest.KernelImage(t, arch)
 	}
 	return strings.NewReplacer(goldenKernel, kernel, goldenInitrd, file("initrd", 512), goldenFirmware, file("firmware", 128<<10),
 		goldenLayer, file("layer,0", 4096), goldenScratch, file("scratch", 4096),

@@ -62,8 +62,13 @@ func (v *VM) Exit() hypervisor.Exit {
 // EndedError is what methods of a VM answer after Done: errdefs.ErrFailedPrecondition with the reason of the end.
 func (v *VM) EndedError() error { return fmt.Errorf("%w: %w", errdefs.ErrFailedPrecondition, v.Exit()) }
 
-// BeginBoot marks the VM as booted; errdefs.ErrFailedPrecondition if it was already.
+// BeginBoot marks the VM as booted; errdefs.ErrFailedPrecondition if it was already, or has ended.
 func (v *VM) BeginBoot() error {
+	select {
+	case <-v.done:
+		return v.EndedError()
+	default:
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.booted {

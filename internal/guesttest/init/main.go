@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command init is PID 1 of the guest in the QEMU driver's tests. It writes what it sees to the console, one line each,
-// and does what the kernel parameter init.do says: idle, disks, directories, devices, poweroff, reset, panic.
+// Command init is PID 1 of the guest in the tests of VMMs' drivers. It writes what it sees to the console, one line each,
+// and does what the kernel parameter init.do says: idle, directories, devices, poweroff, reset, panic.
 package main
 
 import (
@@ -33,12 +33,11 @@ func main() {
 	case "panic":
 		_ = os.WriteFile("/proc/sys/kernel/sysrq", []byte("1"), 0)
 		_ = os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
-	case "disks":
-		loadModules()
-		watch("DISKS", disks)
 	case "devices":
 		loadModules()
 		fmt.Printf("VIRTIO %s.\n", strings.Join(virtioDevices(), ","))
+		fmt.Printf("NICS %s.\n", strings.Join(nics(), ","))
+		fmt.Printf("LISTEN %v.\n", listen())
 		fmt.Printf("VSOCK %s.\n", talk())
 		watch("DISKS", disks)
 	case "directories":
@@ -116,6 +115,50 @@ func virtioDevices() []string {
 	}
 }
 
+// nics are address/MTU.
+func nics() []string {
+	paths, _ := filepath.Glob("/sys/class/net/*")
+	var out []string
+	for _, p := range paths {
+		if filepath.Base(p) == "lo" {
+			continue
+		}
+		address, _ := os.ReadFile(filepath.Join(p, "address"))
+		mtu, _ := os.ReadFile(filepath.Join(p, "mtu"))
+		out = append(out, strings.TrimSpace(string(address))+"/"+strings.TrimSpace(string(mtu)))
+	}
+	return out
+}
+
+// listen answers the host's greetings over vsock with what it heard, from then on.
+func listen() error {
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: 1025}); err != nil {
+		return err
+	}
+	if err := unix.Listen(fd, 1); err != nil {
+		return err
+	}
+	go func() {
+		for {
+			conn, _, err := unix.Accept(fd)
+			if err != nil {
+				fmt.Printf("ACCEPT %v.\n", err)
+				return
+			}
+			var words [64]byte
+			if n, err := unix.Read(conn, words[:]); err == nil {
+				_, _ = unix.Write(conn, append([]byte("heard "), words[:n]...))
+			}
+			_ = unix.Close(conn)
+		}
+	}()
+	return nil
+}
+
 // talk greets the host over vsock and returns its answer.
 func talk() string {
 	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -137,16 +180,20 @@ func talk() string {
 	return string(answer[:n])
 }
 
-// disks are serial:first bytes.
+// disks are serial=first bytes/read-only, of SCSI disks and of virtio-blk ones.
 func disks() []string {
-	paths, _ := filepath.Glob("/sys/block/sd*")
+	paths, _ := filepath.Glob("/sys/block/[sv]d*")
 	var out []string
 	for _, p := range paths {
-		vpd, err := os.ReadFile(filepath.Join(p, "device/vpd_pg80"))
-		if err != nil || len(vpd) < 4 {
-			continue
+		serial, err := os.ReadFile(filepath.Join(p, "serial"))
+		if err != nil {
+			vpd, err := os.ReadFile(filepath.Join(p, "device/vpd_pg80"))
+			if err != nil || len(vpd) < 4 {
+				continue
+			}
+			serial = vpd[4:]
 		}
-		out = append(out, strings.TrimSpace(string(vpd[4:]))+"="+content(p))
+		out = append(out, strings.TrimSpace(string(serial))+"="+content(p))
 	}
 	return out
 }
