@@ -3,6 +3,7 @@
 package cloudhypervisor
 
 import (
+	"encoding/hex"
 	"path/filepath"
 	"strings"
 
@@ -38,9 +39,22 @@ type memoryConfig struct {
 }
 
 type payloadConfig struct {
-	Kernel    string `json:"kernel"`
-	Cmdline   string `json:"cmdline"`
-	Initramfs string `json:"initramfs"`
+	Kernel    string       `json:"kernel"`
+	Cmdline   string       `json:"cmdline"`
+	Initramfs string       `json:"initramfs"`
+	IGVM      string       `json:"igvm,omitempty"`
+	HostData  string       `json:"host_data,omitempty"`
+	FWCfg     *fwCfgConfig `json:"fw_cfg_config,omitempty"`
+}
+
+// fwCfgConfig is what firmware finds behind fw_cfg: with hashes of the first three in measured memory (vmm/src/vm_config.rs; the
+// OpenAPI document does not have it).
+type fwCfgConfig struct {
+	Kernel    bool `json:"kernel"`
+	Cmdline   bool `json:"cmdline"`
+	Initramfs bool `json:"initramfs"`
+	ACPI      bool `json:"acpi_tables"`
+	E820      bool `json:"e820"`
 }
 
 // diskConfig always has the type of the image: a guest that writes the header of another one onto its raw disk must not have
@@ -89,6 +103,7 @@ type vsockConfig struct {
 type platformConfig struct {
 	SystemUUID     string `json:"system_uuid"`
 	NumPCISegments int    `json:"num_pci_segments"`
+	SNP            bool   `json:"sev_snp,omitempty"`
 }
 
 // landlockConfig gives access below a path beside what the configuration names itself; "r" or "rw".
@@ -143,6 +158,14 @@ func newDirectory(s hypervisor.SharedDirectory) fsConfig {
 	return fsConfig{ID: directoryID(s.ID), Tag: s.Tag, Socket: s.Socket, NumQueues: 1, QueueSize: fsQueue}
 }
 
+// snpOf is a document's SEV-SNP launch, or nil.
+func snpOf(doc hypervisor.Document) *hypervisor.SNP {
+	if doc.Confidential == nil {
+		return nil
+	}
+	return doc.Confidential.SNP
+}
+
 func newVMConfig(doc hypervisor.Document, stateDir string) vmConfig {
 	c := vmConfig{
 		CPUs:   cpusConfig{Boot: doc.CPU.Count, Max: doc.CPU.Count},
@@ -161,6 +184,14 @@ func newVMConfig(doc hypervisor.Document, stateDir string) vmConfig {
 		disks := filepath.Join(stateDir, disksName)
 		c.LandlockRules = []landlockConfig{
 			{Path: filepath.Join(disks, readOnlyDir), Access: "r"}, {Path: filepath.Join(disks, writableDir), Access: "rw"},
+		}
+	}
+	if snp := snpOf(doc); snp != nil {
+		c.Platform.SNP = true
+		c.Payload.IGVM, c.Payload.HostData = doc.Boot.Firmware, hex.EncodeToString(snp.HostData)
+		c.Payload.FWCfg = &fwCfgConfig{Kernel: true, Cmdline: true, Initramfs: true, ACPI: true, E820: true}
+		if doc.Sandboxed {
+			c.LandlockRules = append(c.LandlockRules, landlockConfig{Path: "/dev/sev", Access: "rw"})
 		}
 	}
 	for i, d := range doc.Disks {

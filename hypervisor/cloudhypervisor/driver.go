@@ -13,6 +13,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/hostcheck"
 	"github.com/cloister-project/cloister/hypervisor/pvh"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // Kind is Cloud Hypervisor's name in the configuration.
@@ -108,13 +109,14 @@ func (d *Driver) Binary() (string, error) {
 	return findBinary(d.config.Path)
 }
 
-// Capabilities implements hypervisor.Driver. No confidential platform is among them: see Validate.
+// Capabilities implements hypervisor.Driver. Whether a binary was built for SEV-SNP is asked of the VMM itself, at a start: no
+// option tells.
 func (d *Driver) Capabilities(ctx context.Context) (hypervisor.Capabilities, error) {
 	b, err := d.open(ctx)
 	if err != nil {
 		return hypervisor.Capabilities{}, err
 	}
-	can := hypervisor.Capabilities{Binary: b.path, Version: b.version}
+	can := hypervisor.Capabilities{Binary: b.path, Version: b.version, Platforms: map[abi.Platform]string{abi.SNP: ""}}
 	if err := hostcheck.Landlock(); err != nil {
 		can.Sandbox = err.Error()
 	}
@@ -183,7 +185,10 @@ func (d *Driver) Start(ctx context.Context, doc hypervisor.Document, res hypervi
 // preflight checks what the document names on the host.
 func preflight(doc hypervisor.Document, res hypervisor.Resources) error {
 	var f hypervisor.Faults
-	if _, err := pvh.Inspect(doc.Boot.Kernel); err != nil {
+	if snpOf(doc) != nil {
+		hostcheck.BootFile(&f, "boot.firmware", doc.Boot.Firmware)
+		hostcheck.BootFile(&f, "boot.kernel", doc.Boot.Kernel)
+	} else if _, err := pvh.Inspect(doc.Boot.Kernel); err != nil {
 		f.Add("boot.kernel: %w", err)
 	}
 	hostcheck.BootFile(&f, "boot.initrd", doc.Boot.Initrd)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/hypervisor/hostcheck"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 func TestMain(m *testing.M) {
@@ -237,6 +238,36 @@ func TestStartFaults(t *testing.T) {
 	}
 }
 
+// The fake launches nothing: what is shown is what is asked of a VMM for SEV-SNP, and of whom.
+func TestStartSNP(t *testing.T) {
+	snp := func(d *hypervisor.Document, _ *hypervisor.Resources) {
+		kernel := d.Boot.Kernel
+		snpDocument(d)
+		d.Boot.Firmware, d.Sandboxed = kernel, false // landlock's rules name /dev/sev, which few machines have
+	}
+	v := start(t, "none", snp)
+	waitLog(t, v, "request vmm.ping 0\nrequest vm.create 0")
+	for mode, want := range map[string]struct {
+		kind error
+		text string
+	}{
+		"released:vmm.ping": {errdefs.ErrNotImplemented, "was built without fw_cfg, igvm, sev_snp"},
+		"fails:vmm.ping":    {errdefs.ErrInternal, "vmm.ping"},
+		"garbage:vmm.ping":  {errdefs.ErrInvalidArgument, "vmm.ping"},
+	} {
+		d, doc := fakeDriver(t, mode)
+		snp(&doc, nil)
+		_, err := d.Start(t.Context(), doc, hypervisor.Resources{StateDir: stateDir(t)})
+		require.ErrorIs(t, err, want.kind, mode)
+		require.ErrorContains(t, err, want.text)
+	}
+	d, doc := fakeDriver(t, "none")
+	snp(&doc, nil)
+	doc.Boot.Firmware = "/nonexistent.igvm"
+	_, err := d.Start(t.Context(), doc, hypervisor.Resources{StateDir: stateDir(t)})
+	require.ErrorContains(t, err, "/nonexistent.igvm")
+}
+
 func TestStartGivenUp(t *testing.T) {
 	d, doc := fakeDriver(t, "silent:vm.create")
 	ctx, cancel := context.WithCancel(t.Context())
@@ -373,7 +404,7 @@ func TestBinary(t *testing.T) {
 	c, err := d.Capabilities(t.Context())
 	require.NoError(t, err)
 	require.Equal(t, "cloud-hypervisor v53.0-1-gabc", c.Version)
-	require.Empty(t, c.Platforms)
+	require.Equal(t, map[abi.Platform]string{abi.SNP: ""}, c.Platforms)
 }
 
 func TestAccelerator(t *testing.T) {

@@ -151,6 +151,10 @@ func (f *fakeVMM) do(fault, name string, body []byte, files []*os.File) (status 
 	var given map[string]any
 	_ = json.Unmarshal(body, &given)
 	switch {
+	case name == "vmm.ping" && fault == "released":
+		return 200, map[string]any{"version": "v53.0.0", "features": []string{"io_uring", "kvm"}}
+	case name == "vmm.ping":
+		return 200, map[string]any{"version": "v53.0.0", "features": []string{"fw_cfg", "igvm", "io_uring", "kvm", "sev_snp"}}
 	case name == "vm.create" && f.config != nil:
 		return failed("VM is already created")
 	case name != "vm.create" && f.config == nil:

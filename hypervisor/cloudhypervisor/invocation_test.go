@@ -3,6 +3,7 @@
 package cloudhypervisor
 
 import (
+	"bytes"
 	"encoding/json"
 	"flag"
 	"os"
@@ -33,6 +34,15 @@ func document() hypervisor.Document {
 	}
 }
 
+// snpDocument makes a document one for SEV-SNP.
+func snpDocument(d *hypervisor.Document) {
+	d.CPU.Model, d.Sandboxed = "", true
+	d.Boot.Firmware = "/usr/share/cloister/igvm/snp-2.igvm"
+	d.Confidential = &hypervisor.Confidential{Platform: abi.SNP, SNP: &hypervisor.SNP{
+		CBitPosition: 51, ReducedPhysBits: 1, Policy: 0x30000, KernelHashes: true, HostData: bytes.Repeat([]byte{0xab}, abi.SNPHostDataSize),
+	}}
+}
+
 func TestInvocationGolden(t *testing.T) {
 	for name, change := range map[string]func(*hypervisor.Document){
 		"plain":     func(*hypervisor.Document) {},
@@ -45,6 +55,7 @@ func TestInvocationGolden(t *testing.T) {
 				{ID: "scratch", Path: "/var/lib/cloister/scratch", Serial: "scratch"},
 			}
 		},
+		"snp": snpDocument,
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := document()
@@ -94,8 +105,14 @@ func TestValidateRefuses(t *testing.T) {
 		"many devices": {func(d *hypervisor.Document) {
 			d.Memory.Shared, d.SharedDirectories = true, maxOthers+1
 		}, "30 NICs and shared directories"},
-		"snp": {confidential(hypervisor.Confidential{Platform: abi.SNP, SNP: &hypervisor.SNP{}}),
-			"needs an IGVM file per vCPU count, not supported yet"},
+		"snp without an IGVM file": {func(d *hypervisor.Document) {
+			snpDocument(d)
+			d.Boot.Firmware = ""
+		}, "needs boot.firmware"},
+		"snp with an ID block": {func(d *hypervisor.Document) {
+			snpDocument(d)
+			d.Confidential.SNP.IDBlock, d.Confidential.SNP.IDAuth = make([]byte, abi.SNPIDBlockSize), make([]byte, abi.SNPIDAuthSize)
+		}, "takes ID blocks from IGVM files only"},
 		"tdx": {confidential(hypervisor.Confidential{Platform: abi.TDX, TDX: &hypervisor.TDX{}}), "no quotes"},
 		"se": {confidential(hypervisor.Confidential{Platform: abi.SE, SecureExecution: true}),
 			"does not run on IBM Z"},

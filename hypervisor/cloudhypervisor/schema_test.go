@@ -52,6 +52,11 @@ var schemas = map[string]schema{
 	}},
 	"PayloadConfig": {nil, map[string]field{
 		"firmware": str, "kernel": str, "cmdline": str, "initramfs": str, "igvm": str, "host_data": str,
+		"fw_cfg_config": of("FwCfgConfig"),
+	}},
+	// Not in the document: vmm/src/vm_config.rs, for builds with it.
+	"FwCfgConfig": {nil, map[string]field{
+		"e820": boolean, "kernel": boolean, "cmdline": boolean, "initramfs": boolean, "acpi_tables": boolean,
 	}},
 	"DiskConfig": {nil, map[string]field{
 		"path": str, "readonly": boolean, "direct": boolean, "iommu": boolean, "num_queues": integer, "queue_size": integer,
@@ -87,7 +92,7 @@ var consoleModes = []string{"Off", "Pty", "Tty", "File", "Socket", "Null"}
 // bodies are the schemas of the requests' bodies; empty: none.
 var bodies = map[string]string{
 	"vm.create": "VmConfig", "vm.add-net": "NetConfig", "vm.add-disk": "DiskConfig", "vm.add-fs": "FsConfig",
-	"vm.remove-device": "VmRemoveDevice", "vm.boot": "",
+	"vm.remove-device": "VmRemoveDevice", "vm.boot": "", "vmm.ping": "",
 }
 
 // checkRequest returns what is wrong with a request.
@@ -97,7 +102,7 @@ func checkRequest(r hypervisor.Request) []string {
 	switch {
 	case !ok || !known:
 		return []string{"unknown endpoint " + r.Path}
-	case r.Method != "PUT":
+	case r.Method != map[bool]string{true: "GET", false: "PUT"}[name == "vmm.ping"]:
 		return []string{"method " + r.Method}
 	case want == "" && len(r.Body) > 0:
 		return []string{"a body where there is none"}

@@ -27,7 +27,7 @@ func (*Driver) Validate(doc hypervisor.Document) error {
 	if doc.CPU.Count > maxCPUs {
 		f.Add("cpu.count %d is more than %d", doc.CPU.Count, maxCPUs)
 	}
-	if doc.Boot.Firmware != "" {
+	if doc.Boot.Firmware != "" && snpOf(doc) == nil {
 		f.Add("boot.firmware: Cloud Hypervisor boots the kernel directly; leave it empty")
 	}
 	if doc.Vsock.Kind != hypervisor.VsockHybrid {
@@ -50,12 +50,13 @@ func (*Driver) Validate(doc hypervisor.Document) error {
 	return f.Err()
 }
 
-// confidential refuses every confidential VM, with its reason.
+// confidential refuses every confidential VM but SEV-SNP's, with its reason.
 func confidential(c hypervisor.Confidential) (f hypervisor.Faults) {
 	switch {
+	case c.SNP != nil && c.SNP.IDBlock != nil:
+		f.Add("confidential.snp.id_block: Cloud Hypervisor takes ID blocks from IGVM files only; leave out tee.snp.id_key, or choose " +
+			"hypervisor.kind \"qemu\"")
 	case c.SNP != nil:
-		f.Add("platform %q with Cloud Hypervisor needs an IGVM file per vCPU count, not supported yet; "+
-			"choose hypervisor.kind \"qemu\"", c.Platform)
 	case c.TDX != nil:
 		f.Add("platform %q: Cloud Hypervisor speaks the interface that KVM had before TDX was merged into Linux, and gives the "+
 			"guest no quotes; choose hypervisor.kind \"qemu\"", c.Platform)

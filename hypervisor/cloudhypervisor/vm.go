@@ -86,6 +86,11 @@ func (v *vm) start(ctx context.Context, inv hypervisor.Invocation, res hyperviso
 			return fmt.Errorf("set up the host's side of %s: %w", name, err)
 		}
 	}
+	if snpOf(v.doc) != nil {
+		if err := v.checkFeatures(ctx); err != nil {
+			return v.startFailed(ctx, err)
+		}
+	}
 	last := len(inv.Requests) - 1
 	v.boot = inv.Requests[last]
 	for i, r := range inv.Requests[:last] {

@@ -60,6 +60,7 @@ func choose(cfg *configs.Config, o Options) (tee.Platform, error) {
 		return sample.New(c), nil
 	case tee.SNP:
 		return snp.New(snp.Config{
+			IGVM:     h.Kind == configs.KindCloudHypervisor,
 			Firmware: t.SNP.Firmware, Descriptors: t.FirmwareDescriptors, Digests: t.SNP.FirmwareDigests, AllowDebug: t.AllowDebug,
 			Policy: t.SNP.Policy, GuestFeatures: t.SNP.GuestFeatures, CPUModel: h.CPUModel, IDKey: t.SNP.IDKey, AuthorKey: t.SNP.AuthorKey,
 			FamilyID: t.SNP.FamilyID, ImageID: t.SNP.ImageID, GuestSVN: t.SNP.GuestSVN,

@@ -42,11 +42,7 @@ func (p *Platform) MeasureRange(ctx context.Context, doc hypervisor.Document, fi
 		return nil, fmt.Errorf("measure: the VM is not prepared for SEV-SNP: %w", errdefs.ErrInvalidArgument)
 	}
 	s := doc.Confidential.SNP
-	l, inputs, err := p.launch(ctx, doc)
-	if err != nil {
-		return nil, fmt.Errorf("measure: %w", err)
-	}
-	digests, err := l.Digests(first, last)
+	launches, err := p.launches(ctx, doc, first, last)
 	if err != nil {
 		return nil, fmt.Errorf("measure: %w", err)
 	}
@@ -56,9 +52,9 @@ func (p *Platform) MeasureRange(ctx context.Context, doc hypervisor.Document, fi
 		if err != nil {
 			return nil, fmt.Errorf("measure: %w", err)
 		}
-		if n := doc.CPU.Count; n >= first && n <= last && v.Identity.Digest != digests[n-first] {
-			return nil, fmt.Errorf("measure: the ID block is of another launch, %x; this one is %x: %w", v.Identity.Digest, digests[n-first],
-				errdefs.ErrFailedPrecondition)
+		if n := doc.CPU.Count; n >= first && n <= last && v.Identity.Digest != launches[n-first].digest {
+			return nil, fmt.Errorf("measure: the ID block is of another launch, %x; this one is %x: %w", v.Identity.Digest,
+				launches[n-first].digest, errdefs.ErrFailedPrecondition)
 		}
 		keys = append(keys, tee.Value{Name: "snp.id_key_digest", Hex: hex.EncodeToString(v.IDKeyDigest[:]),
 			Note: "the key that signed the ID block"})
@@ -73,16 +69,20 @@ func (p *Platform) MeasureRange(ctx context.Context, doc hypervisor.Document, fi
 	if s.HostData != nil {
 		hostData.Hex, hostData.Note = hex.EncodeToString(s.HostData), "the initdata's digest"
 	}
-	all := make([]*tee.ReferenceValues, 0, len(digests))
-	for i, d := range digests {
+	note := "MEASUREMENT of the report"
+	if p.config.IGVM {
+		note += ", as Cloud Hypervisor launches the IGVM file; never compared with a report"
+	}
+	all := make([]*tee.ReferenceValues, 0, len(launches))
+	for i, l := range launches {
 		values := []tee.Value{
-			{Name: "snp.launch_digest", Hex: hex.EncodeToString(d[:]), Note: "MEASUREMENT of the report"},
+			{Name: "snp.launch_digest", Hex: hex.EncodeToString(l.digest[:]), Note: note},
 			hostData,
 			{Name: "snp.policy", Hex: hex.EncodeToString(policy), Note: Policy(s.Policy).String()},
 		}
 		all = append(all, &tee.ReferenceValues{
 			Platform: tee.SNP, VCPUs: first + i, CPUModel: doc.CPU.Model,
-			Values: append(values, keys...), Inputs: inputs, Parameters: commandLine(doc),
+			Values: append(values, keys...), Inputs: l.inputs, Parameters: commandLine(doc),
 		})
 	}
 	return all, nil
@@ -91,7 +91,32 @@ func (p *Platform) MeasureRange(ctx context.Context, doc hypervisor.Document, fi
 // commandLine is what the hypervisor's driver gives to the kernel.
 func commandLine(doc hypervisor.Document) string { return strings.Join(doc.Boot.Parameters, " ") }
 
-// launch reads what a document's launch is measured from.
+// measured is the launch with one number of virtual CPUs.
+type measured struct {
+	digest Digest
+	inputs []tee.Input
+}
+
+// launches are those of a document with each number of virtual CPUs from first to last.
+func (p *Platform) launches(ctx context.Context, doc hypervisor.Document, first, last int) (all []measured, err error) {
+	if p.config.IGVM {
+		return p.igvmLaunches(ctx, doc, first, last)
+	}
+	l, inputs, err := p.launch(ctx, doc)
+	if err != nil {
+		return nil, err
+	}
+	digests, err := l.Digests(first, last)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range digests {
+		all = append(all, measured{d, inputs})
+	}
+	return all, nil
+}
+
+// launch reads what a document's launch from a firmware image is measured from.
 func (p *Platform) launch(ctx context.Context, doc hypervisor.Document) (Launch, []tee.Input, error) {
 	signature, err := CPUSignature(doc.CPU.Model)
 	if err != nil {
@@ -106,11 +131,21 @@ func (p *Platform) launch(ctx context.Context, doc hypervisor.Document) (Launch,
 	if !doc.Confidential.SNP.KernelHashes {
 		return l, inputs, nil
 	}
-	if err := checkKernel(doc.Boot.Kernel); err != nil {
+	hashes, booted, err := bootHashes(ctx, doc)
+	if err != nil {
 		return Launch{}, nil, err
 	}
+	l.Hashes = &hashes
+	return l, append(inputs, booted...), nil
+}
+
+// bootHashes are the hashes of what a document boots, and its files.
+func bootHashes(ctx context.Context, doc hypervisor.Document) (hashes Hashes, inputs []tee.Input, err error) {
+	if err := checkKernel(doc.Boot.Kernel); err != nil {
+		return Hashes{}, nil, err
+	}
 	// The hash of no initrd is that of nothing.
-	hashes := &Hashes{Parameters: HashParameters(commandLine(doc)), Initrd: sha256.Sum256(nil)}
+	hashes = Hashes{Parameters: HashParameters(commandLine(doc)), Initrd: sha256.Sum256(nil)}
 	for _, f := range []struct {
 		role, path string
 		max        int64
@@ -120,19 +155,18 @@ func (p *Platform) launch(ctx context.Context, doc hypervisor.Document) (Launch,
 			continue
 		}
 		if err := ctx.Err(); err != nil {
-			return Launch{}, nil, err
+			return Hashes{}, nil, err
 		}
 		digest, err := firmware.DigestFile(f.path, f.max)
 		if err != nil {
-			return Launch{}, nil, fmt.Errorf("%s: %w", f.role, err)
+			return Hashes{}, nil, fmt.Errorf("%s: %w", f.role, err)
 		}
 		if _, err := hex.Decode(f.to[:], []byte(digest)); err != nil {
-			return Launch{}, nil, err
+			return Hashes{}, nil, err
 		}
 		inputs = append(inputs, tee.Input{Role: f.role, Path: f.path, SHA256: digest})
 	}
-	l.Hashes = hashes
-	return l, inputs, nil
+	return hashes, inputs, nil
 }
 
 // checkKernel wants a bzImage, which is what OVMF boots: Documentation/arch/x86/boot.rst, the header's magic at 0x202.

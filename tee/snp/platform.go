@@ -23,6 +23,9 @@ import (
 
 // Config of the platform, as the configuration file has it.
 type Config struct {
+	// IGVM: the VMM is Cloud Hypervisor, which launches IGVM files instead of firmware images. Firmware is the path of one then,
+	// with "%d" for the number of virtual CPUs.
+	IGVM bool
 	// Firmware is the path of the image; empty: found by QEMU's firmware descriptors in the directories Descriptors (none:
 	// firmware.DescriptorDirs).
 	Firmware    string
@@ -32,7 +35,7 @@ type Config struct {
 	// AllowDebug accepts a debug policy, with which the host reads the guest.
 	AllowDebug bool
 	Policy     uint64
-	// GuestFeatures is SEV_FEATURES as the host's kernel sets it, at least 1.
+	// GuestFeatures is SEV_FEATURES as the host's kernel sets it, at least 1. An IGVM file has its own.
 	GuestFeatures uint64
 	// CPUModel is hypervisor.cpu_model: the model is measured. Empty: cpuModel.
 	CPUModel string
@@ -43,7 +46,7 @@ type Config struct {
 	GuestSVN          int
 }
 
-// Platform is SEV-SNP on QEMU; tee.Platform.
+// Platform is SEV-SNP on QEMU or Cloud Hypervisor; tee.Platform.
 type Platform struct {
 	config            Config
 	policy            Policy
@@ -101,7 +104,9 @@ func New(c Config) (*Platform, error) {
 	case c.GuestSVN != 0 && c.IDKey == "":
 		faults.Add("tee.snp.guest_svn", fixNoIDKey, "is part of the ID block, which is made with tee.snp.id_key only")
 	}
-	if m, _, _ := strings.Cut(c.CPUModel, ","); m == "host" || m == "max" {
+	if c.IGVM {
+		faults = append(faults, c.igvmFaults()...)
+	} else if m, _, _ := strings.Cut(c.CPUModel, ","); m == "host" || m == "max" {
 		faults.Add("hypervisor.cpu_model", `give a fixed one such as "`+cpuModel+`", or "" for that`,
 			"%q depends on the machine, and SEV-SNP measures the model", c.CPUModel)
 	}
@@ -114,14 +119,31 @@ func New(c Config) (*Platform, error) {
 	return p, nil
 }
 
+// igvmFaults is what cannot be had with IGVM files.
+func (c Config) igvmFaults() (f tee.Faults) {
+	if !strings.Contains(c.Firmware, cpusInPath) {
+		f.Add("tee.snp.firmware", "give the path of one, with "+cpusInPath+" for the number of virtual CPUs",
+			"%q is not the path of IGVM files, from which Cloud Hypervisor launches SEV-SNP: one for each number of virtual CPUs", c.Firmware)
+	}
+	if c.IDKey != "" {
+		f.Add("tee.snp.id_key", `leave it out, or set hypervisor.kind = "qemu"`,
+			"is set, and Cloud Hypervisor takes ID blocks from IGVM files only")
+	}
+	return f
+}
+
 // Name is tee.SNP.
 func (*Platform) Name() tee.Name { return tee.SNP }
 
 // Files are firmware and keys.
 func (p *Platform) Files() []tee.File {
+	image := tee.File{Key: "tee.snp.firmware", Path: p.config.Firmware,
+		Fix: "install a firmware image built for SEV-SNP (Debian: ovmf-amdsev), or set the key to \"\" to have it found"}
+	if p.config.IGVM { // which one, the number of virtual CPUs tells
+		image.Path = ""
+	}
 	return []tee.File{
-		{Key: "tee.snp.firmware", Path: p.config.Firmware,
-			Fix: "install a firmware image built for SEV-SNP (Debian: ovmf-amdsev), or set the key to \"\" to have it found"},
+		image,
 		{Key: "tee.snp.id_key", Path: p.config.IDKey, Fix: "make the file readable, or set the key to \"\""},
 		{Key: "tee.snp.author_key", Path: p.config.AuthorKey, Fix: "make the file readable, or set the key to \"\""},
 	}
@@ -133,8 +155,13 @@ func (*Platform) SealedImage() string { return "" }
 // BootsKernelFile is true: the firmware compares the file with its hash.
 func (*Platform) BootsKernelFile() bool { return true }
 
-// CPUModel is one that every processor with SEV-SNP can run.
-func (*Platform) CPUModel() string { return cpuModel }
+// CPUModel is one that every processor with SEV-SNP can run. An IGVM file has the registers that a model would make.
+func (p *Platform) CPUModel() string {
+	if p.config.IGVM {
+		return ""
+	}
+	return cpuModel
+}
 
 // MeasuresCPUs is true: each has a page with its first registers, which is measured.
 func (*Platform) MeasuresCPUs() bool { return true }
@@ -159,7 +186,7 @@ func (*Platform) Explain(exit hypervisor.Exit) string {
 // Prepare adds SEV-SNP to a document: the accepted firmware, policy, host data, the kernel hashes, and the signed ID block
 // if there is a key. It looks at no hardware but the C-bit's place, which is not measured.
 func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee.Inputs) error {
-	path, _, firmwareErr := p.acceptedFirmware()
+	path, firmwareErr := p.firmwareFor(doc.CPU.Count)
 	s := &hypervisor.SNP{CBitPosition: 51, ReducedPhysBits: 1, Policy: uint64(p.policy), KernelHashes: true}
 	if sev, ok := p.sev(); ok && sev.SEV {
 		s.CBitPosition, s.ReducedPhysBits = sev.CBitPosition, sev.ReducedPhysBits
@@ -170,7 +197,7 @@ func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee
 	prepared := *doc
 	prepared.Boot.Firmware = path
 	prepared.Confidential = &hypervisor.Confidential{Platform: tee.SNP, SNP: s}
-	faults := documentFaults(doc, prepared)
+	faults := p.documentFaults(doc, prepared)
 	if firmwareErr != nil {
 		faults = append(faults, firmwareErr)
 	}
@@ -187,12 +214,12 @@ func (p *Platform) Prepare(ctx context.Context, doc *hypervisor.Document, in tee
 }
 
 // documentFaults are what the platform cannot run or measure.
-func documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) hypervisor.Faults {
+func (p *Platform) documentFaults(doc *hypervisor.Document, prepared hypervisor.Document) hypervisor.Faults {
 	if prepared.Boot.Firmware == "" {
 		prepared.Boot.Firmware = "-" // that it is missing has an error of its own
 	}
 	faults := prepared.ConfidentialFaults()
-	if _, err := CPUSignature(doc.CPU.Model); err != nil {
+	if _, err := CPUSignature(doc.CPU.Model); err != nil && !p.config.IGVM {
 		faults = append(faults, err)
 	}
 	if doc.CPU.Count < 1 || doc.CPU.Count > MaxCPUs {
@@ -236,6 +263,16 @@ func (p *Platform) keys() (id, author *ecdsa.PrivateKey, err error) {
 		}
 	}
 	return id, author, nil
+}
+
+// firmwareFor is the accepted image for a number of virtual CPUs.
+func (p *Platform) firmwareFor(cpus int) (path string, err error) {
+	if p.config.IGVM {
+		path, _, _, err = p.acceptedIGVM(cpus)
+	} else {
+		path, _, err = p.acceptedFirmware()
+	}
+	return path, err
 }
 
 // acceptedFirmware finds the firmware and refuses all but those on the list of digests.

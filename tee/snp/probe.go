@@ -4,7 +4,11 @@ package snp
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
+	"strconv"
+	"strings"
 
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
@@ -93,12 +97,36 @@ func (p *Platform) probeKVM(accelerator hypervisor.Accelerator) tee.Finding {
 
 func (p *Platform) probeFirmware() tee.Finding {
 	const what = "firmware"
+	if p.config.IGVM {
+		return p.probeIGVM()
+	}
 	path, digest, err := p.acceptedFirmware()
 	if err != nil {
 		detail, fix := firmware.Describe(err)
 		return finding(what, detail, fix)
 	}
 	return finding(what, fmt.Sprintf("%s, SHA-256 %s", path, digest), "")
+}
+
+// probeIGVM looks for the IGVM files of all numbers of virtual CPUs. What is there must be accepted; a pod needs one of them.
+func (p *Platform) probeIGVM() tee.Finding {
+	const what = "IGVM files"
+	var counts []string
+	for cpus := 1; cpus <= MaxCPUs; cpus++ {
+		switch _, _, _, err := p.acceptedIGVM(cpus); {
+		case err == nil:
+			counts = append(counts, strconv.Itoa(cpus))
+		case !errors.Is(err, os.ErrNotExist):
+			detail, fix := firmware.Describe(err)
+			return finding(what, detail, fix)
+		}
+	}
+	if len(counts) == 0 {
+		_, _, _, err := p.acceptedIGVM(1)
+		detail, fix := firmware.Describe(err)
+		return finding(what, detail, fix)
+	}
+	return finding(what, fmt.Sprintf("%s, for %s virtual CPUs", p.config.Firmware, strings.Join(counts, ", ")), "")
 }
 
 func (p *Platform) probeKeys() tee.Finding {
