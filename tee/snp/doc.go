@@ -12,7 +12,11 @@
 // (OvmfPkg/AmdSev). An ordinary OVMF has the same page, measured in the same way, and boots any kernel; nothing in an image
 // tells the two apart. Therefore the firmware is accepted by its digest alone (Config.Digests).
 //
-// The digest of n CPUs is that of n-1 CPUs with one more page, so that a range of counts costs little more than one.
+// Cloud Hypervisor launches an IGVM file instead (package igvm, igvmlaunch.go): its pages in the order of their addresses, with
+// the same hash table, and the states of its CPUs as KVM changes them.
+//
+// From a firmware image, the digest of n CPUs is that of n-1 CPUs with one more page, so that a range of counts costs little
+// more than one.
 //
 // # From document to launch
 //

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package igvmtest makes IGVM files for tests.
 package igvmtest
 
 import (
