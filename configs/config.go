@@ -64,7 +64,7 @@ const (
 	AccelKVM  = "kvm"
 	AccelTCG  = "tcg"
 
-	// VsockAuto takes the kernel's vhost-vsock where /dev/vhost-vsock is, else the embedded vhost-user device.
+	// VsockAuto takes the embedded vhost-user device, but for a VM whose memory the host cannot read: the kernel's vhost-vsock.
 	VsockAuto      = "auto"
 	VsockVhost     = "vhost"
 	VsockVhostUser = "vhost-user"

@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	// churnPods are made in all, unless CLOISTER_CHURN_PODS says otherwise; churnAtOnce of them at a time.
+	// churnPods are made in all, churnAtOnce of them at a time, unless the environment says otherwise.
 	churnPods   = 50
 	churnAtOnce = 2
 	// churnTolerance is how much memory may be gone in the end: less than the smallest guest keeps resident (90 MiB), so
@@ -63,17 +63,20 @@ func fates(random *rand.Rand, n int) []fate {
 // Pods are made and removed one after the other, and shims, QEMUs and agents are killed among them. In the end nothing
 // is left and the host's memory is where it was.
 //
-// CLOISTER_CHURN_PODS sets their number, CLOISTER_CHURN_SEED repeats a run that failed.
+// CLOISTER_CHURN_PODS sets their number, CLOISTER_CHURN_AT_ONCE how many there are at a time, CLOISTER_CHURN_SEED repeats a run
+// that failed.
 func TestChurn(t *testing.T) {
-	pods, seed := uint64(churnPods), rand.Uint64()
-	for name, value := range map[string]*uint64{"CLOISTER_CHURN_PODS": &pods, "CLOISTER_CHURN_SEED": &seed} {
+	pods, atOnce, seed := uint64(churnPods), uint64(churnAtOnce), rand.Uint64()
+	for name, value := range map[string]*uint64{
+		"CLOISTER_CHURN_PODS": &pods, "CLOISTER_CHURN_AT_ONCE": &atOnce, "CLOISTER_CHURN_SEED": &seed,
+	} {
 		if text := os.Getenv(name); text != "" {
 			number, err := strconv.ParseUint(text, 10, 64)
 			require.NoError(t, err, name)
 			*value = number
 		}
 	}
-	t.Logf("CLOISTER_CHURN_PODS=%d CLOISTER_CHURN_SEED=%d", pods, seed)
+	t.Logf("CLOISTER_CHURN_PODS=%d CLOISTER_CHURN_AT_ONCE=%d CLOISTER_CHURN_SEED=%d", pods, atOnce, seed)
 
 	n := harness.ForTest(t, harness.Options{DropIn: os.Getenv("CLOISTER_E2E_DROPIN") + "[sizing]\ndefault_memory_mib = 256\n"})
 	ctx := t.Context()
@@ -83,7 +86,7 @@ func TestChurn(t *testing.T) {
 	before := readMemory(t, n)
 
 	var group errgroup.Group
-	group.SetLimit(churnAtOnce)
+	group.SetLimit(int(atOnce))
 	for i, f := range fates(rand.New(rand.NewPCG(seed, 0)), int(pods)) {
 		group.Go(func() error {
 			name := fmt.Sprintf("churn-%d", i)

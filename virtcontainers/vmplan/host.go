@@ -68,8 +68,9 @@ func (p *Plan) accelerator(ctx context.Context) (hypervisor.Accelerator, error) 
 	return accel, nil
 }
 
-// VsockKind is the transport. The embedded device maps the guest's memory, of which a protected guest shows little: there
-// the kernel's is taken unless another is asked for by name.
+// VsockKind is the transport. Unless another is asked for by name it is the embedded device, which is as fast as the kernel's
+// (docs/performance.md) and has no address that others could reach. It maps the guest's memory, though, of which a protected
+// guest shows little: there the kernel's is taken.
 func (p *Plan) VsockKind() hypervisor.VsockKind {
 	if kinds := p.driver.VsockKinds(); len(kinds) == 1 {
 		return kinds[0]
@@ -77,7 +78,7 @@ func (p *Plan) VsockKind() hypervisor.VsockKind {
 	switch setting := p.cfg.Hypervisor.Vsock; {
 	case setting == configs.VsockVhostUser:
 		return hypervisor.VsockVhostUser
-	case setting == configs.VsockVhost, p.Name().Protected(), exists(VhostVsockDevice):
+	case setting == configs.VsockVhost, p.Name().Protected():
 		return hypervisor.VsockVhost
 	}
 	return hypervisor.VsockVhostUser
@@ -120,10 +121,4 @@ func (p *Plan) Kernel(ctx context.Context) (string, error) {
 // unpacksKernel reports whether the kernel is started without firmware at its PVH entry, which exists on amd64.
 func (p *Plan) unpacksKernel() bool {
 	return p.arch == hypervisor.ArchAMD64 && !p.platform.BootsKernelFile()
-}
-
-// exists reports whether there is something at path that can be looked at.
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
 }
