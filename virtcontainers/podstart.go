@@ -338,7 +338,7 @@ func (p *Pod) makeNetwork(ctx context.Context, r *running) (*os.File, error) {
 			return nil, err
 		}
 	}
-	attached, err := network.Attach(ctx, ns)
+	attached, err := network.Attach(ctx, ns, p.cfg.ID)
 	if err != nil {
 		return nil, err
 	}

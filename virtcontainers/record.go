@@ -90,7 +90,7 @@ func Cleanup(ctx context.Context, bundle string) error {
 			faults = append(faults, err)
 		}
 	}
-	if err := network.Cleanup(r.NetNSPath); err != nil {
+	if err := network.Cleanup(r.NetNSPath, r.ID); err != nil {
 		faults = append(faults, err)
 	}
 	if r.Cgroup != "" {

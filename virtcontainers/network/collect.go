@@ -44,9 +44,8 @@ func candidates(ctx context.Context, h *netlink.Handle) ([]netlink.Link, error) 
 		if a.Flags&net.FlagLoopback != 0 {
 			continue
 		}
-		if isOurTap(l) {
-			return nil, fmt.Errorf("tap device %q is there already: another VM is attached to this network namespace: %w", a.Name,
-				errdefs.ErrAlreadyExists)
+		if isTap(l) {
+			return nil, joinedError(a.Name)
 		}
 		if a.Flags&net.FlagUp == 0 {
 			addrs, err := dump(func() ([]netlink.Addr, error) { return h.AddrList(l, netlink.FAMILY_ALL) })
@@ -86,6 +85,8 @@ func supported(l netlink.Link) error {
 			"use a CNI plugin that gives the pod an end point, such as bridge or ptp")
 	case "tuntap", "macvtap":
 		return refuse("its frames belong to whoever opens its device file", "remove CNI's tap plugin: Cloister makes the tap device itself")
+	case "vrf":
+		return refuse("its routing tables cannot be carried over to the guest", "remove the VRF from the pod's CNI configuration")
 	case "netkit":
 		return refuse("tc redirection into it is not tested", "use veth (Cilium: bpf.datapathMode=veth)")
 	}

@@ -22,14 +22,16 @@
 // All routes of the main table are passed on, those that the kernel derived from addresses too, so the guest should add
 // addresses with noprefixroute: a CNI plugin such as ptp removes the derived route on purpose. What the guest's kernel
 // makes by itself is left out: link-local addresses and their routes, addresses and routes from router advertisements,
-// multicast. Policy routing (ip rule), other tables and multipath routes are not supported: the first two are not seen,
-// the last is refused.
+// multicast. Policy routing (ip rule), other tables, VRFs, addresses of loopback, special and multipath routes are refused: a pod
+// without them would seem to work, and send its packets elsewhere.
 //
 // # Life
 //
 // A tap device is not persistent: it lives while somebody has its fd open, which is this process and the VMM. A SIGKILL
 // of both leaves no tap. The qdisc on CNI's interface is left then, and drops all frames; it goes with the namespace,
-// or by Cleanup, which needs nothing but the namespace's path. Close does all of it in order.
+// or by Cleanup, which needs nothing but the namespace's path and the sandbox's ID: the names of a sandbox's tap devices are
+// made of its ID, a filter belongs to the tap that it redirects to, and one whose tap is gone to nobody. So whatever cleans up
+// acts on its own sandbox's alone. Close does all of it in order.
 //
 //	Attach ──▶ attached ──Close──▶ closed      Close may be repeated; a namespace that is gone already is no error
 //

@@ -3,6 +3,8 @@
 package network
 
 import (
+	"fmt"
+
 	"github.com/containerd/errdefs"
 )
 
@@ -22,6 +24,13 @@ func (e *UnsupportedError) Error() string {
 
 // Unwrap makes errdefs.IsNotImplemented true.
 func (e *UnsupportedError) Unwrap() error { return errdefs.ErrNotImplemented }
+
+// joinedError is the error for a namespace that another VM has, which device shows.
+func joinedError(device string) error {
+	return fmt.Errorf("the network namespace is another VM's already (device %s): a second VM cannot join it "+
+		"(--network container:NAME); put the containers into one pod, or give each a network of its own: %w",
+		device, errdefs.ErrAlreadyExists)
+}
 
 // HostNetworkError is the error for a pod that asks for the host's network namespace (hostNetwork: true).
 func HostNetworkError() error {

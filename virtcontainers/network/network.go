@@ -81,22 +81,26 @@ type Network struct {
 	Routes     []Route
 	Neighbours []Neighbour
 
+	sandbox string
+
 	mu sync.Mutex
 	ns *os.File // own duplicate; nil when closed
 }
 
 // Attach connects the interfaces of the namespace to new tap devices and collects what the guest needs to take their
-// place. ns stays the caller's. A namespace with nothing but loopback gives a Network without interfaces.
+// place. ns stays the caller's. What it makes is marked as the sandbox's. A namespace with nothing but loopback gives a
+// Network without interfaces.
 //
 // What a VM cannot have gives an *UnsupportedError: the host's namespace, interfaces that carry no Ethernet frames or
-// belong to a bridge, multipath routes. An interface with tc ingress filters of somebody else is an
-// errdefs.ErrFailedPrecondition. If Attach fails, nothing is left.
-func Attach(ctx context.Context, ns *os.File) (*Network, error) {
-	return attach(ctx, ns, false)
+// belong to a bridge, multipath routes, policy rules, further tables. A namespace that another VM is attached to is an
+// errdefs.ErrAlreadyExists, an interface with tc ingress filters of somebody else an errdefs.ErrFailedPrecondition. If Attach
+// fails, nothing of it is left, and nothing of others has changed.
+func Attach(ctx context.Context, ns *os.File, sandbox string) (*Network, error) {
+	return attach(ctx, ns, sandbox, false)
 }
 
 // attach is Attach; forceU32 leaves matchall out, for tests.
-func attach(ctx context.Context, ns *os.File, forceU32 bool) (_ *Network, retErr error) {
+func attach(ctx context.Context, ns *os.File, sandbox string, forceU32 bool) (_ *Network, retErr error) {
 	host, err := isHost(ns)
 	if err != nil {
 		return nil, err
@@ -108,7 +112,7 @@ func attach(ctx context.Context, ns *os.File, forceU32 bool) (_ *Network, retErr
 	if err != nil {
 		return nil, fmt.Errorf("duplicate network namespace: %w", err)
 	}
-	n := &Network{ns: os.NewFile(uintptr(fd), ns.Name())}
+	n := &Network{ns: os.NewFile(uintptr(fd), ns.Name()), sandbox: sandbox}
 	defer func() {
 		if retErr != nil {
 			if err := n.Close(); err != nil {
@@ -124,6 +128,9 @@ func attach(ctx context.Context, ns *os.File, forceU32 bool) (_ *Network, retErr
 
 	links, err := candidates(ctx, h)
 	if err != nil {
+		return nil, err
+	}
+	if err := mirrorable(h); err != nil {
 		return nil, err
 	}
 	// Everything is read before anything is changed: a refusal costs nothing then.
@@ -153,7 +160,7 @@ func attach(ctx context.Context, ns *os.File, forceU32 bool) (_ *Network, retErr
 			return nil, fmt.Errorf("set up the pod's network: %w", err)
 		}
 		i := &n.Interfaces[k]
-		i.TapName = fmt.Sprintf("%s%d", tapPrefix, k)
+		i.TapName = fmt.Sprintf("%s%x", tapNames(sandbox), k)
 		if i.Tap, err = newTap(ctx, n.ns, i.TapName); err != nil {
 			return nil, fmt.Errorf("tap device for interface %q: %w", i.HostName, err)
 		}
@@ -190,7 +197,7 @@ func (n *Network) Close() error {
 	if ns == nil {
 		return nil
 	}
-	err := sweep(ns)
+	err := sweep(ns, n.sandbox)
 	for _, i := range n.Interfaces {
 		if i.Tap != nil {
 			err = errors.Join(err, i.Tap.Close())
@@ -199,10 +206,10 @@ func (n *Network) Close() error {
 	return errors.Join(err, ns.Close())
 }
 
-// Cleanup removes what a killed shim left in the namespace at path: qdiscs on CNI's interfaces, and tap devices that a
-// living VMM still holds. It needs nothing but the path. No path, a namespace that does not exist any more, and the
-// host's own namespace (where nothing was made) are no errors. It may be repeated.
-func Cleanup(path string) error {
+// Cleanup removes what a sandbox's killed shim left in the namespace at path: qdiscs on CNI's interfaces, and tap devices
+// that a living VMM still holds. What another sandbox has there stays. No path, a namespace that does not exist any more,
+// and the host's own namespace (where nothing was made) are no errors. It may be repeated.
+func Cleanup(path, sandbox string) error {
 	if path == "" {
 		return nil
 	}
@@ -215,11 +222,12 @@ func Cleanup(path string) error {
 		return err
 	}
 	defer ns.Close()
-	return sweep(ns)
+	return sweep(ns, sandbox)
 }
 
-// sweep removes all that Attach makes in a namespace, found by its names and priorities.
-func sweep(ns *os.File) error {
+// sweep removes all that Attach makes for a sandbox in a namespace: its tap devices, by their names, and every qdisc of ours
+// that redirects to no device that is still there.
+func sweep(ns *os.File, sandbox string) error {
 	h, err := handle(ns)
 	if err != nil {
 		return err
@@ -231,11 +239,16 @@ func sweep(ns *os.File) error {
 	}
 	var errs []error
 	for _, l := range links {
-		if isOurTap(l) {
-			// Its qdisc goes with it.
-			if err := h.LinkDel(l); err != nil && !isGone(err) {
-				errs = append(errs, fmt.Errorf("remove tap device %q: %w", l.Attrs().Name, err))
-			}
+		if !isTapOf(l, sandbox) {
+			continue
+		}
+		// Its qdisc goes with it.
+		if err := h.LinkDel(l); err != nil && !isGone(err) {
+			errs = append(errs, fmt.Errorf("remove tap device %q: %w", l.Attrs().Name, err))
+		}
+	}
+	for _, l := range links {
+		if isTap(l) {
 			continue
 		}
 		if err := release(h, l); err != nil {

@@ -39,7 +39,7 @@ func TestAttachCarriesFrames(t *testing.T) {
 			eth0 := tc.add(t, host, podNs, pod)
 			addAddr(t, pod, eth0, "10.1.0.2/24", 0)
 
-			n, err := attach(context.Background(), podNs.File(), tc.forceU32)
+			n, err := attach(context.Background(), podNs.File(), "sandbox", tc.forceU32)
 			require.NoError(t, err)
 			defer n.Close()
 			require.Len(t, n.Interfaces, 1)
@@ -144,8 +144,6 @@ func TestCollect(t *testing.T) {
 	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "::/0"), Gw: net.ParseIP("fd00:1::1")})
 	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "10.70.0.0/16"),
 		Via: &netlink.Via{AddrFamily: unix.AF_INET6, Addr: net.ParseIP("fd00:1::1")}})
-	// Another table is not seen.
-	add(netlink.Route{LinkIndex: i0, Dst: cidr(t, "10.80.0.0/16"), Table: 100, Scope: netlink.SCOPE_LINK})
 	for _, n := range []netlink.Neigh{
 		{LinkIndex: i0, State: unix.NUD_PERMANENT, IP: net.ParseIP("169.254.1.1"), HardwareAddr: peerMAC},
 		{LinkIndex: i0, State: unix.NUD_PERMANENT, IP: net.ParseIP("fd00:1::1"), HardwareAddr: peerMAC},
@@ -156,7 +154,7 @@ func TestCollect(t *testing.T) {
 	// An interface that is down and has no addresses is not CNI's.
 	require.NoError(t, pod.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "idle"}}))
 
-	n, err := Attach(context.Background(), podNs.File())
+	n, err := Attach(context.Background(), podNs.File(), "sandbox")
 	require.NoError(t, err)
 	defer n.Close()
 
@@ -194,10 +192,45 @@ func TestCollect(t *testing.T) {
 	}, n.Neighbours)
 
 	// A second VM on the same namespace is a mistake.
-	_, err = Attach(context.Background(), podNs.File())
+	_, err = Attach(context.Background(), podNs.File(), "sandbox")
 	assert.True(t, errdefs.IsAlreadyExists(err), "%v", err)
 	require.NoError(t, n.Close())
 	assertClean(t, pod, "eth0", "net1")
+}
+
+// A second VM that is refused, and what cleans up after it, leave the first one's network as it is.
+func TestSecondVMTouchesNothing(t *testing.T) {
+	needRoot(t)
+	hostNs, host := newNs(t)
+	podNs, pod := newNs(t)
+	addVeth(t, host, podNs, pod, "peer0", "eth0", podMAC)
+	first, err := Attach(context.Background(), podNs.File(), "first")
+	require.NoError(t, err)
+	defer first.Close()
+	carries := func() {
+		in := frame(podMAC, peerMAC, "frame")
+		_, err := packetSocket(t, hostNs, "peer0").Write(in)
+		require.NoError(t, err)
+		require.True(t, bytes.HasPrefix(expect(t, first.Interfaces[0].Tap, vnetHdrLen), in))
+	}
+	_, err = Attach(context.Background(), podNs.File(), "second")
+	require.True(t, errdefs.IsAlreadyExists(err), "%v", err)
+	require.ErrorContains(t, err, "put the containers into one pod")
+	carries()
+	require.NoError(t, Cleanup(podNs.Path(), "second"))
+	carries()
+
+	// Its shim is gone and its VMM lives: still nobody else's.
+	vmm, err := unix.Dup(int(first.Interfaces[0].Tap.Fd()))
+	require.NoError(t, err)
+	tap := os.NewFile(uintptr(vmm), "vmm")
+	defer tap.Close()
+	require.NoError(t, first.Interfaces[0].Tap.Close())
+	first.Interfaces[0].Tap = tap
+	require.NoError(t, Cleanup(podNs.Path(), "second"))
+	carries()
+	require.NoError(t, Cleanup(podNs.Path(), "first"))
+	assertClean(t, pod, "eth0")
 }
 
 func TestCleanupAfterKill(t *testing.T) {
@@ -205,28 +238,28 @@ func TestCleanupAfterKill(t *testing.T) {
 	hostNs, host := newNs(t)
 	podNs, pod := newNs(t)
 	addVeth(t, host, podNs, pod, "peer0", "eth0", podMAC)
-	n, err := Attach(context.Background(), podNs.File())
+	n, err := Attach(context.Background(), podNs.File(), "sandbox")
 	require.NoError(t, err)
 
 	// The VMM has the fd and outlives the shim.
 	vmm, err := unix.Dup(int(n.Interfaces[0].Tap.Fd()))
 	require.NoError(t, err)
 	require.NoError(t, n.Interfaces[0].Tap.Close())
-	require.NoError(t, Cleanup(podNs.Path()))
+	require.NoError(t, Cleanup(podNs.Path(), "sandbox"))
 	assertClean(t, pod, "eth0")
-	require.NoError(t, Cleanup(podNs.Path()), "repeated")
+	require.NoError(t, Cleanup(podNs.Path(), "sandbox"), "repeated")
 	require.NoError(t, unix.Close(vmm))
 
 	// Both are gone: the tap with them, the qdisc stays. A new Attach takes over as well.
-	n2, err := Attach(context.Background(), podNs.File())
+	n2, err := Attach(context.Background(), podNs.File(), "sandbox")
 	require.NoError(t, err)
 	require.NoError(t, n2.Interfaces[0].Tap.Close())
 	link, err := pod.LinkByName("eth0")
 	require.NoError(t, err)
 	state, err := ingressOf(pod, link)
 	require.NoError(t, err)
-	require.Equal(t, ingressOurs, state)
-	n3, err := Attach(context.Background(), podNs.File())
+	require.Equal(t, ingressStale, state)
+	n3, err := Attach(context.Background(), podNs.File(), "sandbox")
 	require.NoError(t, err)
 	in := frame(podMAC, peerMAC, "again")
 	_, err = packetSocket(t, hostNs, "peer0").Write(in)
@@ -238,7 +271,7 @@ func TestCleanupAfterKill(t *testing.T) {
 	n2.ns.Close()
 
 	for _, path := range []string{"", "/nonexistent/netns", "/proc/self/ns/net", os.DevNull} {
-		assert.NoError(t, Cleanup(path), path)
+		assert.NoError(t, Cleanup(path, "sandbox"), path)
 	}
 }
 
@@ -247,7 +280,7 @@ func TestCloseAfterNamespaceIsGone(t *testing.T) {
 	_, host := newNs(t)
 	podNs, pod := newNs(t)
 	eth0 := addVeth(t, host, podNs, pod, "peer0", "eth0", podMAC)
-	n, err := Attach(context.Background(), podNs.File())
+	n, err := Attach(context.Background(), podNs.File(), "sandbox")
 	require.NoError(t, err)
 	require.NoError(t, pod.LinkDel(eth0))
 	require.NoError(t, podNs.Close())
@@ -258,7 +291,7 @@ func TestCloseAfterNamespaceIsGone(t *testing.T) {
 func TestNoInterfaces(t *testing.T) {
 	needRoot(t)
 	podNs, _ := newNs(t)
-	n, err := Attach(context.Background(), podNs.File())
+	n, err := Attach(context.Background(), podNs.File(), "sandbox")
 	require.NoError(t, err)
 	assert.Empty(t, n.Interfaces)
 	assert.Empty(t, n.Routes)
@@ -305,19 +338,38 @@ func TestRefused(t *testing.T) {
 		{"blackhole route", func(t *testing.T, _ *Namespace, h *netlink.Handle, eth0 netlink.Link) {
 			require.NoError(t, h.RouteAdd(&netlink.Route{Dst: cidr(t, "10.66.0.0/16"), Type: unix.RTN_BLACKHOLE}))
 		}, "only unicast routes", errdefs.IsNotImplemented},
+		{"another table", func(t *testing.T, _ *Namespace, h *netlink.Handle, eth0 netlink.Link) {
+			require.NoError(t, h.RouteAdd(&netlink.Route{LinkIndex: eth0.Attrs().Index, Dst: cidr(t, "10.80.0.0/16"), Table: 100,
+				Scope: netlink.SCOPE_LINK}))
+		}, "only the main routing table", errdefs.IsNotImplemented},
+		{"policy rule", func(t *testing.T, _ *Namespace, h *netlink.Handle, eth0 netlink.Link) {
+			r := netlink.NewRule()
+			r.Src, r.Table, r.Priority = cidr(t, "10.1.0.0/24"), unix.RT_TABLE_MAIN, 100
+			require.NoError(t, h.RuleAdd(r))
+		}, "policy rule ip rule 100", errdefs.IsNotImplemented},
+		{"policy rule of IPv6", func(t *testing.T, _ *Namespace, h *netlink.Handle, eth0 netlink.Link) {
+			r := netlink.NewRule()
+			r.Family, r.Mark, r.Table = netlink.FAMILY_V6, 7, 100
+			require.NoError(t, h.RuleAdd(r))
+		}, "policy rule", errdefs.IsNotImplemented},
+		{"address of loopback", func(t *testing.T, _ *Namespace, h *netlink.Handle, eth0 netlink.Link) {
+			lo, err := h.LinkByName("lo")
+			require.NoError(t, err)
+			addAddr(t, h, lo, "10.99.0.1/32", 0)
+		}, "address 10.99.0.1/32 of lo", errdefs.IsNotImplemented},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, host := newNs(t)
 			podNs, pod := newNs(t)
 			eth0 := addVeth(t, host, podNs, pod, "peer0", "eth0", podMAC)
 			tc.setUp(t, podNs, pod, eth0)
-			_, err := Attach(context.Background(), podNs.File())
+			_, err := Attach(context.Background(), podNs.File(), "sandbox")
 			require.Error(t, err)
 			assert.True(t, tc.is(err), "%v", err)
 			assert.Contains(t, err.Error(), tc.text)
-			_, err = pod.LinkByName(tapPrefix + "0")
+			_, err = pod.LinkByName(tapNames("sandbox") + "0")
 			assert.Error(t, err, "a tap device is left")
-			assert.NoError(t, Cleanup(podNs.Path()))
+			assert.NoError(t, Cleanup(podNs.Path(), "sandbox"))
 			if tc.name == "foreign qdisc" {
 				state, err := ingressOf(pod, eth0)
 				require.NoError(t, err)
@@ -331,7 +383,7 @@ func TestHostNamespaceIsRefused(t *testing.T) {
 	f, err := os.Open("/proc/self/ns/net")
 	require.NoError(t, err)
 	defer f.Close()
-	_, err = Attach(context.Background(), f)
+	_, err = Attach(context.Background(), f, "sandbox")
 	assert.True(t, errdefs.IsNotImplemented(err), "%v", err)
 	for _, path := range []string{"", "/proc/self/ns/net"} {
 		_, err = Open(path)
@@ -357,7 +409,7 @@ func TestCancelledAttachLeavesNothing(t *testing.T) {
 	addVeth(t, host, podNs, pod, "peer0", "eth0", podMAC)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	_, err := Attach(ctx, podNs.File())
+	_, err := Attach(ctx, podNs.File(), "sandbox")
 	assert.ErrorIs(t, err, context.Canceled)
 	assertClean(t, pod, "eth0")
 }

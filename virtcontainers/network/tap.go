@@ -4,6 +4,8 @@ package network
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -16,13 +18,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tapPrefix starts the names of tap devices; Cleanup finds them by it. With two digits it fills IFNAMSIZ.
-const tapPrefix = "cloister-tap"
+// tapPrefix starts the names of all of Cloister's tap devices.
+const tapPrefix = "cloister"
 
 const tunDevice = "/dev/net/tun"
 
-func isOurTap(l netlink.Link) bool {
+// tapNames starts the names of one sandbox's tap devices: whose a tap is can be told from the namespace alone. With the digit
+// of the interface it fills IFNAMSIZ.
+func tapNames(sandbox string) string {
+	sum := sha256.Sum256([]byte(sandbox))
+	return tapPrefix + hex.EncodeToString(sum[:3])
+}
+
+// isTap reports whether an interface is a tap device of any sandbox, isTapOf whether it is one of this sandbox's.
+func isTap(l netlink.Link) bool {
 	return l.Type() == "tuntap" && strings.HasPrefix(l.Attrs().Name, tapPrefix)
+}
+
+func isTapOf(l netlink.Link, sandbox string) bool {
+	return l.Type() == "tuntap" && strings.HasPrefix(l.Attrs().Name, tapNames(sandbox))
 }
 
 // newTap makes a tap device in the namespace. It vanishes with the last copy of the fd. The fd does not block, which

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// filterPriority marks filters as Cloister's; Cleanup knows a qdisc by it.
+// filterPriority marks filters as Cloister's; whose they are tells the tap device that they redirect to.
 const filterPriority = 0xc105
 
 var ingressParent = netlink.MakeHandle(0xffff, 0)
@@ -31,7 +31,8 @@ type ingressState int
 const (
 	ingressFree    ingressState = iota // no qdisc
 	ingressEmpty                       // a qdisc without filters
-	ingressOurs                        // filters of ours only: left by a killed shim, or in use
+	ingressStale                       // filters of ours only, to a device that is gone: left by a killed shim
+	ingressInUse                       // filters of ours, to a device that is there
 	ingressForeign                     // filters of others
 )
 
@@ -62,9 +63,45 @@ func ingressOf(h *netlink.Handle, l netlink.Link) (ingressState, error) {
 		if f.Attrs().Priority != filterPriority {
 			return ingressForeign, nil
 		}
-		state = ingressOurs
+		if state == ingressInUse {
+			continue
+		}
+		state = ingressStale
+		inUse, err := redirects(h, f)
+		if err != nil {
+			return 0, fmt.Errorf("find the device that frames of %q go to: %w", l.Attrs().Name, err)
+		}
+		if inUse {
+			state = ingressInUse
+		}
 	}
 	return state, nil
+}
+
+// redirects reports whether a filter of ours sends frames to a device that is there. The kernel says 0 of one that is gone.
+func redirects(h *netlink.Handle, f netlink.Filter) (bool, error) {
+	var actions []netlink.Action
+	switch f := f.(type) {
+	case *netlink.MatchAll:
+		actions = f.Actions
+	case *netlink.U32:
+		actions = f.Actions
+	}
+	for _, a := range actions {
+		mirred, ok := a.(*netlink.MirredAction)
+		if !ok || mirred.Ifindex == 0 {
+			continue
+		}
+		// Looked up now and not in a list from before: a new VM's tap is there before its filter.
+		_, err := h.LinkByIndex(mirred.Ifindex)
+		if err == nil {
+			return true, nil
+		}
+		if !isGone(err) {
+			return false, err
+		}
+	}
+	return false, nil
 }
 
 // claim makes sure that the interface's ingress hook is free, and clears what a killed shim left there.
@@ -80,6 +117,8 @@ func claim(h *netlink.Handle, l netlink.Link) error {
 		return fmt.Errorf("interface %q has a tc ingress or clsact qdisc that Cloister did not make; remove it (tc qdisc del dev %s ingress) "+
 			"or the CNI plugin that sets it: %w",
 			l.Attrs().Name, l.Attrs().Name, errdefs.ErrFailedPrecondition)
+	case ingressInUse:
+		return joinedError(l.Attrs().Name)
 	}
 	if err := h.QdiscDel(ingress(l)); err != nil && !isGone(err) && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("remove stale ingress qdisc of interface %q: %w", l.Attrs().Name, err)
@@ -87,13 +126,13 @@ func claim(h *netlink.Handle, l netlink.Link) error {
 	return nil
 }
 
-// release removes the ingress qdisc, if it is ours.
+// release removes the ingress qdisc, if it is ours and nobody's frames depend on it.
 func release(h *netlink.Handle, l netlink.Link) error {
 	state, err := ingressOf(h, l)
 	if isGone(err) {
 		return nil
 	}
-	if err != nil || state != ingressOurs {
+	if err != nil || state != ingressStale {
 		return err
 	}
 	// EINVAL is what the kernel says of a qdisc that is not there.
