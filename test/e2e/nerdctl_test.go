@@ -70,6 +70,14 @@ func TestNerdctl(t *testing.T) {
 			harness.BusyboxImage, "sh", "-c", "until nc first 9000 < /dev/null; do usleep 20000; done"))
 		assert.Equal(t, "first answers", got)
 	})
+	t.Run("a second VM cannot join its network", func(t *testing.T) {
+		r := run(t, n.Nerdctl(ctx, "run", "--rm", "--network", "container:first", "--runtime", runtimeName, harness.BusyboxImage, "true"))
+		assert.NotZero(t, r.status)
+		assert.Contains(t, r.stderr, "put the containers into one pod")
+		// The refused one has taken nothing of the first's along.
+		nerdctl("exec", "first", "ping", "-c", "1", "-W", "30", "10.88.0.1")
+		succeed(t, n.Command(ctx, n.Artifacts().Busybox, "ping", "-c", "1", "-W", "30", ip))
+	})
 	t.Run("stop and rm", func(t *testing.T) {
 		nerdctl("stop", "first")
 		assert.Contains(t, nerdctl("ps", "-a", "--filter", "name=first"), "Exited (0)")

@@ -3,6 +3,7 @@
 package network
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -19,7 +20,7 @@ const changeCNI = "change the CNI configuration"
 func mirrorable(h *netlink.Handle) error {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		rules, err := dump(func() ([]netlink.Rule, error) { return h.RuleList(family) })
-		if err != nil {
+		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) { // a kernel without policy routing, or without IPv6
 			return fmt.Errorf("list policy rules of network namespace: %w", err)
 		}
 		for _, r := range rules {
