@@ -5,11 +5,14 @@ package configs
 import (
 	"fmt"
 	"os"
+	"slices"
 
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/typeurl/v2"
 	"github.com/pelletier/go-toml/v2"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
@@ -23,7 +26,8 @@ const optionsFile = "containerd's runtime options"
 //   - else with ConfigBody, the handler's whole [options] table as TOML: its keys, laid over what Load("") gives;
 //   - neither, or no options at all: Load("").
 //
-// Options of another type (runc's, say) are refused. Errors are of type Faults.
+// runc's own options, which several clients give to any runtime, are taken as none (see IgnoredOptions), unless they name
+// another program to run. Options of another type are refused. Errors are of type Faults.
 func FromOptions(options *anypb.Any) (*Config, error) {
 	return fromOptions(options, os.Getenv(PathVariable), DefaultPath)
 }
@@ -31,6 +35,15 @@ func FromOptions(options *anypb.Any) (*Config, error) {
 // fromOptions is FromOptions; path, where not empty, is the node's file in defaultPath's place.
 func fromOptions(options *anypb.Any, path, defaultPath string) (*Config, error) {
 	if options == nil || options.GetTypeUrl() == "" {
+		return load(path, defaultPath, nil)
+	}
+	if runc, err := runcOptions(options); err != nil {
+		return nil, err
+	} else if runc != nil {
+		if runc.GetBinaryName() != "" {
+			return nil, Faults{{File: optionsFile, Key: "BinaryName", Reason: fmt.Sprintf("asks for the program %q", clip(runc.GetBinaryName())),
+				Fix: "leave it out: no such program runs a VM's containers"}}
+		}
 		return load(path, defaultPath, nil)
 	}
 	var o runtimeoptions.Options
@@ -53,6 +66,36 @@ func fromOptions(options *anypb.Any, path, defaultPath string) (*Config, error) 
 		return nil, err
 	}
 	return load(path, defaultPath, body)
+}
+
+// runcOptions returns runc's options, nil for those of another type.
+func runcOptions(options *anypb.Any) (*runcoptions.Options, error) {
+	var o runcoptions.Options
+	if !typeurl.Is(options, &o) && !options.MessageIs(&o) {
+		return nil, nil
+	}
+	if err := proto.Unmarshal(options.GetValue(), &o); err != nil {
+		return nil, Faults{{File: optionsFile, Reason: "cannot be decoded: " + err.Error(), Fix: "use a containerd of version 2.0 or later"}}
+	}
+	return &o, nil
+}
+
+// IgnoredOptions returns the names of runc's options that are set and mean nothing to Cloister, sorted.
+func IgnoredOptions(options *anypb.Any) []string {
+	if options == nil {
+		return nil
+	}
+	o, err := runcOptions(options)
+	if o == nil || err != nil {
+		return nil
+	}
+	var names []string
+	o.ProtoReflect().Range(func(field protoreflect.FieldDescriptor, _ protoreflect.Value) bool {
+		names = append(names, string(field.Name()))
+		return true
+	})
+	slices.Sort(names)
+	return names
 }
 
 // configBody takes out containerd's own keys, which stand in the same table as the runtime's. It decodes and encodes

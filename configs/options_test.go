@@ -9,10 +9,12 @@ import (
 	"testing"
 	"time"
 
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/typeurl/v2"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
@@ -25,7 +27,7 @@ func TestFromOptions(t *testing.T) {
 		"other/ignored/any.toml": "nonsense",
 	})
 	node := filepath.Join(dir, "node/cloister.toml")
-	pack := func(o *runtimeoptions.Options) *anypb.Any {
+	pack := func(o proto.Message) *anypb.Any {
 		a, err := typeurl.MarshalAnyToProto(o)
 		require.NoError(t, err)
 		return a
@@ -45,6 +47,7 @@ func TestFromOptions(t *testing.T) {
 		{"body over node", pack(&runtimeoptions.Options{ConfigBody: []byte("log.level='error'")}), "error", 2},
 		{"body with containerd's keys", pack(&runtimeoptions.Options{ConfigBody: []byte("TypeUrl='x'\nConfigPath=''\nsizing.default_vcpus=7")}),
 			"warn", 7},
+		{"runc's options", pack(&runcoptions.Options{Root: "/x", NoPivotRoot: true}), "warn", 2},
 		{"google's type URL", &anypb.Any{TypeUrl: "type.googleapis.com/runtimeoptions.v1.Options"}, "warn", 2},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -59,7 +62,9 @@ func TestFromOptions(t *testing.T) {
 		options     *anypb.Any
 		file, fault string
 	}{
-		{"runc's options", &anypb.Any{TypeUrl: "containerd.runc.v1.Options"}, optionsFile, "containerd.runc.v1.Options"},
+		{"unknown options", &anypb.Any{TypeUrl: "other.v1.Options"}, optionsFile, "other.v1.Options"},
+		{"another runtime of runc's", pack(&runcoptions.Options{BinaryName: "crun"}), optionsFile, `asks for the program "crun"`},
+		{"runc's garbage", &anypb.Any{TypeUrl: "containerd.runc.v1.Options", Value: []byte{0xff, 0xff}}, optionsFile, "decoded"},
 		{"garbage", &anypb.Any{TypeUrl: "runtimeoptions.v1.Options", Value: []byte{0xff, 0xff}}, optionsFile, "decoded"},
 		{"relative path", pack(&runtimeoptions.Options{ConfigPath: "c.toml"}), optionsFile, "absolute"},
 		{"missing file", pack(&runtimeoptions.Options{ConfigPath: filepath.Join(dir, "gone")}), filepath.Join(dir, "gone"), "no such file"},
@@ -161,4 +166,13 @@ func TestPathVariableStandsForTheDefaultFile(t *testing.T) {
 	t.Setenv(PathVariable, path+".missing")
 	_, err := Load("")
 	require.ErrorContains(t, err, "node.toml.missing")
+}
+
+func TestIgnoredOptions(t *testing.T) {
+	packed, err := typeurl.MarshalAnyToProto(&runcoptions.Options{Root: "/x", NoPivotRoot: true, IoUid: 7})
+	require.NoError(t, err)
+	require.Equal(t, []string{"io_uid", "no_pivot_root", "root"}, IgnoredOptions(packed))
+	for _, none := range []*anypb.Any{nil, {}, {TypeUrl: "containerd.runc.v1.Options"}, {TypeUrl: "runtimeoptions.v1.Options", Value: []byte{1}}} {
+		require.Empty(t, IgnoredOptions(none))
+	}
 }

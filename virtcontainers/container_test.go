@@ -120,7 +120,7 @@ func TestCreateContainerThatFails(t *testing.T) {
 		{"refused", func(c *ContainerConfig) {
 			c.Spec.Linux = &specs.Linux{Devices: []specs.LinuxDevice{{Path: "/dev/kvm"}}}
 			c.Spec.Mounts = append(c.Spec.Mounts, bind("/dev/null", "/n"), bind("/srv", "/s", "rshared"))
-		}, errdefs.ErrInvalidArgument, "container c: this asks for what a VM cannot give:\n  - host devices /dev/kvm"},
+		}, errdefs.ErrInvalidArgument, "container c: not in a VM, for 3 reasons: (1) host devices /dev/kvm"},
 		{"root filesystem", func(c *ContainerConfig) { c.Rootfs = nil }, errdefs.ErrInvalidArgument, "container c: root filesystem"},
 		{"mounts", func(c *ContainerConfig) { c.Spec.Mounts = append(c.Spec.Mounts, bind("/nowhere", "/n")) }, fs.ErrNotExist,
 			"container c: mounts: bind mount of /nowhere at /n"},

@@ -20,7 +20,7 @@ type containerPlan struct {
 // planContainer looks at a container's specification and at the host's files, and makes nothing. All that is refused is
 // told at once.
 func planContainer(spec *specs.Spec, pod PodConfig, sharing mounts.Sharing) (*containerPlan, error) {
-	guestSpec, err := ocispec.Container(spec)
+	guestSpec, err := ocispec.Container(spec, pod.Only != nil)
 	reasons, fault := refusal.Reasons(err)
 	if fault != nil {
 		return nil, fault

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -129,12 +131,18 @@ func refuseHost(cfg PodConfig) []string {
 		wanted bool
 		reason string
 	}{
-		{cfg.Network == NetworkHost, "the host's network namespace (hostNetwork): a VM has a network stack of its own"},
-		{cfg.HostPID, "the host's pid namespace (hostPID): a VM has processes of its own"},
-		{cfg.HostIPC, "the host's ipc namespace (hostIPC): a VM has a kernel of its own"},
+		{cfg.Network == NetworkHost, "hostNetwork: leave it out or use another runtime class: a VM has a network stack of its own"},
+		{cfg.HostPID, "hostPID: leave it out or use another runtime class: a VM has processes of its own"},
+		{cfg.HostIPC, "hostIPC: leave it out or use another runtime class: a VM has a kernel of its own"},
 	} {
 		if one.wanted {
-			reasons = append(reasons, one.reason+"; run this pod with another runtime")
+			reasons = append(reasons, one.reason)
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(cfg.Sysctls)) {
+		if scope := wire.ScopeOfSysctl(key); scope != wire.SysctlNetwork && scope != wire.SysctlIPC {
+			reasons = append(reasons, fmt.Sprintf("sysctl %s: leave it out: only net.*, kernel.shm*, kernel.msg*, kernel.sem and "+
+				"fs.mqueue.* are a pod's own", key))
 		}
 	}
 	return reasons

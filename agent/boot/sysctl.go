@@ -12,6 +12,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
 // Limits of a pod's sysctls.
@@ -20,16 +22,6 @@ const (
 	maxSysctlKey   = 256
 	maxSysctlValue = 4096
 )
-
-// sysctlAllowed are the parameters that belong to the pod's network and IPC namespaces. Everything else is the guest
-// kernel's own.
-var sysctlAllowed = []func(key string) bool{
-	func(k string) bool { return strings.HasPrefix(k, "net.") },
-	func(k string) bool { return strings.HasPrefix(k, "fs.mqueue.") },
-	func(k string) bool { return k == "kernel.sem" },
-	func(k string) bool { return strings.HasPrefix(k, "kernel.shm") && strings.Count(k, ".") == 1 },
-	func(k string) bool { return strings.HasPrefix(k, "kernel.msg") && strings.Count(k, ".") == 1 },
-}
 
 // validElement checks one element of a key. A slash in it stands for a dot of an interface's name ("eth0/100").
 func validElement(s string) bool {
@@ -70,7 +62,7 @@ func checkSysctls(values map[string]string) error {
 		if _, err := sysctlPath(key); err != nil {
 			return err
 		}
-		if !slices.ContainsFunc(sysctlAllowed, func(allowed func(string) bool) bool { return allowed(key) }) {
+		if scope := wire.ScopeOfSysctl(key); scope != wire.SysctlNetwork && scope != wire.SysctlIPC {
 			return fmt.Errorf("sysctl %q is not one of net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.*: %w", key,
 				errdefs.ErrInvalidArgument)
 		}

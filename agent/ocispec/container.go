@@ -10,6 +10,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
 // Container builds the configuration that libcontainer gets. It copies what is allowed from in, field by field,
@@ -160,21 +162,18 @@ func (g *Guest) namespaces(in *specs.Linux) ([]specs.LinuxNamespace, error) {
 func containerSysctls(in map[string]string, l *specs.Linux) (map[string]string, error) {
 	out := make(map[string]string, len(in))
 	for key, value := range in {
-		switch key {
-		case "kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem",
-			"kernel.shmall", "kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced",
-			"fs.mqueue.queues_max", "fs.mqueue.msg_max", "fs.mqueue.msgsize_max", "fs.mqueue.msg_default", "fs.mqueue.msgsize_default":
+		switch wire.ScopeOfSysctl(key) {
+		case wire.SysctlIPC:
 			if !OwnNamespace(l, specs.IPCNamespace) {
 				return nil, refused("sysctl %q: the container shares the pod's ipc namespace, set it on the pod", key)
 			}
-		case "kernel.domainname":
+		case wire.SysctlUTS:
 			if !OwnNamespace(l, specs.UTSNamespace) {
 				return nil, refused("sysctl %q: the container shares the pod's uts namespace, set it on the pod", key)
 			}
+		case wire.SysctlNetwork:
+			return nil, refused("sysctl %q: the network is the pod's, set it on the pod", key)
 		default:
-			if strings.HasPrefix(key, "net.") {
-				return nil, refused("sysctl %q: the network is the pod's, set it on the pod", key)
-			}
 			return nil, refused("sysctl %q is not allowed", key)
 		}
 		out[key] = value

@@ -3,6 +3,7 @@
 package bootstrap
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -62,10 +63,15 @@ func readParams(c Command) (params, error) {
 	}
 	p.id, p.namespace = c.ID, c.Namespace
 	p.debug = p.debug || c.Debug
+	// What protobuf parameters lack, a caller may still have on its command line and in the environment.
+	p.grpcAddress, p.ttrpcAddress = cmp.Or(p.grpcAddress, c.GRPCAddress), cmp.Or(p.ttrpcAddress, c.TTRPCAddress)
+	if p.ttrpcAddress == "" && p.grpcAddress != "" {
+		p.ttrpcAddress = p.grpcAddress + ".ttrpc" // containerd's default (cmd/containerd/server/config)
+	}
 	if p.dialect == dialectProtobuf {
 		return p, nil
 	}
-	p.grpcAddress, p.ttrpcAddress, p.publisher = c.GRPCAddress, c.TTRPCAddress, c.PublishBinary
+	p.publisher = c.PublishBinary
 	if c.MajorVersion(c.PublishBinary) == 1 {
 		p.dialect = dialectAddress
 	}

@@ -363,3 +363,27 @@ func FuzzParseInput(f *testing.F) {
 		require.NoError(t, bundle.WriteOptions(t.TempDir(), p.options))
 	})
 }
+
+// Without containerd's ttrpc address no event would ever arrive.
+func TestAddressesThatParametersLack(t *testing.T) {
+	for name, tt := range map[string]struct {
+		params      *bootapi.BootstrapParams
+		grpc, ttrpc string
+		want        string
+	}{
+		"in the parameters":         {&bootapi.BootstrapParams{ContainerdTtrpcAddress: "/a"}, testGRPC, testTTRPC, "/a"},
+		"in the environment":        {&bootapi.BootstrapParams{ContainerdGrpcAddress: testGRPC}, "", testTTRPC, testTTRPC},
+		"beside containerd's own":   {&bootapi.BootstrapParams{ContainerdGrpcAddress: "/g.sock"}, "", "", "/g.sock.ttrpc"},
+		"beside the command line's": {&bootapi.BootstrapParams{}, "/c.sock", "", "/c.sock.ttrpc"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tt.params.InstanceID, tt.params.Namespace = testID, testNamespace
+			p, err := readParams(Command{
+				ID: testID, Namespace: testNamespace, GRPCAddress: tt.grpc, TTRPCAddress: tt.ttrpc, Stdin: bytes.NewReader(marshal(t, tt.params)),
+			})
+			require.NoError(t, err)
+			require.Equal(t, dialectProtobuf, p.dialect)
+			require.Equal(t, tt.want, p.ttrpcAddress)
+		})
+	}
+}

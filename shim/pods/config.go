@@ -5,6 +5,7 @@ package pods
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strconv"
 
 	"github.com/containerd/errdefs"
@@ -12,6 +13,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/shim/criv1"
 	vc "github.com/cloister-project/cloister/virtcontainers"
@@ -43,6 +45,9 @@ func loadConfig(ctx context.Context, options *anypb.Any, annotations map[string]
 	c, err := configs.FromOptions(options)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if ignored := configs.IgnoredOptions(options); len(ignored) > 0 {
+		log.G(ctx).WithField("options", ignored).Warn("options of runc have no effect in a VM")
 	}
 	if ignored := c.IgnoredAnnotations(annotations); len(ignored) > 0 {
 		log.G(ctx).WithField("annotations", ignored).Warn("annotations of the pod have no effect: annotations.allowed does not list them")
@@ -85,7 +90,7 @@ func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPat
 		Servers: c.GetDnsConfig().GetServers(), Searches: c.GetDnsConfig().GetSearches(), Options: c.GetDnsConfig().GetOptions(),
 	}
 	p.OwnFiles = true
-	p.Sysctls = c.GetLinux().GetSysctls()
+	p.Sysctls = withDefaultSysctls(c.GetLinux().GetSysctls())
 	p.SharePID = namespaces.GetPid() == criv1.NamespaceMode_POD
 	p.HostPID = namespaces.GetPid() == criv1.NamespaceMode_NODE
 	p.HostIPC = namespaces.GetIpc() == criv1.NamespaceMode_NODE
@@ -102,6 +107,20 @@ func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPat
 	return p, nil
 }
 
+// defaultSysctls are what containerd's CRI plugin gives pods of runc by itself (enable_unprivileged_ports, enable_unprivileged_icmp,
+// both true by default), and leaves to the shim in pods that a shim makes.
+var defaultSysctls = map[string]string{
+	"net.ipv4.ip_unprivileged_port_start": "0",
+	"net.ipv4.ping_group_range":           "0 2147483647",
+}
+
+// withDefaultSysctls adds what a pod does not set itself.
+func withDefaultSysctls(asked map[string]string) map[string]string {
+	all := maps.Clone(defaultSysctls)
+	maps.Copy(all, asked)
+	return all
+}
+
 // FromSpec makes a pod's configuration out of the specification of the pause container or of a container that is alone
 // in its pod.
 func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.PodConfig, error) {
@@ -115,6 +134,11 @@ func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.P
 	p.Network, p.HostPID, p.HostIPC = vc.NetworkHost, true, true
 	if l := spec.Linux; l != nil {
 		p.Sysctls = l.Sysctl
+		if mode == ModeSingle {
+			// The rest is set in the container's own namespaces.
+			p.Sysctls = maps.Clone(l.Sysctl)
+			maps.DeleteFunc(p.Sysctls, func(key, _ string) bool { return wire.ScopeOfSysctl(key) != wire.SysctlNetwork })
+		}
 		p.CgroupsPath = l.CgroupsPath
 		p.Resources = l.Resources
 		for _, ns := range l.Namespaces {

@@ -95,7 +95,7 @@ func TestConfigOfOptionsAndAnnotations(t *testing.T) {
 	require.Nil(t, p.Resources)
 	require.Empty(t, p.CgroupsPath)
 
-	r.Options = &anypb.Any{TypeUrl: "containerd.runc.v1.Options"}
+	r.Options = &anypb.Any{TypeUrl: "other.v1.Options"}
 	_, err = FromCRI(t.Context(), r, &criv1.PodSandboxConfig{}, "", nil)
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
@@ -128,4 +128,24 @@ func TestHolder(t *testing.T) {
 	require.Equal(t, ModeSandbox, mode)
 	h.Release()
 	require.Equal(t, ModeNone, h.Mode())
+}
+
+func TestSysctls(t *testing.T) {
+	asked := map[string]string{"net.ipv4.ip_forward": "1", "kernel.sem": "1 2 3 4", "kernel.domainname": "d"}
+	spec := &specs.Spec{Linux: &specs.Linux{Sysctl: asked}}
+	single, err := FromSpec(t.Context(), request(), ModeSingle, spec)
+	require.NoError(t, err)
+	require.Equal(t, map[string]string{"net.ipv4.ip_forward": "1"}, single.Sysctls, "the others are the container's")
+	require.Len(t, asked, 3, "the caller's own stays as it is")
+	pause, err := FromSpec(t.Context(), request(), ModePause, spec)
+	require.NoError(t, err)
+	require.Equal(t, asked, pause.Sysctls)
+
+	pod, err := FromCRI(t.Context(), request(), &criv1.PodSandboxConfig{Linux: &criv1.LinuxPodSandboxConfig{Sysctls: map[string]string{
+		"net.ipv4.ip_unprivileged_port_start": "1024", "kernel.sem": "1 2 3 4",
+	}}}, "", nil)
+	require.NoError(t, err)
+	require.Equal(t, map[string]string{
+		"net.ipv4.ip_unprivileged_port_start": "1024", "net.ipv4.ping_group_range": "0 2147483647", "kernel.sem": "1 2 3 4",
+	}, pod.Sysctls, "what containerd gives by itself, and what the pod wants instead")
 }

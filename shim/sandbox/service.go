@@ -105,10 +105,7 @@ func (s *Service) pod(id string) (pods.Pod, error) {
 // CreateSandbox checks the configuration of a pod and keeps it.
 func (s *Service) CreateSandbox(ctx context.Context, r *sandboxapi.CreateSandboxRequest) (_ *sandboxapi.CreateSandboxResponse, err error) {
 	id := r.GetSandboxID()
-	if id == "" || !filepath.IsAbs(r.GetBundlePath()) {
-		return nil, fmt.Errorf("a sandbox needs an id and the absolute path of a bundle, got %q and %q: %w", id, r.GetBundlePath(),
-			errdefs.ErrInvalidArgument)
-	}
+	// First of all: a second call is told that the sandbox is there, whatever else is wrong with it.
 	if err := s.Holder.Claim(pods.ModeSandbox, id); err != nil {
 		return nil, err
 	}
@@ -117,6 +114,10 @@ func (s *Service) CreateSandbox(ctx context.Context, r *sandboxapi.CreateSandbox
 			s.Holder.Release()
 		}
 	}()
+	if id == "" || !filepath.IsAbs(r.GetBundlePath()) {
+		return nil, fmt.Errorf("a sandbox needs an id and the absolute path of a bundle, got %q and %q: %w", id, r.GetBundlePath(),
+			errdefs.ErrInvalidArgument)
+	}
 	config, err := criv1.Decode(r.GetOptions())
 	if err != nil {
 		return nil, err
@@ -276,11 +277,14 @@ func (s *Service) ShutdownSandbox(ctx context.Context, r *sandboxapi.ShutdownSan
 		if err != nil {
 			return nil, err
 		}
-		if err := pod.Stop(ctx); err != nil {
+		// Also for a caller that leaves as soon as it has asked: the process ends next.
+		stopCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTime)
+		defer cancel()
+		if err := pod.Stop(stopCtx); err != nil {
 			// The VMM ends with this process, and `delete` sees to the rest.
 			log.G(ctx).WithError(err).Error("stop of the sandbox at its shutdown")
 		} else {
-			s.awaitExits(ctx)
+			s.awaitExits(stopCtx)
 		}
 	}
 	s.Shutdown(ctx)

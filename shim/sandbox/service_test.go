@@ -103,6 +103,8 @@ func TestLife(t *testing.T) {
 
 	_, err := f.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{SandboxID: "s", BundlePath: f.dir})
 	require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
+	_, err = f.CreateSandbox(t.Context(), &sandboxapi.CreateSandboxRequest{})
+	require.ErrorIs(t, err, errdefs.ErrAlreadyExists, "whatever else is wrong with the request")
 	require.Equal(t, "SANDBOX_NOTREADY", f.status(false).GetState())
 
 	resp := f.start()

@@ -163,7 +163,7 @@ func TestCreateRefuses(t *testing.T) {
 		"no specification":  {&taskapi.CreateTaskRequest{ID: "c", Bundle: t.TempDir()}, errdefs.ErrNotFound},
 		"streaming": {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Stdout: "ttrpc+unix:///s?streaming_id=c"},
 			errdefs.ErrNotImplemented},
-		"options": {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Options: &anypb.Any{TypeUrl: "containerd.runc.v1.Options"}},
+		"options": {&taskapi.CreateTaskRequest{ID: "c", Bundle: good, Options: &anypb.Any{TypeUrl: "other.v1.Options"}},
 			errdefs.ErrInvalidArgument},
 		"no sandbox": {&taskapi.CreateTaskRequest{ID: "m", Bundle: f.bundle("m", member("s"))}, errdefs.ErrFailedPrecondition},
 		"container type": {&taskapi.CreateTaskRequest{ID: "m", Bundle: f.bundle("t", map[string]string{pods.AnnotationContainerType: "x"})},

@@ -5,6 +5,7 @@ package ocispec
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -29,8 +30,9 @@ var guestDevices = []string{
 const fuse = "/dev/fuse"
 
 // Container returns a container's specification for the guest, in JSON and without mounts. What it asks for and cannot
-// have is a *refusal.Error that lists all of it.
-func Container(spec *specs.Spec) ([]byte, error) {
+// have is a *refusal.Error that lists all of it. The sysctls of the network of a container that is alone in its pod are the
+// pod's, and left out.
+func Container(spec *specs.Spec, alone bool) ([]byte, error) {
 	if spec == nil || spec.Process == nil {
 		return nil, fmt.Errorf("the OCI specification has no process: %w", errdefs.ErrInvalidArgument)
 	}
@@ -48,7 +50,7 @@ func Container(spec *specs.Spec) ([]byte, error) {
 		out.Linux = &specs.Linux{
 			UIDMappings:       l.UIDMappings,
 			GIDMappings:       l.GIDMappings,
-			Sysctl:            l.Sysctl,
+			Sysctl:            maps.Clone(l.Sysctl),
 			Resources:         resources(l.Resources),
 			Namespaces:        namespaces(l.Namespaces),
 			Seccomp:           l.Seccomp,
@@ -56,12 +58,19 @@ func Container(spec *specs.Spec) ([]byte, error) {
 			MaskedPaths:       l.MaskedPaths,
 			ReadonlyPaths:     l.ReadonlyPaths,
 		}
-		var refused []string
+		if alone {
+			maps.DeleteFunc(out.Linux.Sysctl, func(key, _ string) bool { return wire.ScopeOfSysctl(key) == wire.SysctlNetwork })
+		}
+		var reasons []string
+		for _, key := range slices.Sorted(maps.Keys(out.Linux.Sysctl)) {
+			if wire.ScopeOfSysctl(key) == wire.SysctlRefused {
+				reasons = append(reasons, fmt.Sprintf("sysctl %s: leave it out: it is the guest's kernel's as a whole", key))
+			}
+		}
+		var refused []specs.LinuxDevice
 		out.Linux.Devices, refused = devices(l.Devices)
-		if len(refused) > 0 {
-			return nil, refusal.Of([]string{fmt.Sprintf("host devices %s: a VM has none of the host's devices; remove them, "+
-				"or for privileged pods set privileged_without_host_devices = true for this runtime in containerd's configuration",
-				abbreviate(refused, 8))})
+		if err := refusal.Of(append(reasons, deviceReasons(refused)...)); err != nil {
+			return nil, err
 		}
 	}
 	b, err := json.Marshal(out)
@@ -96,13 +105,33 @@ func namespaces(list []specs.LinuxNamespace) []specs.LinuxNamespace {
 	return out
 }
 
-// devices returns those that the guest is asked for, and the paths of those that are refused. Of the standard set the
-// guest makes all but one unasked.
-func devices(list []specs.LinuxDevice) (asked []specs.LinuxDevice, refused []string) {
+// deviceReasons are why devices of the host are refused; none if there are none.
+func deviceReasons(refused []specs.LinuxDevice) []string {
+	if len(refused) == 0 {
+		return nil
+	}
+	var paths []string
+	block := true
+	for _, d := range refused {
+		paths = append(paths, d.Path)
+		block = block && d.Type == "b"
+	}
+	if block {
+		return []string{fmt.Sprintf("volumeDevices %s: use volumeMode: Filesystem: block devices of the host are not passed on to a VM",
+			abbreviate(paths, 8))}
+	}
+	return []string{fmt.Sprintf("host devices %s: leave them out, or for privileged pods set privileged_without_host_devices = true for "+
+		"this runtime in containerd's configuration (ctr, nerdctl: --cap-add in place of --privileged): a VM has none of the host's devices",
+		abbreviate(paths, 8))}
+}
+
+// devices returns those that the guest is asked for, and those that are refused. Of the standard set the guest makes all but
+// one unasked.
+func devices(list []specs.LinuxDevice) (asked, refused []specs.LinuxDevice) {
 	for _, d := range list {
 		switch path := filepath.Clean(d.Path); {
 		case !slices.Contains(guestDevices, path):
-			refused = append(refused, d.Path)
+			refused = append(refused, d)
 		case d.Path == fuse:
 			asked = append(asked, d)
 		}

@@ -42,7 +42,7 @@ func TestContainerKeepsTheHostOut(t *testing.T) {
 			{Destination: "/data", Type: "bind", Source: "/srv/data", Options: []string{"rbind", "rw"}},
 		},
 	}
-	plan, err := Container(spec)
+	plan, err := Container(spec, false)
 	require.NoError(t, err)
 	for _, word := range []string{"/run/containerd", "secret", "/proc/7", "kubepods", "apparmor", "/bin/true", "/srv/data", "0-63"} {
 		require.NotContains(t, string(plan), word)
@@ -76,10 +76,14 @@ func TestContainerIsRefused(t *testing.T) {
 			[]string{"host devices /dev/sda, /dev/kvm: ", "privileged_without_host_devices"}},
 		{"many devices", &specs.Spec{Process: &specs.Process{}, Linux: devices(strings.Fields(strings.Repeat("/dev/x ", 10))...)}, true,
 			[]string{"/dev/x and 2 more"}},
+		{"block device", &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Devices: []specs.LinuxDevice{{Path: "/dev/xvda", Type: "b"}}}},
+			true, []string{"not in a VM: volumeDevices /dev/xvda: use volumeMode: Filesystem"}},
+		{"sysctl", &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Sysctl: map[string]string{"kernel.panic": "1", "kernel.sem": "1"}}},
+			true, []string{"not in a VM: sysctl kernel.panic: "}},
 		{"huge", &specs.Spec{Process: &specs.Process{Env: []string{strings.Repeat("x", wire.MaxSpec)}}}, false, []string{"environment"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, err := Container(tc.spec)
+			_, err := Container(tc.spec, false)
 			require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 			for _, w := range tc.want {
 				require.ErrorContains(t, err, w)
@@ -97,7 +101,7 @@ func TestContainerIsRefused(t *testing.T) {
 func TestContainerAsksForFuse(t *testing.T) {
 	b, err := Container(&specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Devices: []specs.LinuxDevice{
 		{Path: "/dev/null"}, {Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229}, {Path: "/dev//tty"},
-	}}})
+	}}}, false)
 	require.NoError(t, err)
 	var got specs.Spec
 	require.NoError(t, json.Unmarshal(b, &got))
@@ -116,4 +120,17 @@ func TestProcessAndResources(t *testing.T) {
 	require.NoError(t, err)
 	require.JSONEq(t, `{"cpu": {}}`, string(b))
 	require.Equal(t, "0-63", r.CPU.Cpus, "the caller's limits must not change")
+}
+
+func TestSysctlsOfAContainer(t *testing.T) {
+	asked := map[string]string{"net.core.somaxconn": "77", "kernel.shmmni": "77"}
+	spec := &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Sysctl: asked}}
+	for alone, want := range map[bool]map[string]string{true: {"kernel.shmmni": "77"}, false: asked} {
+		b, err := Container(spec, alone)
+		require.NoError(t, err)
+		var got specs.Spec
+		require.NoError(t, json.Unmarshal(b, &got))
+		require.Equal(t, want, got.Linux.Sysctl)
+	}
+	require.Len(t, asked, 2, "the caller's own stays as it is")
 }

@@ -4,6 +4,7 @@ package refusal
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -14,9 +15,17 @@ type Error struct {
 	Reasons []string
 }
 
-// Error names all reasons.
+// Error names all reasons in one line: `kubectl get events` shows no second one.
 func (e *Error) Error() string {
-	return "this asks for what a VM cannot give:\n  - " + strings.Join(e.Reasons, "\n  - ")
+	if len(e.Reasons) == 1 {
+		return "not in a VM: " + e.Reasons[0]
+	}
+	var all strings.Builder
+	fmt.Fprintf(&all, "not in a VM, for %d reasons:", len(e.Reasons))
+	for i, reason := range e.Reasons {
+		fmt.Fprintf(&all, " (%d) %s", i+1, reason)
+	}
+	return all.String()
 }
 
 // Unwrap returns the error's kind.

@@ -15,7 +15,8 @@ func TestReasons(t *testing.T) {
 	require.NoError(t, Of(nil))
 	err := Of([]string{"a device", "a socket"})
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-	require.EqualError(t, err, "this asks for what a VM cannot give:\n  - a device\n  - a socket")
+	require.EqualError(t, err, "not in a VM, for 2 reasons: (1) a device (2) a socket")
+	require.EqualError(t, Of([]string{"a device"}), "not in a VM: a device")
 
 	reasons, other := Reasons(fmt.Errorf("container c: %w", err))
 	require.NoError(t, other)
