@@ -26,8 +26,7 @@ const optionsFile = "containerd's runtime options"
 //   - else with ConfigBody, the handler's whole [options] table as TOML: its keys, laid over what Load("") gives;
 //   - neither, or no options at all: Load("").
 //
-// runc's own options, which several clients give to any runtime, are taken as none (see IgnoredOptions), unless they name
-// another program to run. Options of another type are refused. Errors are of type Faults.
+// runc's own options, which several clients give to any runtime, are taken as none (RuncOptions). Options of another type are refused. Errors are of type Faults.
 func FromOptions(options *anypb.Any) (*Config, error) {
 	return fromOptions(options, os.Getenv(PathVariable), DefaultPath)
 }
@@ -37,13 +36,9 @@ func fromOptions(options *anypb.Any, path, defaultPath string) (*Config, error) 
 	if options == nil || options.GetTypeUrl() == "" {
 		return load(path, defaultPath, nil)
 	}
-	if runc, err := runcOptions(options); err != nil {
+	if _, runc, err := RuncOptions(options); err != nil {
 		return nil, err
-	} else if runc != nil {
-		if runc.GetBinaryName() != "" {
-			return nil, Faults{{File: optionsFile, Key: "BinaryName", Reason: fmt.Sprintf("asks for the program %q", clip(runc.GetBinaryName())),
-				Fix: "leave it out: no such program runs a VM's containers"}}
-		}
+	} else if runc {
 		return load(path, defaultPath, nil)
 	}
 	var o runtimeoptions.Options
@@ -68,34 +63,26 @@ func fromOptions(options *anypb.Any, path, defaultPath string) (*Config, error) 
 	return load(path, defaultPath, body)
 }
 
-// runcOptions returns runc's options, nil for those of another type.
-func runcOptions(options *anypb.Any) (*runcoptions.Options, error) {
+// RuncOptions reports whether options are runc's own, which several clients give to any runtime, and which of them are set:
+// they mean nothing to Cloister. One that asks for another program to run is an error of type Faults.
+func RuncOptions(options *anypb.Any) (ignored []string, runc bool, err error) {
 	var o runcoptions.Options
-	if !typeurl.Is(options, &o) && !options.MessageIs(&o) {
-		return nil, nil
+	if options.GetTypeUrl() == "" || !typeurl.Is(options, &o) && !options.MessageIs(&o) {
+		return nil, false, nil
 	}
 	if err := proto.Unmarshal(options.GetValue(), &o); err != nil {
-		return nil, Faults{{File: optionsFile, Reason: "cannot be decoded: " + err.Error(), Fix: "use a containerd of version 2.0 or later"}}
+		return nil, true, Faults{{File: optionsFile, Reason: "cannot be decoded: " + err.Error(), Fix: "use a containerd of version 2.0 or later"}}
 	}
-	return &o, nil
-}
-
-// IgnoredOptions returns the names of runc's options that are set and mean nothing to Cloister, sorted.
-func IgnoredOptions(options *anypb.Any) []string {
-	if options == nil {
-		return nil
+	if o.GetBinaryName() != "" {
+		return nil, true, Faults{{File: optionsFile, Key: "BinaryName", Reason: fmt.Sprintf("asks for the program %q", clip(o.GetBinaryName())),
+			Fix: "leave it out: no such program runs a VM's containers"}}
 	}
-	o, err := runcOptions(options)
-	if o == nil || err != nil {
-		return nil
-	}
-	var names []string
 	o.ProtoReflect().Range(func(field protoreflect.FieldDescriptor, _ protoreflect.Value) bool {
-		names = append(names, string(field.Name()))
+		ignored = append(ignored, string(field.Name()))
 		return true
 	})
-	slices.Sort(names)
-	return names
+	slices.Sort(ignored)
+	return ignored, true, nil
 }
 
 // configBody takes out containerd's own keys, which stand in the same table as the runtime's. It decodes and encodes

@@ -168,11 +168,20 @@ func TestPathVariableStandsForTheDefaultFile(t *testing.T) {
 	require.ErrorContains(t, err, "node.toml.missing")
 }
 
-func TestIgnoredOptions(t *testing.T) {
+func TestRuncOptions(t *testing.T) {
 	packed, err := typeurl.MarshalAnyToProto(&runcoptions.Options{Root: "/x", NoPivotRoot: true, IoUid: 7})
 	require.NoError(t, err)
-	require.Equal(t, []string{"io_uid", "no_pivot_root", "root"}, IgnoredOptions(packed))
-	for _, none := range []*anypb.Any{nil, {}, {TypeUrl: "containerd.runc.v1.Options"}, {TypeUrl: "runtimeoptions.v1.Options", Value: []byte{1}}} {
-		require.Empty(t, IgnoredOptions(none))
+	ignored, runc, err := RuncOptions(packed)
+	require.NoError(t, err)
+	require.True(t, runc)
+	require.Equal(t, []string{"io_uid", "no_pivot_root", "root"}, ignored)
+	_, runc, err = RuncOptions(&anypb.Any{TypeUrl: "containerd.runc.v1.Options"})
+	require.NoError(t, err)
+	require.True(t, runc)
+	for _, none := range []*anypb.Any{nil, {}, {TypeUrl: "runtimeoptions.v1.Options", Value: []byte{1}}} {
+		ignored, runc, err := RuncOptions(none)
+		require.NoError(t, err)
+		require.False(t, runc)
+		require.Empty(t, ignored)
 	}
 }

@@ -40,14 +40,27 @@ type Request struct {
 	OnOOM   func(containerID string)
 }
 
+// Options returns the runtime options of a pod that a task makes: the task's, or those that its shim was started with if there
+// are none, or runc's.
+func Options(ctx context.Context, task *anypb.Any, started func() (*anypb.Any, error)) (*anypb.Any, error) {
+	ignored, runc, err := configs.RuncOptions(task)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if len(ignored) > 0 {
+		log.G(ctx).WithField("options", ignored).Warn("options of runc have no effect in a VM")
+	}
+	if task.GetTypeUrl() != "" && !runc {
+		return task, nil
+	}
+	return started()
+}
+
 // loadConfig returns the node's configuration with the pod's annotations applied.
 func loadConfig(ctx context.Context, options *anypb.Any, annotations map[string]string) (*configs.Config, error) {
 	c, err := configs.FromOptions(options)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
-	}
-	if ignored := configs.IgnoredOptions(options); len(ignored) > 0 {
-		log.G(ctx).WithField("options", ignored).Warn("options of runc have no effect in a VM")
 	}
 	if ignored := c.IgnoredAnnotations(annotations); len(ignored) > 0 {
 		log.G(ctx).WithField("annotations", ignored).Warn("annotations of the pod have no effect: annotations.allowed does not list them")

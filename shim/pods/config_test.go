@@ -149,3 +149,18 @@ func TestSysctls(t *testing.T) {
 		"net.ipv4.ip_unprivileged_port_start": "1024", "net.ipv4.ping_group_range": "0 2147483647", "kernel.sem": "1 2 3 4",
 	}, pod.Sysctls, "what containerd gives by itself, and what the pod wants instead")
 }
+
+func TestOptions(t *testing.T) {
+	started := &anypb.Any{TypeUrl: "runtimeoptions.v1.Options"}
+	kept := func() (*anypb.Any, error) { return started, nil }
+	other := &anypb.Any{TypeUrl: "other.v1.Options"}
+	for _, tc := range []struct{ task, want *anypb.Any }{
+		{nil, started}, {&anypb.Any{}, started}, {&anypb.Any{TypeUrl: "containerd.runc.v1.Options"}, started}, {other, other},
+	} {
+		got, err := Options(t.Context(), tc.task, kept)
+		require.NoError(t, err)
+		require.Same(t, tc.want, got)
+	}
+	_, err := Options(t.Context(), &anypb.Any{TypeUrl: "containerd.runc.v1.Options", Value: []byte{0xff}}, kept)
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+}

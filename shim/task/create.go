@@ -139,11 +139,9 @@ func (s *Service) makePod(ctx context.Context, t *task, r *taskapi.CreateTaskReq
 			s.Holder.Release()
 		}
 	}()
-	options := r.GetOptions()
-	if options.GetTypeUrl() == "" {
-		if options, err = s.Options(); err != nil {
-			return nil, err
-		}
+	options, err := pods.Options(ctx, r.GetOptions(), s.Options)
+	if err != nil {
+		return nil, err
 	}
 	cfg, err := pods.FromSpec(ctx, pods.Request{
 		ID: t.id, Namespace: s.Namespace, Bundle: t.bundle, Options: options, OnOOM: s.OnOOM,

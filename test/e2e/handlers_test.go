@@ -57,6 +57,8 @@ func checkPod(t *testing.T, pod *harness.Pod) {
 	bootID, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	require.NoError(t, err)
 	assert.NotEqual(t, strings.TrimSpace(string(bootID)), output(t, c, "cat /proc/sys/kernel/random/boot_id"), "this is the host's kernel")
+	// As containerd's CRI plugin has it for runc, in either mode.
+	assert.Equal(t, "0\n0\t2147483647", output(t, c, "cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start ping_group_range"))
 	addresses := output(t, c, "ip addr")
 	assert.Contains(t, addresses, status.GetNetwork().GetIp()+"/")
 	assert.Contains(t, addresses, status.GetNetwork().GetAdditionalIps()[0].GetIp()+"/")

@@ -78,6 +78,15 @@ func TestNerdctl(t *testing.T) {
 		nerdctl("exec", "first", "ping", "-c", "1", "-W", "30", "10.88.0.1")
 		succeed(t, n.Command(ctx, n.Artifacts().Busybox, "ping", "-c", "1", "-W", "30", ip))
 	})
+	t.Run("sysctls", func(t *testing.T) {
+		got := nerdctl("run", "--rm", "--network", n.Name, "--runtime", runtimeName, "--sysctl", "net.core.somaxconn=77",
+			"--sysctl", "kernel.shmmni=78", harness.BusyboxImage, "cat", "/proc/sys/net/core/somaxconn", "/proc/sys/kernel/shmmni")
+		assert.Equal(t, "77\n78", got)
+		r := run(t, n.Nerdctl(ctx, "run", "--rm", "--network", n.Name, "--runtime", runtimeName, "--sysctl", "vm.swappiness=1",
+			harness.BusyboxImage, "true"))
+		assert.NotZero(t, r.status)
+		assert.Contains(t, r.stderr, "not in a VM: sysctl vm.swappiness: leave it out")
+	})
 	t.Run("stop and rm", func(t *testing.T) {
 		nerdctl("stop", "first")
 		assert.Contains(t, nerdctl("ps", "-a", "--filter", "name=first"), "Exited (0)")
