@@ -199,7 +199,8 @@ test-unit: setup ## The quick tests, with the race detector; skips what needs ro
 
 # Packages that start VMs by themselves, on the kernels that setup fetched or on the guest image. Those of the
 # first one are of the VMM that CLOISTER_TEST_VMM names (hypervisor/contract/doc.go).
-VM_PACKAGES := ./hypervisor/contract ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share ./tee/...
+VM_PACKAGES := ./hypervisor/contract ./hypervisor/qemu ./hypervisor/pvh ./hypervisor/vsock/vhostuser ./virtcontainers/share ./tee/... \
+  ./agent/storage/ext4
 .PHONY: test-vm
 test-vm: setup guest guest-s390x ## Tests of single packages in real VMs (as root)
 	@$(test-vms); \
