@@ -15,6 +15,7 @@ type Config struct {
 	Sizing      Sizing
 	Timeouts    Timeouts
 	Rootfs      Rootfs
+	Scratch     Scratch
 	State       State
 	Annotations Annotations
 	Log         Log
@@ -156,6 +157,14 @@ type Timeouts struct {
 	Hotplug time.Duration
 	// Cleanup: undoing a set-up that failed, and deleting from disk state.
 	Cleanup time.Duration
+}
+
+// Scratch is [scratch]: the disk for what a pod writes.
+type Scratch struct {
+	// Dir is where the disks' files are, while their pods start.
+	Dir string
+	// SizeMiB is the size of one; 0: there is none, and what a pod writes is in its guest's memory.
+	SizeMiB int
 }
 
 // Rootfs is [rootfs]: layer images and the writable layer.

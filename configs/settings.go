@@ -190,6 +190,9 @@ func podSettings() []setting {
 		numberOrZero("rootfs.cache_max_mib", func(c *Config) *int { return &c.Rootfs.CacheMaxMiB }, 16, maxMemoryMiB),
 		numberOrZero("rootfs.writable_layer_max_mib", func(c *Config) *int { return &c.Rootfs.WritableLayerMaxMiB }, 1, maxMemoryMiB),
 
+		text("scratch.dir", func(c *Config) *string { return &c.Scratch.Dir }, absolutePath),
+		numberOrZero("scratch.size_mib", func(c *Config) *int { return &c.Scratch.SizeMiB }, 64, 16<<20),
+
 		text("state.dir", func(c *Config) *string { return &c.State.Dir }, stateDir),
 
 		list("annotations.allowed", func(c *Config) *[]string { return &c.Annotations.Allowed }, annotationKeys),

@@ -213,8 +213,23 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 		}
 		return nil, err
 	}
+	// The VMM has it open. Without a name it goes with the VM, whatever ends that.
+	if err := removeScratch(p.plan.ScratchFile()); err != nil {
+		return nil, err
+	}
 	p.attachable(r)
 	return r, nil
+}
+
+// removeScratch removes the file of a scratch disk; it is no error if there is none.
+func removeScratch(path string) error {
+	if path == "" {
+		return nil
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the file of the scratch disk: %w", err)
+	}
+	return nil
 }
 
 // boot lets the guest run and waits for its agent.
@@ -257,7 +272,12 @@ func (p *Pod) boot(ctx context.Context, r *running) error {
 }
 
 func (p *Pod) sandboxRequest(n *network.Network) *agentv1.ConfigureSandboxRequest {
+	scratch := ""
+	if p.plan.ScratchFile() != "" {
+		scratch = vmplan.ScratchSerial
+	}
 	return &agentv1.ConfigureSandboxRequest{
+		ScratchSerial:      scratch,
 		SandboxId:          p.cfg.ID,
 		Hostname:           p.cfg.Hostname,
 		Sysctls:            p.cfg.Sysctls,
@@ -272,6 +292,9 @@ func (p *Pod) sandboxRequest(n *network.Network) *agentv1.ConfigureSandboxReques
 func (p *Pod) prepareDocument(ctx context.Context, r *running, host vmplan.Host) (err error) {
 	r.document = p.plan.Document(nics(r.network), host)
 	if err := p.plan.WriteInitdata(); err != nil {
+		return err
+	}
+	if err := p.plan.WriteScratch(); err != nil {
 		return err
 	}
 	r.measured, err = p.plan.Prepare(ctx, r.document)
@@ -300,6 +323,9 @@ func (p *Pod) makeStateDir(r *running) error {
 	p.cleanup.add(func(ctx context.Context) {
 		if err := os.RemoveAll(p.stateDir); err != nil {
 			log.G(ctx).WithError(err).Warn("remove the sandbox's state directory")
+		}
+		if err := removeScratch(p.plan.ScratchFile()); err != nil {
+			log.G(ctx).WithError(err).Warn("the pod's scratch disk stays")
 		}
 		removeRecord(p.cfg.Bundle)
 	})

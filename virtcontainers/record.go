@@ -28,6 +28,7 @@ const recordName = "cloister.json"
 type record struct {
 	ID        string       `json:"id"`
 	StateDir  string       `json:"state_dir"`
+	Scratch   string       `json:"scratch,omitempty"`
 	NetNSPath string       `json:"netns_path,omitempty"`
 	Cgroup    string       `json:"cgroup,omitempty"`
 	VMM       *processRef  `json:"vmm,omitempty"`
@@ -42,7 +43,7 @@ type processRef struct {
 
 // saveRecord writes what Start has made so far into the pod's record, by atomic rename.
 func (p *Pod) saveRecord(made *running) error {
-	r := record{ID: p.cfg.ID, StateDir: p.stateDir, Hooks: p.cfg.Hooks}
+	r := record{ID: p.cfg.ID, StateDir: p.stateDir, Scratch: p.plan.ScratchFile(), Hooks: p.cfg.Hooks}
 	if p.cfg.Network == NetworkPath {
 		r.NetNSPath = p.cfg.NetNSPath
 	}
@@ -105,6 +106,9 @@ func Cleanup(ctx context.Context, bundle string) error {
 		if err := os.RemoveAll(r.StateDir); err != nil {
 			faults = append(faults, err)
 		}
+	}
+	if err := removeScratch(r.Scratch); err != nil {
+		faults = append(faults, err)
 	}
 	if err := errors.Join(faults...); err != nil {
 		return err

@@ -300,7 +300,10 @@ type ConfigureSandboxRequest struct {
 	// Whether containers that join the pod's pid namespace get one; a pause process then is its init.
 	SharedPidNamespace bool `protobuf:"varint,5,opt,name=shared_pid_namespace,json=sharedPidNamespace,proto3" json:"shared_pid_namespace,omitempty"`
 	// Size limit of the pod's /dev/shm in bytes; 0 means 64 MiB.
-	ShmBytes      uint64 `protobuf:"varint,6,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
+	ShmBytes uint64 `protobuf:"varint,6,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
+	// Serial number of the scratch disk, whose content the guest makes anew: writable layers and scratch volumes are on it.
+	// Empty: they are in the guest's memory, as in a confidential guest. Since 2.1.
+	ScratchSerial string `protobuf:"bytes,7,opt,name=scratch_serial,json=scratchSerial,proto3" json:"scratch_serial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -375,6 +378,13 @@ func (x *ConfigureSandboxRequest) GetShmBytes() uint64 {
 		return x.ShmBytes
 	}
 	return 0
+}
+
+func (x *ConfigureSandboxRequest) GetScratchSerial() string {
+	if x != nil {
+		return x.ScratchSerial
+	}
+	return ""
 }
 
 type ConfigureSandboxResponse struct {
@@ -832,12 +842,12 @@ func (*CreateContainerResponse) Descriptor() ([]byte, []int) {
 	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
-// Rootfs is a stack of read-only block devices below a writable layer in guest memory.
+// Rootfs is a stack of read-only block devices below a writable layer, on the scratch disk or in guest memory.
 type Rootfs struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Topmost first, as in overlayfs's lowerdir. May be empty: an empty root filesystem.
 	Layers []*Layer `protobuf:"bytes,1,rep,name=layers,proto3" json:"layers,omitempty"`
-	// Limit of the writable layer in bytes; 0 means half of the guest's memory.
+	// Limit of the writable layer in bytes; 0 means the scratch disk, or half of the guest's memory.
 	WritableBytes uint64 `protobuf:"varint,2,opt,name=writable_bytes,json=writableBytes,proto3" json:"writable_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1375,17 +1385,22 @@ func (x *PodVolume) GetPath() string {
 	return ""
 }
 
-// ScratchVolume is an empty directory in guest memory, made with its first mount and shared by all containers of the pod
-// that name it (emptyDir).
+// ScratchVolume is an empty directory, made with its first mount and shared by all containers of the pod that name it
+// (emptyDir). It is on the scratch disk if there is one and memory is not asked for, else in guest memory.
 type ScratchVolume struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Limit in bytes; 0 means half of the guest's memory.
+	// Limit in bytes; 0 means the scratch disk, or half of the guest's memory.
 	SizeBytes uint64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// Permission bits and owners of the directory.
-	Mode          uint32 `protobuf:"varint,3,opt,name=mode,proto3" json:"mode,omitempty"`
-	Uid           uint32 `protobuf:"varint,4,opt,name=uid,proto3" json:"uid,omitempty"`
-	Gid           uint32 `protobuf:"varint,5,opt,name=gid,proto3" json:"gid,omitempty"`
+	Mode uint32 `protobuf:"varint,3,opt,name=mode,proto3" json:"mode,omitempty"`
+	Uid  uint32 `protobuf:"varint,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid  uint32 `protobuf:"varint,5,opt,name=gid,proto3" json:"gid,omitempty"`
+	// In guest memory also where there is a scratch disk. Since 2.1.
+	Memory bool `protobuf:"varint,6,opt,name=memory,proto3" json:"memory,omitempty"`
+	// A part of the volume, as in VolumeFile.path: what is there already, or a directory that is made with the volume's
+	// permission bits and owners. Empty: the whole volume. Since 2.1.
+	Path          string `protobuf:"bytes,7,opt,name=path,proto3" json:"path,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1453,6 +1468,20 @@ func (x *ScratchVolume) GetGid() uint32 {
 		return x.Gid
 	}
 	return 0
+}
+
+func (x *ScratchVolume) GetMemory() bool {
+	if x != nil {
+		return x.Memory
+	}
+	return false
+}
+
+func (x *ScratchVolume) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
 }
 
 type PutVolumeRequest struct {
@@ -3457,7 +3486,7 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x05error\x18\x04 \x01(\tR\x05error\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x05 \x01(\x03R\tunixNanos\x12\x14\n" +
-	"\x05token\x18\x06 \x01(\fR\x05token\"\xe8\x02\n" +
+	"\x05token\x18\x06 \x01(\fR\x05token\"\x8f\x03\n" +
 	"\x17ConfigureSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1a\n" +
@@ -3465,7 +3494,8 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\asysctls\x18\x03 \x03(\v27.cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntryR\asysctls\x124\n" +
 	"\anetwork\x18\x04 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\x120\n" +
 	"\x14shared_pid_namespace\x18\x05 \x01(\bR\x12sharedPidNamespace\x12\x1b\n" +
-	"\tshm_bytes\x18\x06 \x01(\x04R\bshmBytes\x1a:\n" +
+	"\tshm_bytes\x18\x06 \x01(\x04R\bshmBytes\x12%\n" +
+	"\x0escratch_serial\x18\a \x01(\tR\rscratchSerial\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x1a\n" +
@@ -3539,14 +3569,16 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"3\n" +
 	"\tPodVolume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04path\x18\x02 \x01(\tR\x04path\"z\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"\xa6\x01\n" +
 	"\rScratchVolume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12\x12\n" +
 	"\x04mode\x18\x03 \x01(\rR\x04mode\x12\x10\n" +
 	"\x03uid\x18\x04 \x01(\rR\x03uid\x12\x10\n" +
-	"\x03gid\x18\x05 \x01(\rR\x03gid\"\x93\x01\n" +
+	"\x03gid\x18\x05 \x01(\rR\x03gid\x12\x16\n" +
+	"\x06memory\x18\x06 \x01(\bR\x06memory\x12\x12\n" +
+	"\x04path\x18\a \x01(\tR\x04path\"\x93\x01\n" +
 	"\x10PutVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +

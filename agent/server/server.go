@@ -51,6 +51,7 @@ type System interface {
 type Storage interface {
 	container.Storage
 	SetupShm(bytes uint64) error
+	SetupScratch(serial string) error
 	MountShared(ctx context.Context, tag string) error
 	PutVolume(ctx context.Context, r *agentv1.PutVolumeRequest) error
 }

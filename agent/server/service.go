@@ -69,6 +69,10 @@ func (s *service) ConfigureSandbox(ctx context.Context, r *agentv1.ConfigureSand
 	if err := setHostname(); err != nil {
 		return nil, err
 	}
+	// First, since it is made in the background while the rest goes on.
+	if err := s.cfg.Storage.SetupScratch(r.GetScratchSerial()); err != nil {
+		return nil, err
+	}
 	shm := r.GetShmBytes()
 	if shm == 0 {
 		shm = defaultShm

@@ -143,8 +143,7 @@ func (s *Store) prepare(ctx context.Context, c *container, index int, m *agentv1
 		out.Source, err = s.bindVolume(ctx, c, index, source.Volume)
 		out.Options = readOnly(out.Options)
 	case *agentv1.Mount_Scratch:
-		out.Source, err = s.bindScratch(ctx, source.Scratch)
-		out.Options = harmless(out.Options)
+		out.Source, err = s.bindScratch(ctx, c, index, source.Scratch)
 	}
 	return out, err
 }

@@ -102,14 +102,10 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 		options = append(options, option{"lowerdir+", im.path})
 	}
 
-	rw, err := c.mkdir("rw")
+	rw, err := s.writableLayer(ctx, c, size, writable, readonly)
 	if err != nil {
 		return "", err
 	}
-	if err := mountFS("tmpfs", rw, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, append(size, option{"mode", "0711"})...); err != nil {
-		return "", err
-	}
-	c.done = append(c.done, step{mount: rw})
 	upper, work := filepath.Join(rw, "upper"), filepath.Join(rw, "work")
 	for _, dir := range []string{upper, work} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
@@ -135,4 +131,27 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 	}
 	c.done = append(c.done, step{mount: root})
 	return root, nil
+}
+
+// writableLayer makes the directory that the writable layer goes to: on the scratch disk, or in memory.
+func (s *Store) writableLayer(ctx context.Context, c *container, size []option, bytes uint64, readonly bool) (string, error) {
+	if !readonly {
+		path, err := s.onDisk(ctx, bytes)
+		if err != nil {
+			return "", err
+		}
+		if path != "" {
+			c.done = append(c.done, step{tree: path})
+			return path, nil
+		}
+	}
+	rw, err := c.mkdir("rw")
+	if err != nil {
+		return "", err
+	}
+	if err := mountFS("tmpfs", rw, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, append(size, option{"mode", "0711"})...); err != nil {
+		return "", err
+	}
+	c.done = append(c.done, step{mount: rw})
+	return rw, nil
 }

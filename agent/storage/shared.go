@@ -146,19 +146,28 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 		return "", fmt.Errorf("open %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
 	}
 	defer unix.Close(fd)
+	place, err := c.bindOpened(fmt.Sprintf("s%d", index), fd)
+	if err != nil {
+		return "", fmt.Errorf("bind %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
+	}
+	return place, nil
+}
+
+// bindOpened bind mounts a file or directory that was opened (O_PATH) to a place of the container's and returns that place.
+func (c *container) bindOpened(name string, fd int) (string, error) {
 	var stat unix.Stat_t
 	if err := unix.Fstat(fd, &stat); err != nil {
 		return "", err
 	}
-	place := filepath.Join(c.dir, fmt.Sprintf("s%d", index))
+	place := filepath.Join(c.dir, name)
+	var err error
 	switch stat.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
 		err = os.Mkdir(place, 0o711)
 	case unix.S_IFREG:
 		err = os.WriteFile(place, nil, 0o600)
 	default:
-		return "", fmt.Errorf("%s in shared directory %s is neither a file nor a directory (mode %#o): %w", p.GetName(), p.GetTag(), stat.Mode,
-			errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("it is neither a file nor a directory (mode %#o): %w", stat.Mode, errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return "", err
@@ -166,11 +175,11 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 	c.done = append(c.done, step{path: place})
 	tree, err := unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
 	if err != nil {
-		return "", fmt.Errorf("bind %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
+		return "", err
 	}
 	defer unix.Close(tree)
 	if err := attach(tree, place); err != nil {
-		return "", fmt.Errorf("bind %s in shared directory %s to %s: %w", p.GetName(), p.GetTag(), place, err)
+		return "", fmt.Errorf("to %s: %w", place, err)
 	}
 	c.done = append(c.done, step{mount: place})
 	return place, nil

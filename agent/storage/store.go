@@ -47,6 +47,10 @@ type Store struct {
 	volumes    map[string]*volume
 	scratch    map[string]*scratch
 	shm        bool
+	disk       *scratchDisk // nil: none
+
+	// background are goroutines that end by themselves.
+	background sync.WaitGroup
 }
 
 // New makes a Store in the directory root, which it makes. It mounts a tmpfs there.
@@ -71,7 +75,7 @@ func New(root string) (*Store, error) {
 		volumes:    map[string]*volume{},
 		scratch:    map[string]*scratch{},
 	}
-	for _, dir := range []string{"layers", "shares", "shm", "volumes", "scratch", "c"} {
+	for _, dir := range []string{"layers", "shares", "shm", "volumes", "scratch", "disk", "c"} {
 		if err := os.Mkdir(filepath.Join(root, dir), 0o711); err != nil {
 			return nil, err
 		}
@@ -142,10 +146,10 @@ type container struct {
 	done []step
 }
 
-// step is something to take back: a mount, a path, or an image's use.
+// step is something to take back: a mount, a path, a tree of the scratch disk, or an image's use.
 type step struct {
-	mount, path string
-	image       *image
+	mount, path, tree string
+	image             *image
 }
 
 // enter takes the container's turn, making it if there is none. The caller must call leave.
@@ -246,6 +250,8 @@ func (s *Store) undo(c *container, keep int) (released []string, err error) {
 			var serials []string
 			serials, err = s.releaseImage(last.image)
 			released = append(released, serials...)
+		case last.tree != "":
+			err = s.discard(last.tree)
 		default:
 			// Never recursive: a mount that is still there must not lose its content.
 			if err = os.Remove(last.path); errors.Is(err, os.ErrNotExist) {

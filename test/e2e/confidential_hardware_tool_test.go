@@ -29,19 +29,25 @@ const evidenceTool = "/bin/evidence"
 // hostArch is this machine's architecture as Go names it: the tests run where they were built for.
 func hostArch() string { return runtime.GOARCH }
 
-// evidenceImage makes the node have an image with testdata/evidence for an architecture, and busybox.
+// evidenceImage is toolImage for testdata/evidence.
 func evidenceImage(t *testing.T, n *harness.Node, arch string) (name string) {
 	t.Helper()
-	program := filepath.Join(t.TempDir(), "evidence")
+	return toolImage(t, n, arch, filepath.Base(evidenceTool))
+}
+
+// toolImage makes the node have an image with busybox and a program of testdata for an architecture, as /bin/TOOL.
+func toolImage(t *testing.T, n *harness.Node, arch, tool string) (name string) {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), tool)
 	build := exec.CommandContext(testContext(t), "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", program,
-		"./testdata/evidence")
+		"./testdata/"+tool)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+arch)
 	out, err := build.CombinedOutput()
 	require.NoError(t, err, string(out))
 	binary, err := os.ReadFile(program)
 	require.NoError(t, err)
 
-	name = "localhost/cloister/evidence:" + arch
+	name = "localhost/cloister/" + tool + ":" + arch
 	a := n.Artifacts()
 	busybox, native := a.Busybox, a.Busybox
 	if arch != hostArch() {
@@ -50,7 +56,7 @@ func evidenceImage(t *testing.T, n *harness.Node, arch string) (name string) {
 	}
 	im, err := harness.BusyboxS390X(name, busybox, native)
 	require.NoError(t, err)
-	im.Layers = append(im.Layers, []harness.File{{Name: strings.TrimPrefix(evidenceTool, "/"), Body: binary, Mode: 0o755}})
+	im.Layers = append(im.Layers, []harness.File{{Name: "bin/" + tool, Body: binary, Mode: 0o755}})
 	require.NoError(t, n.Import(testContext(t), im))
 	return name
 }

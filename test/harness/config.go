@@ -128,6 +128,9 @@ virtiofsd = '{{.Virtiofsd}}'
 [rootfs]
 cache_dir = '{{.LayerCache}}'
 
+[scratch]
+dir = '{{.Dir}}/scratch'
+
 [state]
 dir = '{{.CloisterState}}'
 

@@ -45,6 +45,9 @@ var wanted = []want{
 	{phaseLater, "erofs"},
 	{phaseLater, "overlay"},
 	{phaseLater, "virtio_blk"},
+	// The scratch disk, and limits on it. Some kernels have ext4 built in.
+	{phaseLater, "ext4"},
+	{phaseLater, "quota_v2"},
 }
 
 // architecture is what differs between the guests' architectures.

@@ -13,10 +13,10 @@ type Outcome string
 
 // Outcomes.
 const (
-	Shared      Outcome = "shared"
-	Copied      Outcome = "copied"
-	GuestMemory Outcome = "guest memory"
-	Refused     Outcome = "refused"
+	Shared  Outcome = "shared"
+	Copied  Outcome = "copied"
+	InGuest Outcome = "in the guest"
+	Refused Outcome = "refused"
 	// Unused is what becomes of a volume that no container mounts.
 	Unused Outcome = "nothing"
 )
@@ -34,7 +34,10 @@ func outcomeOf(m specs.Mount, s mounts.Sharing) (outcome Outcome, detail string)
 	case mounts.Part, mounts.TerminationLog, mounts.PodFile:
 		return Copied, "sent to the guest once, when its container is made"
 	case mounts.Scratch, mounts.ImageVolume:
-		return GuestMemory, "made by the guest; the host never sees what is in it"
+		if s.Live() {
+			return InGuest, "made by the guest, on the pod's scratch disk or in its memory"
+		}
+		return InGuest, "made by the guest in its memory; the host never sees what is in it"
 	}
-	return GuestMemory, "made by the guest"
+	return InGuest, "made by the guest"
 }

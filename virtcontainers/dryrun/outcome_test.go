@@ -22,14 +22,14 @@ func TestOutcomeOfAMount(t *testing.T) {
 		options             []string
 		ordinary, apart     Outcome
 	}{
-		{pod + "/volumes/kubernetes.io~configmap/c", "/c", nil, Shared, Copied},
-		{pod + "/volumes/kubernetes.io~empty-dir/e", "/e", nil, Shared, GuestMemory},
-		{pod + "/volumes/kubernetes.io~empty-dir/e/part", "/e", nil, Shared, Refused},
+		{pod + "/volumes/kubernetes.io~configmap/c", "/c", nil, Copied, Copied},
+		{pod + "/volumes/kubernetes.io~empty-dir/e", "/e", nil, InGuest, InGuest},
+		{pod + "/volumes/kubernetes.io~empty-dir/e/part", "/e", nil, InGuest, InGuest},
 		{pod + "/volumes/kubernetes.io~csi/v", "/v", nil, Shared, Refused},
-		{pod + "/volume-subpaths/c/main/0", "/c", nil, Shared, Copied},
+		{pod + "/volume-subpaths/c/main/0", "/c", nil, Copied, Copied},
 		{pod + "/containers/main/1234", "/dev/termination-log", nil, Shared, Copied},
 		{pod + "/etc-hosts", "/etc/hosts", nil, Copied, Copied},
-		{"/dev/shm", "/dev/shm", nil, GuestMemory, GuestMemory},
+		{"/dev/shm", "/dev/shm", nil, InGuest, InGuest},
 		{"/srv", "/srv", nil, Shared, Refused},
 		{"/srv", "/srv", []string{"rshared"}, Refused, Refused},
 		{"/srv", "relative", nil, Refused, Refused},

@@ -195,8 +195,8 @@ spec:
 func TestVolumes(t *testing.T) {
 	config := newNode(t, "")
 	for platform, want := range map[string][]string{
-		"none":   {"conf shared", "tmp shared", "bare shared", "data shared", "host refused", "spare nothing"},
-		"sample": {"conf copied", "tmp refused", "bare guest memory", "data refused", "host refused", "spare nothing"},
+		"none":   {"conf copied", "tmp in the guest", "bare in the guest", "data shared", "host refused", "spare nothing"},
+		"sample": {"conf copied", "tmp in the guest", "bare in the guest", "data refused", "host refused", "spare nothing"},
 	} {
 		cfg := load(t, config, platform)
 		p := parse(t, volumesPod)

@@ -111,10 +111,16 @@ func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.C
 		g.Source, err = s.live(ctx, m, undo)
 	case Copied:
 		g.Options = readOnly(m.Options)
-		g.Source, err = s.copied(ctx, m)
+		if g.Source, err = s.copied(ctx, m); s.orLive(ctx, m, err) {
+			g.Options = m.Options
+			g.Source, err = s.live(ctx, m, undo)
+		}
 	case Part:
 		g.Options = readOnly(m.Options)
-		err = s.part(ctx, m, g)
+		if err = s.part(ctx, m, g); s.orLive(ctx, m, err) {
+			g.Options = m.Options
+			g.Source, err = s.live(ctx, m, undo)
+		}
 	case Scratch:
 		g.Source, err = s.scratch(m)
 	case TerminationLog:
@@ -129,6 +135,16 @@ func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.C
 		return nil, err
 	}
 	return g, nil
+}
+
+// orLive reports whether a volume that cannot be copied is shared instead.
+func (s *Set) orLive(ctx context.Context, m Mount, err error) bool {
+	if err == nil || !m.OrLive || ctx.Err() != nil {
+		return false
+	}
+	log.G(ctx).WithError(err).Warnf("the volume at %s is shared with the host and not copied: programs see its changes, and are not told",
+		m.Destination)
+	return true
 }
 
 func filesystem(kind string) *agentv1.Mount_Filesystem {

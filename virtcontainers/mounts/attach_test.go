@@ -139,7 +139,7 @@ func TestPartOfAVolumeIsCopiedOnce(t *testing.T) {
 		part("3", "cm", "/etc/passwd", false),
 	))
 	require.Len(t, reasons, 2)
-	require.Contains(t, reasons[0], "mount the whole volume")
+	require.Contains(t, reasons[0], "is a file on the host")
 	require.Contains(t, reasons[1], "in no volume of the pod that is called cm")
 }
 

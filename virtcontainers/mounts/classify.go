@@ -34,7 +34,7 @@ const (
 
 // kindNames are for people.
 var kindNames = [...]string{
-	"refused", "guest file system", "pod's shared memory", "cgroup view", "pod file", "live", "copied", "part of a volume", "guest memory",
+	"refused", "guest file system", "pod's shared memory", "cgroup view", "pod file", "live", "copied", "part of a volume", "guest's own",
 	"termination log", "volume of the image",
 }
 
@@ -53,6 +53,8 @@ type Mount struct {
 	Filesystem string
 	// Volume is the source taken apart, with the kinds from Copied on.
 	Volume volumes.Path
+	// OrLive says that the VM shares what the host has, so that what cannot be brought in another way may be shared.
+	OrLive bool
 	// ReadonlyRoot says of an ImageVolume that the container's root filesystem is read-only.
 	ReadonlyRoot bool
 	// Reason is why a mount is Refused.
@@ -146,11 +148,41 @@ func Classify(m specs.Mount, s Sharing) Mount {
 	case slices.Contains(podFiles, destination):
 		out.Kind = PodFile
 	case s.Live():
-		out.Kind = Live
+		return out.live()
 	default:
 		return out.apart(s)
 	}
 	return out
+}
+
+// live classifies a bind mount for a VM that can share what the host has. Volumes that are the pod's own are better off in the
+// guest all the same: ConfigMaps and their like show their changes to programs that wait for them, which no file system of the
+// host does, and an emptyDir is a file system as any other, for sockets, locks and all containers of the pod.
+func (m Mount) live() Mount {
+	m.Kind, m.OrLive = Live, true
+	m.Volume = volumes.Parse(m.Source)
+	switch m.Volume.Kind {
+	case volumes.Copied:
+		m.Kind = Copied
+	case volumes.SubPath:
+		m.Kind = Part
+	case volumes.Scratch:
+		m.Kind = Scratch
+	default:
+		if reason := follows(m); reason != "" {
+			return m.refuse(reason)
+		}
+	}
+	return m
+}
+
+// follows returns why a live mount cannot be had that is to follow what the host mounts below it; empty for others.
+func follows(m Mount) string {
+	if !slices.Contains(m.Options, "rslave") && !slices.Contains(m.Options, "slave") {
+		return ""
+	}
+	return fmt.Sprintf("mountPropagation HostToContainer of %s at %s: use None: the VM would keep what the host mounts there later busy, "+
+		"so that the host could not unmount it", m.Source, m.Destination)
 }
 
 // apart classifies a bind mount for a VM that shares nothing with the host: small volumes are copied, empty ones are made
@@ -168,10 +200,6 @@ func (m Mount) apart(s Sharing) Mount {
 	case volumes.ImageVolume:
 		m.Kind = ImageVolume
 	case volumes.Scratch:
-		if p.Rest != "" {
-			return m.refuse(fmt.Sprintf("%s at %s, a part of the emptyDir %s: it is in the guest's memory as a whole and the host has "+
-				"none of its directories; mount the whole volume", m.Source, m.Destination, p.Volume))
-		}
 		m.Kind = Scratch
 	case volumes.Foreign:
 		return m.refuse(fmt.Sprintf("volume %s (%s) at %s, from %s: %s; %s",
@@ -197,7 +225,7 @@ func malformed(m specs.Mount) string {
 			return "the source is not an absolute path"
 		}
 		if slices.Contains(m.Options, "rshared") || slices.Contains(m.Options, "shared") {
-			return "mounts made in a VM cannot propagate to the host (Bidirectional propagation); use HostToContainer or None"
+			return "mounts made in a VM cannot propagate to the host (mountPropagation Bidirectional); use None"
 		}
 	case !slices.Contains(guestFilesystems, m.Type):
 		return "this type of mount is not known; known are bind and " + strings.Join(guestFilesystems, ", ")

@@ -56,57 +56,59 @@ func (s *Set) part(ctx context.Context, m Mount, g *agentv1.Mount) error {
 	return nil
 }
 
-// scratch names an emptyDir in the guest: the guest makes it in its memory, whatever its medium is on the host.
+// scratch names an emptyDir, or a part of one, in the guest, which makes it.
 func (s *Set) scratch(m Mount) (*agentv1.Mount_Scratch, error) {
 	v, err := scratch(m, s.cfg.MemoryBytes)
 	if err != nil {
 		return nil, err
 	}
-	if v.Name, err = s.volumes.Scratch(m.Source); err != nil {
+	if v.Name, err = s.volumes.Scratch(m.Volume.Dir()); err != nil {
 		return nil, err
 	}
 	return &agentv1.Mount_Scratch{Scratch: v}, nil
 }
 
-// scratch describes an emptyDir in a VM with so much memory. A limit that the kubelet put on a file system in memory goes
-// along; that of a directory on the node's disk shows nowhere.
+// scratch describes an emptyDir, or a part of one, in a VM with so much memory. A limit that the kubelet put on a file system in
+// memory goes along; that of a directory on the node's disk shows nowhere.
 func scratch(m Mount, memory uint64) (*agentv1.ScratchVolume, error) {
+	dir := m.Volume.Dir()
 	var st unix.Stat_t
-	if err := unix.Lstat(m.Source, &st); err != nil {
-		return nil, fmt.Errorf("emptyDir %s at %s: %w", m.Source, m.Destination, err)
+	if err := unix.Lstat(dir, &st); err != nil {
+		return nil, fmt.Errorf("emptyDir %s at %s: %w", dir, m.Destination, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return nil, refused("emptyDir %s at %s is not a directory", m.Source, m.Destination)
+		return nil, refused("emptyDir %s at %s is not a directory", dir, m.Destination)
 	}
-	size, err := scratchSize(m, st.Dev)
-	if err != nil {
-		return nil, err
+	// A part is the guest's to make, or has been made by a container; the kubelet has a directory of its own in its place.
+	if info, err := os.Stat(m.Source); err == nil && !info.IsDir() {
+		return nil, refused("%s at %s: it is a file on the host, and the guest has none of the host's emptyDirs; mount the volume",
+			m.Source, m.Destination)
 	}
-	if size >= memory {
-		size = 0 // the guest could not keep it
-	}
-	return &agentv1.ScratchVolume{SizeBytes: size, Mode: st.Mode & 0o7777, Uid: st.Uid, Gid: st.Gid}, nil
+	v := &agentv1.ScratchVolume{Path: m.Volume.Rest, Mode: st.Mode & 0o7777, Uid: st.Uid, Gid: st.Gid}
+	return v, inMemory(v, m, st.Dev, memory)
 }
 
-// scratchSize is the limit of the file system that the directory is the root of; 0 if there is none.
-func scratchSize(m Mount, dev uint64) (uint64, error) {
+// inMemory says of an emptyDir whether it is in memory, and its limit there. It is if it is a file system of its own on the host.
+func inMemory(v *agentv1.ScratchVolume, m Mount, dev, memory uint64) error {
 	var (
+		dir    = m.Volume.Dir()
 		fs     unix.Statfs_t
 		parent unix.Stat_t
 	)
-	if err := errors.Join(unix.Statfs(m.Source, &fs), unix.Lstat(filepath.Dir(m.Source), &parent)); err != nil {
-		return 0, fmt.Errorf("emptyDir %s: %w", m.Source, err)
+	if err := errors.Join(unix.Statfs(dir, &fs), unix.Lstat(filepath.Dir(dir), &parent)); err != nil {
+		return fmt.Errorf("emptyDir %s: %w", dir, err)
 	}
 	switch {
 	case parent.Dev == dev:
-		return 0, nil
 	case fs.Type == unix.HUGETLBFS_MAGIC:
-		return 0, refused("emptyDir %s at %s is in huge pages of the host, which a confidential VM does not have; use medium Memory",
-			m.Source, m.Destination)
-	case fs.Type != unix.TMPFS_MAGIC:
-		return 0, nil
+		return refused("emptyDir %s at %s: use medium Memory: it is in huge pages of the host, which a VM does not have", dir, m.Destination)
+	case fs.Type == unix.TMPFS_MAGIC:
+		v.Memory = true
+		if size := fs.Blocks * uint64(fs.Bsize); size < memory { // else the guest could not keep it
+			v.SizeBytes = size
+		}
 	}
-	return fs.Blocks * uint64(fs.Bsize), nil
+	return nil
 }
 
 // imageVolume is a VOLUME of the image, for which containerd made a directory with the image's files in it. The guest has

@@ -21,7 +21,11 @@ func Look(all []Mount, s Sharing) []Mount {
 		case Live:
 			reason = firstReason(shareable(m))
 		case Part:
-			reason = origin(m, s)
+			m, reason = origin(m, s)
+			if m.Kind == Scratch {
+				_, err := scratch(m, 0)
+				reason = firstReason(err)
+			}
 		case Scratch:
 			_, err := scratch(m, 0)
 			reason = firstReason(err)
@@ -52,6 +56,9 @@ func firstReason(err error) string {
 
 // shareable returns why what a live mount brings cannot be shared with a VM, nil if it can.
 func shareable(m Mount) error {
+	if reason := follows(m); reason != "" {
+		return refused("%s", reason)
+	}
 	info, err := os.Stat(m.Source)
 	if err != nil {
 		return fmt.Errorf("bind mount of %s at %s: %w", m.Source, m.Destination, err)
@@ -63,13 +70,31 @@ func shareable(m Mount) error {
 		m.Source, info.Mode().Type(), m.Destination)
 }
 
-// origin returns why a part of a volume cannot be had, which the host's mounts tell: it may have been taken from a volume
-// that is not copied; empty if it can.
-func origin(m Mount, s Sharing) string {
+// origin finds the volume that a part was taken from, which the host's mounts tell, and returns the part as what it is with that:
+// a copy, a part of an emptyDir, or live. The reason says why it cannot be had; empty if it can.
+func origin(m Mount, s Sharing) (_ Mount, reason string) {
 	of, err := volumes.SubPathOf(m.Volume, m.Source)
 	if err != nil {
-		return fmt.Sprintf("%s at %s, a part (subPath) of volume %s: %v", m.Source, m.Destination, m.Volume.Volume, err)
+		if m.OrLive {
+			m.Kind = Live
+			return m, firstReason(shareable(m))
+		}
+		return m, fmt.Sprintf("%s at %s, a part (subPath) of volume %s: %v", m.Source, m.Destination, m.Volume.Volume, err)
 	}
-	whole := Mount{Source: filepath.Join(of.Dir(), of.Rest), Destination: m.Destination}
-	return whole.apart(s).Reason
+	whole := m
+	whole.Source = filepath.Join(of.Dir(), of.Rest)
+	if m.OrLive {
+		whole = whole.live()
+	} else {
+		whole = whole.apart(s)
+	}
+	switch whole.Kind {
+	case Scratch:
+		whole.Source = m.Source
+		return whole, ""
+	case Live: // as the kubelet has mounted it
+		m.Kind = Live
+		return m, firstReason(shareable(m))
+	}
+	return m, whole.Reason
 }

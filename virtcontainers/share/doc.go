@@ -15,10 +15,10 @@
 // virtiofsd is the first process of a PID namespace and dies with the thread (PDEATHSIG), thus with this process, however that ends.
 // The served root itself is read-only.
 //
-// A share is a copy of the host's mounts at a path (open_tree), with all that is mounted below. A writable one follows the host
-// where the host's mounts are shared: what is mounted or unmounted below it there shows here (rslave). A read-only one does not,
-// because a later mount would not be read-only. Unmounting a shared directory on the host works at once in both cases; its
-// filesystem stays busy until Remove, and until the guest has let go of open files.
+// A share is a copy of the host's mounts at a path (open_tree), with all that is mounted below. One object of the host is one
+// share, by whatever paths it is asked for, so that it is one object in the guest, too. What the host mounts or unmounts below it
+// later does not show: a guest keeps open what it has seen, so that the host could not unmount what it mounted. Unmounting a shared
+// directory on the host works at once; its filesystem stays busy until Remove, and until the guest has let go of open files.
 //
 // Nothing is cached in the guest beyond what it revalidates on each use: changes on either side show at once on the other. Only
 // pages that the guest has mapped to memory can be behind, and (with the program in C) a file that the guest keeps open while the
@@ -27,7 +27,7 @@
 //
 // # Locks and goroutines
 //
-// Share.mu guards the table of names and is never held over I/O. Three goroutines belong to a Share and end with Close: the one
+// The table of shares is used on the namespace's thread alone. Three goroutines belong to a Share and end with Close: the one
 // locked to the thread of the namespace, one that waits for virtiofsd, one that reads what it logs.
 //
 // # Trust

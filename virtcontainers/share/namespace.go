@@ -6,11 +6,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -185,40 +188,89 @@ func (n *namespace) unlink(name string, isDir bool) error {
 	return nil
 }
 
-// cloneTree copies the mounts at and below a path of the host, not attached anywhere. Closing the descriptor removes them.
-func cloneTree(path string, readonly bool) (fd int, isDir bool, err error) {
-	fd, err = unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.AT_RECURSIVE|unix.OPEN_TREE_CLOEXEC)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-		return -1, false, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+// allowWrites takes back the read-only flag that a copy of a single mount got here.
+func (n *namespace) allowWrites(name string) error {
+	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+	if err := unix.MountSetattr(n.served, name, unix.AT_SYMLINK_NOFOLLOW, &attr); err != nil {
+		return fmt.Errorf("mount_setattr: %w", err)
 	}
-	if err != nil {
-		return -1, false, fmt.Errorf("open_tree: %w", err)
-	}
-	if isDir, err = restrictTree(fd, readonly); err != nil {
-		unix.Close(fd)
-		return -1, false, err
-	}
-	return fd, isDir, nil
+	return nil
 }
 
-func restrictTree(fd int, readonly bool) (isDir bool, err error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return false, err
+// object is what tells one thing of the host's from all others that are shared.
+type object struct {
+	device, inode uint64
+	// tree and readonly: of a tree with further mounts in it. What is mounted there depends on the path, and which of the mounts the
+	// host has read-only is not kept, so that a writable copy is one of its own.
+	tree     string
+	readonly bool
+
+	isDir, hostReadonly bool
+}
+
+// cloneTree copies the mounts at and below a path of the host, not attached anywhere. Closing the descriptor removes them.
+func cloneTree(path string, readonly bool) (fd int, o object, err error) {
+	fd, err = unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.AT_RECURSIVE|unix.OPEN_TREE_CLOEXEC)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return -1, o, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return -1, o, fmt.Errorf("open_tree: %w", err)
+	}
+	if o, err = identify(fd, path, readonly); err == nil {
+		err = restrictTree(fd, readonly)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, object{}, err
+	}
+	return fd, o, nil
+}
+
+// identify looks at a copy that has the host's own flags still.
+func identify(fd int, path string, readonly bool) (object, error) {
+	var (
+		st unix.Stat_t
+		fs unix.Statfs_t
+	)
+	if err := errors.Join(unix.Fstat(fd, &st), unix.Fstatfs(fd, &fs)); err != nil {
+		return object{}, err
 	}
 	kind := st.Mode & unix.S_IFMT
 	if kind != unix.S_IFDIR && kind != unix.S_IFREG {
-		return false, fmt.Errorf("only directories and regular files can be shared with a VM, not a socket, pipe or device: %w",
+		return object{}, fmt.Errorf("only directories and regular files can be shared with a VM, not a socket, pipe or device: %w",
 			errdefs.ErrNotImplemented)
 	}
-	// Nothing that happens here may show on the host, so never shared.
-	attr := unix.MountAttr{Propagation: unix.MS_SLAVE}
+	o := object{device: st.Dev, inode: st.Ino, isDir: kind == unix.S_IFDIR, hostReadonly: fs.Flags&unix.ST_RDONLY != 0}
+	if !o.isDir {
+		return o, nil
+	}
+	resolved, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return object{}, err
+	}
+	below, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		inside := strings.HasPrefix(m.Mountpoint, strings.TrimSuffix(resolved, "/")+"/")
+		return !inside, inside
+	})
+	if err != nil {
+		return object{}, fmt.Errorf("mounts of the host: %w", err)
+	}
+	if len(below) > 0 {
+		o.tree, o.readonly = resolved, readonly
+	}
+	return o, nil
+}
+
+func restrictTree(fd int, readonly bool) error {
+	// Nothing that happens here shows on the host, and nothing that the host mounts or unmounts later shows here: the guest
+	// keeps what it knows open, and a mount that came from the host could not be unmounted there.
+	attr := unix.MountAttr{Propagation: unix.MS_PRIVATE}
 	if readonly {
-		// What the host mounts below it later would be writable.
-		attr = unix.MountAttr{Propagation: unix.MS_PRIVATE, Attr_set: unix.MOUNT_ATTR_RDONLY}
+		attr.Attr_set = unix.MOUNT_ATTR_RDONLY
 	}
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
-		return false, fmt.Errorf("mount_setattr (needs Linux 5.12): %w", err)
+		return fmt.Errorf("mount_setattr (needs Linux 5.12): %w", err)
 	}
-	return kind == unix.S_IFDIR, nil
+	return nil
 }

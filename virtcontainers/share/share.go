@@ -47,8 +47,17 @@ type Share struct {
 	err    error
 	output *tail
 
-	mu    sync.Mutex
-	names map[string]bool // is it a directory
+	// Used on the namespace's thread only.
+	byName   map[string]*entry
+	byObject map[object]string
+}
+
+// entry is something that is shared.
+type entry struct {
+	object
+	users int
+	// readonly: nobody may write to it yet, but the host's mount lets them.
+	readonly bool
 }
 
 // Start runs virtiofsd with nothing shared. It accepts one connection, from the VMM, on Socket. The caller has to Close the Share.
@@ -70,7 +79,7 @@ func Start(ctx context.Context, c Config) (*Share, error) {
 		return nil, fmt.Errorf("listen for the VMM's virtio-fs device: %w", err)
 	}
 	defer listener.Close() // virtiofsd has its own
-	s := &Share{socket: socket, done: make(chan struct{}), output: &tail{max: maxLogged}, names: make(map[string]bool)}
+	s := &Share{socket: socket, done: make(chan struct{}), output: &tail{max: maxLogged}, byName: map[string]*entry{}, byObject: map[object]string{}}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, errors.Join(err, os.Remove(socket))
@@ -163,61 +172,84 @@ func (s *Share) Err() error {
 }
 
 // Add shares a directory or regular file of the host, with what is mounted below. It appears in the root of the filesystem, at once,
-// under the name returned: 32 hex digits. Links in hostPath are followed. A path that the host replaces later (by a rename over
-// it) stays what it was.
+// under the name returned: 32 hex digits. What is shared already, under whatever path, has the name that it has, so that it is
+// one object in the guest; it is writable once anybody may write to it. Links in hostPath are followed. A path that the host
+// replaces later (by a rename over it) stays what it was.
 //
 // Errors: errdefs.ErrNotFound if the path does not exist, errdefs.ErrNotImplemented for sockets and devices,
 // errdefs.ErrUnavailable if virtiofsd has ended.
-func (s *Share) Add(ctx context.Context, hostPath string, readonly bool) (string, error) {
+func (s *Share) Add(ctx context.Context, hostPath string, readonly bool) (name string, err error) {
 	if !filepath.IsAbs(hostPath) {
 		return "", fmt.Errorf("share %q: not an absolute path: %w", hostPath, errdefs.ErrInvalidArgument)
 	}
 	if err := s.Err(); err != nil {
 		return "", fmt.Errorf("share %s: %w", hostPath, err)
 	}
-	var id [16]byte
-	_, _ = rand.Read(id[:]) // never fails, see crypto/rand
-	name := hex.EncodeToString(id[:])
-
-	tree, isDir, err := cloneTree(hostPath, readonly)
+	tree, o, err := cloneTree(hostPath, readonly)
 	if err != nil {
 		return "", fmt.Errorf("share %s: %w", hostPath, err)
 	}
 	defer unix.Close(tree) // removes the copy unless it is attached
-	s.mu.Lock()
-	full := len(s.names) >= maxShares
-	if !full {
-		s.names[name] = isDir
-	}
-	s.mu.Unlock()
-	if full {
-		return "", fmt.Errorf("share %s: %d directories are shared already: %w", hostPath, maxShares, errdefs.ErrResourceExhausted)
-	}
-	if err := s.ns.do(ctx, func() error { return s.ns.attach(tree, name, isDir) }); err != nil {
-		s.forget(name)
+	err = s.ns.do(ctx, func() error {
+		name, err = s.attach(tree, o, readonly)
+		return err
+	})
+	if err != nil {
 		return "", fmt.Errorf("share %s: %w", hostPath, err)
 	}
 	return name, nil
 }
 
-func (s *Share) forget(name string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.names, name)
+// attach runs on the namespace's thread, as all that uses the table of shares does.
+func (s *Share) attach(tree int, o object, readonly bool) (string, error) {
+	if name := s.byObject[o]; name != "" {
+		e := s.byName[name]
+		if e.readonly && !readonly {
+			if err := s.ns.allowWrites(name); err != nil {
+				return "", err
+			}
+			e.readonly = false
+		}
+		e.users++
+		return name, nil
+	}
+	if len(s.byName) >= maxShares {
+		return "", fmt.Errorf("%d directories are shared already: %w", maxShares, errdefs.ErrResourceExhausted)
+	}
+	var id [16]byte
+	_, _ = rand.Read(id[:]) // never fails, see crypto/rand
+	name := hex.EncodeToString(id[:])
+	if err := s.ns.attach(tree, name, o.isDir); err != nil {
+		return "", err
+	}
+	// A mount that the host has read-only stays so.
+	s.byName[name] = &entry{object: o, users: 1, readonly: readonly && !o.hostReadonly}
+	s.byObject[o] = name
+	return name, nil
 }
 
-// Remove ends the sharing of what Add called name. Files that the guest has open stay open until it closes them.
+// Remove ends one use of what Add called name; the last one ends its sharing. Files that the guest has open stay open until it
+// closes them.
 func (s *Share) Remove(ctx context.Context, name string) error {
-	s.mu.Lock()
-	isDir, ok := s.names[name]
-	s.mu.Unlock()
-	if !ok {
-		return fmt.Errorf("share %q: %w", name, errdefs.ErrNotFound)
-	}
-	if err := s.ns.do(ctx, func() error { return s.ns.detach(name, isDir) }); err != nil {
+	err := s.ns.do(ctx, func() error {
+		e := s.byName[name]
+		if e == nil {
+			return errdefs.ErrNotFound
+		}
+		if e.users > 1 {
+			e.users--
+			return nil
+		}
+		if err := s.ns.detach(name, e.isDir); err != nil {
+			return err
+		}
+		delete(s.byName, name)
+		delete(s.byObject, e.object)
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("end share %s: %w", name, err)
 	}
-	s.forget(name)
 	return nil
 }
 

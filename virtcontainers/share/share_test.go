@@ -126,10 +126,10 @@ func TestNamespace(t *testing.T) {
 		return result
 	}
 	add := func(name, path string, readonly bool) {
-		tree, isDir, err := cloneTree(path, readonly)
+		tree, o, err := cloneTree(path, readonly)
 		must(t, err)
 		defer unix.Close(tree)
-		must(t, n.do(ctx, func() error { return n.attach(tree, name, isDir) }))
+		must(t, n.do(ctx, func() error { return n.attach(tree, name, o.isDir) }))
 	}
 	t.Run("the host's tree is gone", func(t *testing.T) {
 		must(t, n.do(ctx, func() error {
@@ -161,15 +161,19 @@ func TestNamespace(t *testing.T) {
 		sub := filepath.Join(host, "sub")
 		must(t, unix.Mount("tmpfs", sub, "tmpfs", 0, ""))
 		must(t, os.WriteFile(filepath.Join(sub, "inner"), []byte("later"), 0o644))
-		require.Equal(t, "later", in("rw/sub/inner"))
-		require.Equal(t, unix.ENOENT.Error(), in("ro/sub/inner"), "it would be writable")
+		require.Equal(t, unix.ENOENT.Error(), in("rw/sub/inner"), "later ones do not show")
+		require.Equal(t, unix.ENOENT.Error(), in("ro/sub/inner"))
 		add("later", host, true)
 		require.Equal(t, "later", in("later/sub/inner"))
 		require.ErrorIs(t, write("later/sub/x"), unix.EROFS)
-		must(t, unix.Unmount(sub, 0))
-		require.Equal(t, unix.ENOENT.Error(), in("rw/sub/inner"))
+		must(t, unix.Unmount(sub, 0)) // nothing keeps it busy
+		require.Equal(t, "later", in("later/sub/inner"), "as it was when it was shared")
 		must(t, unix.Unmount(host, unix.MNT_DETACH))
 		require.Equal(t, "contents", in("rw/file"))
+	})
+	t.Run("allow writes", func(t *testing.T) {
+		must(t, n.do(ctx, func() error { return n.allowWrites("ro") }))
+		require.NoError(t, write("ro/allowed"))
 	})
 	t.Run("detach", func(t *testing.T) {
 		must(t, n.do(ctx, func() error { return n.detach("rw", true) }))
@@ -205,6 +209,7 @@ func TestShare(t *testing.T) {
 		require.True(t, wire.ValidID(name))
 		require.NoError(t, s.Remove(ctx, name))
 		require.ErrorIs(t, s.Remove(ctx, name), errdefs.ErrNotFound)
+		objects(t, s)
 
 		for path, kind := range map[string]error{
 			"/nonexistent": errdefs.ErrNotFound, host + "/../../nonexistent/x": errdefs.ErrNotFound,
@@ -228,6 +233,54 @@ func TestShare(t *testing.T) {
 		require.NoFileExists(t, s.Socket())
 		require.Equal(t, files, openFiles(t))
 	})
+}
+
+// objects: what is one object of the host is one share, however it is asked for.
+func objects(t *testing.T, s *Share) {
+	t.Helper()
+	ctx, host := t.Context(), t.TempDir()
+	dir, link, other := filepath.Join(host, "dir"), filepath.Join(host, "link"), filepath.Join(host, "other")
+	must(t, os.Mkdir(dir, 0o755))
+	must(t, os.Mkdir(other, 0o755))
+	must(t, os.Symlink("dir", link))
+	bound := filepath.Join(host, "bound")
+	must(t, os.Mkdir(bound, 0o755))
+	must(t, unix.Mount(dir, bound, "", unix.MS_BIND, ""))
+	defer func() { must(t, unix.Unmount(bound, unix.MNT_DETACH)) }()
+	add := func(path string, readonly bool) string {
+		name, err := s.Add(ctx, path, readonly)
+		must(t, err)
+		return name
+	}
+	write := func(name string) (err error) {
+		must(t, s.ns.do(ctx, func() error {
+			var fd int
+			if fd, err = unix.Openat(s.ns.served, name+"/f", unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC, 0o644); err == nil {
+				unix.Close(fd)
+			}
+			return nil
+		}))
+		return err
+	}
+	first := add(dir, true)
+	require.ErrorIs(t, write(first), unix.EROFS)
+	require.Equal(t, first, add(link, true))
+	require.NotEqual(t, first, add(other, true))
+	require.Equal(t, first, add(bound, false))
+	require.NoError(t, write(first), "somebody may write now")
+	for range 2 {
+		must(t, s.Remove(ctx, first))
+		require.NoError(t, write(first))
+	}
+	must(t, s.Remove(ctx, first))
+	require.ErrorIs(t, write(first), unix.ENOENT)
+
+	// With mounts in it, what it is depends on the path.
+	must(t, unix.Mount("tmpfs", other, "tmpfs", 0, ""))
+	defer func() { must(t, unix.Unmount(other, unix.MNT_DETACH)) }()
+	tree := add(host, true)
+	require.Equal(t, tree, add(host, true))
+	require.NotEqual(t, tree, add(host, false), "the host's flags of each mount stay as they are")
 }
 
 func only(t *testing.T, dir string) string {

@@ -42,6 +42,9 @@ func (p *Plan) Document(nics []hypervisor.NIC, host Host) *hypervisor.Document {
 	if p.initdata != nil {
 		doc.Disks = append(doc.Disks, p.initdataDisk())
 	}
+	if p.ScratchFile() != "" {
+		doc.Disks = append(doc.Disks, p.scratchDisk())
+	}
 	for _, n := range nics {
 		n.VhostNet = host.VhostNet
 		doc.NICs = append(doc.NICs, n)

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/cloister-project/cloister/test/harness"
+)
+
+// TestVolumes is about volumes that are a pod's own, in an ordinary pod whose memory is smaller than what it writes.
+func TestVolumes(t *testing.T) {
+	n := sharedNode(t)
+	require.NoError(t, n.WriteDropIn("volumes", "[sizing]\ndefault_memory_mib = 256\n[scratch]\nsize_mib = 1024\n"))
+	cleanup(t, "the settings", func(context.Context) error { return n.RemoveDropIn("volumes") })
+	image := toolImage(t, n, hostArch(), "volumeprobe")
+	pod := runPod(t, n, harness.PodSpec{})
+	k := newKubeletPod(t, pod)
+	config := k.volume("configmap", "settings", map[string]string{"mode": "old"})
+	empty := k.directory("volumes/kubernetes.io~empty-dir/scratch")
+	require.NoError(t, os.Chmod(empty, 0o777))
+	part := k.directory("volumes/kubernetes.io~empty-dir/scratch/of/it")
+	container := func(script string) *harness.Container {
+		return runContainer(t, pod, harness.ContainerSpec{Image: image, Script: script, Mounts: []*runtimeapi.Mount{
+			{HostPath: config, ContainerPath: "/settings", Readonly: true},
+			{HostPath: empty, ContainerPath: "/scratch"},
+			{HostPath: part, ContainerPath: "/part"},
+		}})
+	}
+	one, two := container(idle), container(idle)
+
+	t.Run("an emptyDir is one object", func(t *testing.T) {
+		assert.Equal(t, output(t, one, "stat -c %d:%i /scratch"), output(t, two, "stat -c %d:%i /scratch"))
+		output(t, one, "echo shared > /scratch/file; mkfifo /scratch/fifo; echo part > /part/file; "+
+			"(echo through > /scratch/fifo) > /dev/null 2>&1 &")
+		assert.Equal(t, "shared\npart", output(t, two, "cat /scratch/file /scratch/of/it/file"))
+		assert.Equal(t, "through", output(t, two, "cat /scratch/fifo"))
+		assert.Empty(t, output(t, two, "mount | grep 'on /scratch type virtiofs' || true"))
+		assert.Len(t, entries(t, empty), 1, "nothing of it reaches the host, which has the part's directory")
+		assert.Empty(t, entries(t, part))
+	})
+	t.Run("sockets and locks", func(t *testing.T) {
+		listener := container("exec volumeprobe listen /scratch/socket")
+		waitFor(t, testContext(t), "the socket", func() bool { return output(t, two, "ls /scratch | grep -c socket || true") == "1" })
+		assert.Equal(t, "hello", output(t, two, "volumeprobe dial /scratch/socket"))
+		require.NoError(t, listener.Remove(testContext(t)))
+		holder := container("sleep 3600 | volumeprobe lock /scratch/lock")
+		waitFor(t, testContext(t), "the lock is held", func() bool {
+			stdout, _, err := holder.Log()
+			return err == nil && strings.Contains(stdout, "locked")
+		})
+		busy := output(t, two, "volumeprobe lock /scratch/lock < /dev/null || true")
+		assert.Equal(t, "busy: resource temporarily unavailable, resource temporarily unavailable", busy)
+		require.NoError(t, holder.Remove(testContext(t)))
+		assert.Equal(t, "locked", output(t, two, "volumeprobe lock /scratch/lock < /dev/null"))
+	})
+	t.Run("a ConfigMap tells of its changes", func(t *testing.T) {
+		watcher := container("exec volumeprobe watch /settings")
+		waitFor(t, testContext(t), "the watch", func() bool {
+			stdout, _, err := watcher.Log()
+			return err == nil && strings.Contains(stdout, "watching")
+		})
+		k.volume("configmap", "settings", map[string]string{"mode": "new"})
+		status, err := watcher.Wait(testContext(t))
+		require.NoError(t, err)
+		assert.Zero(t, status.GetExitCode())
+		assert.Equal(t, "new", output(t, one, "cat /settings/mode"))
+	})
+	t.Run("more than the guest's memory", func(t *testing.T) {
+		assert.Empty(t, output(t, one, "volumeprobe write /scratch/big 400"))
+		assert.Empty(t, output(t, one, "volumeprobe write /root/big 400"), "in the writable layer")
+		assert.Equal(t, "write /scratch/more: no space left on device", output(t, one, "volumeprobe write /scratch/more 400 || true"))
+		output(t, one, "rm /scratch/big /scratch/more")
+		assert.Empty(t, output(t, two, "volumeprobe write /scratch/again 400"))
+		assert.Equal(t, "ext4", output(t, one, "stat -f -c %T /scratch | sed 's:ext2/ext3:ext4:'"))
+	})
+	t.Run("the disk has no name", func(t *testing.T) {
+		assert.Empty(t, entries(t, filepath.Join(n.Dir, "scratch")), "so that it goes with the VM, whatever ends that")
+	})
+}
+
+func entries(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	all, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	for _, e := range all {
+		names = append(names, e.Name())
+	}
+	return names
+}
