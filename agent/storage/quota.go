@@ -36,8 +36,8 @@ const (
 // quota is struct if_dqblk of linux/quota.h.
 type quota struct {
 	blockHard, blockSoft, space, inodeHard, inodeSoft, inodes, blockTime, inodeTime uint64
-	valid                                                                          uint32
-	_                                                                              uint32
+	valid                                                                           uint32
+	_                                                                               uint32
 }
 
 // limitTree makes an empty directory the top of a tree of its own project, whose files may have so many bytes together
