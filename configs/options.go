@@ -26,7 +26,8 @@ const optionsFile = "containerd's runtime options"
 //   - else with ConfigBody, the handler's whole [options] table as TOML: its keys, laid over what Load("") gives;
 //   - neither, or no options at all: Load("").
 //
-// runc's own options, which several clients give to any runtime, are taken as none (RuncOptions). Options of another type are refused. Errors are of type Faults.
+// runc's own options, which several clients give to any runtime, are taken as none (RuncOptions). Options of another type are
+// refused. Errors are of type Faults.
 func FromOptions(options *anypb.Any) (*Config, error) {
 	return fromOptions(options, os.Getenv(PathVariable), DefaultPath)
 }
@@ -71,7 +72,8 @@ func RuncOptions(options *anypb.Any) (ignored []string, runc bool, err error) {
 		return nil, false, nil
 	}
 	if err := proto.Unmarshal(options.GetValue(), &o); err != nil {
-		return nil, true, Faults{{File: optionsFile, Reason: "cannot be decoded: " + err.Error(), Fix: "use a containerd of version 2.0 or later"}}
+		return nil, true, Faults{{File: optionsFile, Reason: "cannot be decoded: " + err.Error(),
+			Fix: "use a containerd of version 2.0 or later"}}
 	}
 	if o.GetBinaryName() != "" {
 		return nil, true, Faults{{File: optionsFile, Key: "BinaryName", Reason: fmt.Sprintf("asks for the program %q", clip(o.GetBinaryName())),

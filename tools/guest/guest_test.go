@@ -162,7 +162,8 @@ func TestImage(t *testing.T) {
 	require.Equal(t, strings.Join([]string{
 		"early vmw_vsock_virtio_transport.ko",
 		"later c_c.ko", "later a.ko", "later b.ko", "later virtio_net.ko",
-		"later virtio_scsi.ko", "later sd_mod.ko", "later erofs.ko", "later overlay.ko", "later ext4.ko", "later quota_v2.ko", "later pvpanic_pci.ko",
+		"later virtio_scsi.ko", "later sd_mod.ko", "later erofs.ko", "later overlay.ko", "later ext4.ko", "later quota_v2.ko",
+		"later pvpanic_pci.ko",
 		// Either platform's guest loads what it needs, of which the other's has some too.
 		"snp tsm.ko", "snp sev_guest.ko", "tdx tsm.ko", "tdx tdx_guest.ko", "",
 	}, "\n"), content["lib/modules/load"])

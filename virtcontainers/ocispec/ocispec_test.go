@@ -76,8 +76,9 @@ func TestContainerIsRefused(t *testing.T) {
 			[]string{"host devices /dev/sda, /dev/kvm: ", "privileged_without_host_devices"}},
 		{"many devices", &specs.Spec{Process: &specs.Process{}, Linux: devices(strings.Fields(strings.Repeat("/dev/x ", 10))...)}, true,
 			[]string{"/dev/x and 2 more"}},
-		{"block device", &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Devices: []specs.LinuxDevice{{Path: "/dev/xvda", Type: "b"}}}},
-			true, []string{"not in a VM: volumeDevices /dev/xvda: use volumeMode: Filesystem"}},
+		{"block device", &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{
+			Devices: []specs.LinuxDevice{{Path: "/dev/xvda", Type: "b"}}}}, true,
+			[]string{"not in a VM: volumeDevices /dev/xvda: use volumeMode: Filesystem"}},
 		{"sysctl", &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Sysctl: map[string]string{"kernel.panic": "1", "kernel.sem": "1"}}},
 			true, []string{"not in a VM: sysctl kernel.panic: "}},
 		{"huge", &specs.Spec{Process: &specs.Process{Env: []string{strings.Repeat("x", wire.MaxSpec)}}}, false, []string{"environment"}},

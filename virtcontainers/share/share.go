@@ -79,7 +79,10 @@ func Start(ctx context.Context, c Config) (*Share, error) {
 		return nil, fmt.Errorf("listen for the VMM's virtio-fs device: %w", err)
 	}
 	defer listener.Close() // virtiofsd has its own
-	s := &Share{socket: socket, done: make(chan struct{}), output: &tail{max: maxLogged}, byName: map[string]*entry{}, byObject: map[object]string{}}
+	s := &Share{
+		socket: socket, done: make(chan struct{}), output: &tail{max: maxLogged},
+		byName: map[string]*entry{}, byObject: map[object]string{},
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, errors.Join(err, os.Remove(socket))
