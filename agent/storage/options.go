@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
 // Limits of a mount's options.
@@ -19,16 +21,8 @@ const (
 // bindMount stands for a bind mount among the types of mounts.
 const bindMount = "bind"
 
-// flagOptions say how something is mounted, whatever it is: those of mount(8) that libcontainer knows, without the ones
-// that name files or move things (remount, idmap).
-var flagOptions = setOf(
-	"defaults", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "async", "dirsync",
-	"atime", "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "nostrictatime",
-	"silent", "loud", "iversion", "noiversion", "lazytime", "nolazytime", "symfollow", "nosymfollow",
-	"rro", "rrw", "rsuid", "rnosuid", "rdev", "rnodev", "rexec", "rnoexec", "rdiratime", "rnodiratime",
-	"rrelatime", "rnorelatime", "rnoatime", "ratime", "rstrictatime", "rnostrictatime", "rsymfollow", "rnosymfollow",
-	"private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable",
-)
+// flagOptions say how something is mounted, whatever it is.
+var flagOptions = setOf(wire.MountOptions...)
 
 // mountTypes are the mounts that a container may have, each with the options that are its own and what checks their
 // values; a nil check means an option without a value. No regular expressions here: compiling them at the start would

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/internal/version"
 	"github.com/cloister-project/cloister/shim/bundle"
 	"github.com/cloister-project/cloister/virtcontainers/rootfs"
@@ -132,12 +134,15 @@ func guestFeatures() *features.Features {
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
 		Hooks:         []string{"prestart", "createRuntime", "poststart", "poststop"},
+		MountOptions:  slices.Sorted(slices.Values(append([]string{"bind", "rbind"}, wire.MountOptions...))),
 		Linux: &features.Linux{
 			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "user", "uts"},
 			Cgroup:     &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no},
 			Seccomp:    &features.Seccomp{Enabled: &yes},
 			Apparmor:   &features.Apparmor{Enabled: &no},
 			Selinux:    &features.Selinux{Enabled: &no},
+			// Without it pods with hostUsers: false are refused before they come here.
+			MountExtensions: &features.MountExtensions{IDMap: &features.IDMap{Enabled: &no}},
 		},
 	}
 }

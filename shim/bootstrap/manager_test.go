@@ -76,6 +76,8 @@ func TestInfo(t *testing.T) {
 	var f features.Features
 	require.NoError(t, json.Unmarshal(info.GetFeatures().GetValue(), &f))
 	require.Contains(t, f.Linux.Namespaces, "network")
+	require.Subset(t, f.MountOptions, []string{"bind", "ro", "rro", "rslave"})
+	require.False(t, *f.Linux.MountExtensions.IDMap.Enabled)
 
 	info, err = m.Info(t.Context(), strings.NewReader(""))
 	require.NoError(t, err)

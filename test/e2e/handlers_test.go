@@ -36,6 +36,7 @@ func TestHandlers(t *testing.T) {
 	importImages(t, n)
 	for _, handler := range []string{harness.HandlerCloister, harness.HandlerErofs, harness.HandlerClassic} {
 		t.Run(handler, func(t *testing.T) {
+			assert.True(t, features(t, n, handler).GetRecursiveReadOnlyMounts(), "the kubelet refuses such pods else")
 			pod := runPod(t, n, harness.PodSpec{Handler: handler})
 			t.Run("pod", func(t *testing.T) { checkPod(t, pod) })
 			t.Run("container", func(t *testing.T) { checkContainer(t, pod) })
@@ -43,6 +44,20 @@ func TestHandlers(t *testing.T) {
 			t.Run("no layers", func(t *testing.T) { checkEmpty(t, n, pod) })
 		})
 	}
+}
+
+// features are what containerd tells the kubelet of a handler.
+func features(t *testing.T, n *harness.Node, handler string) *runtimeapi.RuntimeHandlerFeatures {
+	t.Helper()
+	answer, err := n.CRI().Runtime.Status(testContext(t), &runtimeapi.StatusRequest{})
+	require.NoError(t, err)
+	for _, h := range answer.GetRuntimeHandlers() {
+		if h.GetName() == handler {
+			return h.GetFeatures()
+		}
+	}
+	require.FailNow(t, "containerd has no handler "+handler)
+	return nil
 }
 
 func checkPod(t *testing.T, pod *harness.Pod) {

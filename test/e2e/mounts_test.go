@@ -30,6 +30,7 @@ func checkMounts(t *testing.T, pod *harness.Pod) {
 	mounts := []*runtimeapi.Mount{
 		{HostPath: directory, ContainerPath: "/directory"},
 		{HostPath: fixed, ContainerPath: "/deep/down/fixed", Readonly: true},
+		{HostPath: fixed, ContainerPath: "/recursive", Readonly: true, RecursiveReadOnly: true},
 		{HostPath: file, ContainerPath: "/etc/single"},
 		{HostPath: file, ContainerPath: "/etc/single-ro", Readonly: true},
 	}
@@ -46,6 +47,9 @@ func checkMounts(t *testing.T, pod *harness.Pod) {
 		assert.FileExists(t, filepath.Join(directory, "sub", "file"))
 		assert.NoFileExists(t, filepath.Join(directory, "from-host"))
 		assert.Equal(t, "answer", output(t, two, "cat /directory/from-guest"), "both containers have the same directory")
+		object := func(c *harness.Container, path string) string { return output(t, c, "stat -c %d:%i "+path) }
+		assert.Equal(t, object(one, "/directory"), object(two, "/directory"), "one object of the host is one in the guest")
+		assert.Equal(t, object(one, "/deep/down/fixed"), object(one, "/recursive"))
 	})
 	t.Run("no way out of it", func(t *testing.T) {
 		result, err := one.Exec(testContext(t), "cat", "/directory/escape")
@@ -56,7 +60,7 @@ func checkMounts(t *testing.T, pod *harness.Pod) {
 	t.Run("read-only", func(t *testing.T) {
 		assert.Equal(t, "fixed", output(t, one, "cat /deep/down/fixed/inside"))
 		for _, script := range []string{
-			"echo x > /deep/down/fixed/inside", "touch /deep/down/fixed/new", "rm /deep/down/fixed/inside", "echo x > /etc/single-ro",
+			"echo x > /deep/down/fixed/inside", "touch /recursive/new", "touch /deep/down/fixed/new", "rm /deep/down/fixed/inside", "echo x > /etc/single-ro",
 		} {
 			result, err := one.Exec(testContext(t), "sh", "-c", script)
 			require.NoError(t, err)

@@ -19,10 +19,15 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
-// readOnly returns the options with ro in place of rw.
+// readOnly returns the options with ro in place of all that say so or the opposite.
 func readOnly(options []string) []string {
-	return append(slices.DeleteFunc(slices.Clone(options), func(o string) bool { return o == "rw" || o == "ro" }), "ro")
+	return append(slices.DeleteFunc(slices.Clone(options), func(o string) bool {
+		return o == "rw" || o == "rrw" || isReadOnly(o)
+	}), "ro")
 }
+
+// isReadOnly reports whether an option makes a mount read-only, with the mounts in it (rro) or not.
+func isReadOnly(option string) bool { return option == "ro" || option == "rro" }
 
 // copied brings a volume into the guest, and mounts it or one file of it.
 func (s *Set) copied(ctx context.Context, m Mount) (*agentv1.Mount_Volume, error) {

@@ -27,7 +27,7 @@ func (s *Set) live(ctx context.Context, m Mount, undo func(step func(context.Con
 	if err != nil {
 		return nil, fmt.Errorf("share %s with the guest: %w", m.Source, err)
 	}
-	name, err := sh.Add(ctx, m.Source, slices.Contains(m.Options, "ro"))
+	name, err := sh.Add(ctx, m.Source, slices.ContainsFunc(m.Options, isReadOnly))
 	if err != nil {
 		return nil, fmt.Errorf("share %s with the guest: %w", m.Source, err)
 	}
