@@ -83,6 +83,9 @@ type Memory struct {
 	Bytes uint64 `json:"bytes"`
 	// Shared makes the memory mappable by vhost-user devices.
 	Shared bool `json:"shared"`
+	// Reporting lets the guest give memory that it does not use back to the host (virtio-balloon's free page reporting). Not for a
+	// confidential VM.
+	Reporting bool `json:"reporting,omitempty"`
 }
 
 // Boot is direct kernel boot.

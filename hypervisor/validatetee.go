@@ -44,6 +44,9 @@ func (d Document) ConfidentialFaults() (f Faults) {
 	if want := c.Platform.Architecture(); want != "" && d.Arch() != Architecture(want) {
 		f.Add("confidential.platform %q is of the architecture %s, and the VM is for %s (hypervisor.arch)", c.Platform, want, d.Arch())
 	}
+	if d.Memory.Reporting {
+		f.Add("memory.reporting: a confidential VM keeps its memory")
+	}
 	if d.SharedDirectories != 0 {
 		f.Add("shared_directories %d: a confidential VM has no shared directories, whose content the host can change at any time",
 			d.SharedDirectories)

@@ -15,6 +15,7 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent/launch"
+	"github.com/cloister-project/cloister/tee/abi"
 )
 
 // System is the guest as its PID 1 sees it.
@@ -118,6 +119,8 @@ func (s *System) loadLater(ctx context.Context, initramfs *os.Root, list []liste
 	err := loadModules(initramfs, list, phaseLater, s.mark)
 	if err == nil && s.launch.Confidential() {
 		err = s.loadPlatform(initramfs, list)
+	} else if err == nil {
+		err = loadModules(initramfs, list, string(abi.None), s.mark)
 	}
 	if err == nil {
 		err = lockModules(len(list) > 0)

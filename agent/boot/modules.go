@@ -27,8 +27,8 @@ const (
 )
 
 // phases are all phases. Those behind the first two have the names of platforms: their modules are loaded in guests that
-// are launched on it, after the later ones.
-var phases = []string{phaseEarly, phaseLater, string(abi.SNP), string(abi.TDX), string(abi.SE)}
+// are launched on it, after the later ones; those of abi.None in ordinary ones.
+var phases = []string{phaseEarly, phaseLater, string(abi.None), string(abi.SNP), string(abi.TDX), string(abi.SE)}
 
 // listed is a line of the list.
 type listed struct{ phase, file, params string }

@@ -19,6 +19,7 @@ type vmConfig struct {
 	Payload        payloadConfig    `json:"payload"`
 	Disks          []diskConfig     `json:"disks,omitempty"`
 	RNG            rngConfig        `json:"rng"`
+	Balloon        *balloonConfig   `json:"balloon,omitempty"`
 	Serial         consoleConfig    `json:"serial"`
 	Console        consoleConfig    `json:"console"`
 	Vsock          vsockConfig      `json:"vsock"`
@@ -87,6 +88,12 @@ type removeDevice struct {
 	ID string `json:"id"`
 }
 
+// balloonConfig is a balloon of no size, for its free page reporting.
+type balloonConfig struct {
+	Size      uint64 `json:"size"`
+	Reporting bool   `json:"free_page_reporting"`
+}
+
 type rngConfig struct {
 	Src string `json:"src"`
 }
@@ -127,8 +134,8 @@ const (
 	diskSegments    = 8
 	disksPerSegment = 31
 	maxDisks        = diskSegments * disksPerSegment
-	// maxOthers are the 32 places of the first segment, less those of the host bridge, the entropy source and vsock.
-	maxOthers = 32 - 3
+	// maxOthers are the 32 places of the first segment, less those of the host bridge, the entropy source, vsock and the balloon.
+	maxOthers = 32 - 4
 )
 
 // Names in a VM's state directory.
@@ -193,6 +200,9 @@ func newVMConfig(doc hypervisor.Document, stateDir string) vmConfig {
 		if doc.Sandboxed {
 			c.LandlockRules = append(c.LandlockRules, landlockConfig{Path: "/dev/sev", Access: "rw"})
 		}
+	}
+	if doc.Memory.Reporting {
+		c.Balloon = &balloonConfig{Reporting: true}
 	}
 	for i, d := range doc.Disks {
 		c.Disks = append(c.Disks, newDisk(d, i, d.Path))

@@ -48,7 +48,7 @@ func TestInvocationGolden(t *testing.T) {
 		"plain":     func(*hypervisor.Document) {},
 		"sandboxed": func(d *hypervisor.Document) { d.Sandboxed = true },
 		"devices": func(d *hypervisor.Document) {
-			d.CPU.Model, d.Memory.Shared, d.SharedDirectories, d.Sandboxed = "", true, 9, true
+			d.CPU.Model, d.Memory.Shared, d.Memory.Reporting, d.SharedDirectories, d.Sandboxed = "", true, true, 9, true
 			d.NICs = []hypervisor.NIC{{ID: "eth0", MAC: "02:00:00:00:00:01", MTU: 1450}, {ID: "eth1", MAC: "02:00:00:00:00:02"}}
 			d.Disks = []hypervisor.Disk{
 				{ID: "layer0", Path: "/var/lib/cloister/layers/a,b.erofs", Serial: "layer0", ReadOnly: true},
@@ -104,7 +104,7 @@ func TestValidateRefuses(t *testing.T) {
 		"many disks": {func(d *hypervisor.Document) { d.Disks = make([]hypervisor.Disk, maxDisks+1) }, "249 disks are more than 248"},
 		"many devices": {func(d *hypervisor.Document) {
 			d.Memory.Shared, d.SharedDirectories = true, maxOthers+1
-		}, "30 NICs and shared directories"},
+		}, "29 NICs and shared directories"},
 		"snp without an IGVM file": {func(d *hypervisor.Document) {
 			snpDocument(d)
 			d.Boot.Firmware = ""

@@ -38,8 +38,9 @@ func of(name string) field { return field{kind: name} }
 var schemas = map[string]schema{
 	"VmConfig": {[]string{"payload"}, map[string]field{
 		"cpus": of("CpusConfig"), "memory": of("MemoryConfig"), "payload": of("PayloadConfig"), "disks": of("[]DiskConfig"),
-		"net": of("[]NetConfig"), "rng": of("RngConfig"), "fs": of("[]FsConfig"), "serial": of("SerialConfig"), "console": of("ConsoleConfig"),
-		"vsock": of("VsockConfig"), "iommu": boolean, "watchdog": boolean, "pvpanic": boolean, "platform": of("PlatformConfig"),
+		"net": of("[]NetConfig"), "rng": of("RngConfig"), "balloon": of("BalloonConfig"), "fs": of("[]FsConfig"),
+		"serial": of("SerialConfig"), "console": of("ConsoleConfig"), "vsock": of("VsockConfig"), "iommu": boolean, "watchdog": boolean,
+		"pvpanic": boolean, "platform": of("PlatformConfig"),
 		"landlock_enable": boolean, "landlock_rules": of("[]LandlockConfig"),
 	}},
 	"CpusConfig": {[]string{"boot_vcpus", "max_vcpus"}, map[string]field{
@@ -76,6 +77,9 @@ var schemas = map[string]schema{
 	"SerialConfig": {[]string{"mode"}, map[string]field{"file": str, "socket": str, "mode": {kind: "string", enum: consoleModes}}},
 	"ConsoleConfig": {[]string{"mode"}, map[string]field{
 		"file": str, "socket": str, "mode": {kind: "string", enum: consoleModes}, "iommu": boolean,
+	}},
+	"BalloonConfig": {[]string{"size"}, map[string]field{
+		"size": integer, "deflate_on_oom": boolean, "free_page_reporting": boolean,
 	}},
 	"VsockConfig": {[]string{"cid", "socket"}, map[string]field{
 		"cid": {kind: "integer", min: 3}, "socket": str, "iommu": boolean, "pci_segment": integer, "id": str,

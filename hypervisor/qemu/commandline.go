@@ -28,13 +28,13 @@ const (
 const typeMonitor = "monitor-qmp"
 
 // PCI slots of the root bus, and device numbers of the channel subsystem; fixed, so that the guest sees the same addresses
-// whatever else the VM has. 0 is the host
-// bridge, 0x1f the LPC bridge.
+// whatever else the VM has. 0 is the host bridge, 0x1f the LPC bridge.
 const (
 	slotSCSI        = 0x2
 	slotVsock       = 0x3
 	slotNIC         = 0x4  // and up, maxNICs of them
 	slotDirectories = 0x10 // and up, pciFunctions root ports in each
+	slotBalloon     = 0x1e
 	pciFuncs        = 8
 )
 
@@ -78,6 +78,9 @@ func build(b builder, f Features, drivers map[string]string) (commandLine, error
 	b.vsock(doc.Vsock)
 	for i, n := range doc.NICs {
 		b.nic(n, slotNIC+i)
+	}
+	if doc.Memory.Reporting {
+		b.virtio("virtio-balloon", "balloon0", slotBalloon, "free-page-reporting=on")
 	}
 	for i := range doc.SharedDirectories {
 		b.rootPort(i)
@@ -144,6 +147,9 @@ func (f Features) lacks(doc hypervisor.Document, detached bool) error {
 	}
 	if len(doc.NICs) > 0 {
 		need("virtio-net" + bus)
+	}
+	if doc.Memory.Reporting {
+		need("virtio-balloon" + bus)
 	}
 	if doc.SharedDirectories > 0 {
 		need("pcie-root-port", "vhost-user-fs-pci")

@@ -124,7 +124,7 @@ func goldenCases() map[string]goldenCase {
 		cases[name] = goldenCase{doc: d, features: f}
 	}
 
-	add("tcg-vhost-user", goldenDocument(), debianFeatures(), nil)
+	add("tcg-vhost-user", goldenDocument(), debianFeatures(), func(d *hypervisor.Document) { d.Memory.Reporting = true })
 	add("kvm-vhost", goldenDocument(), debianFeatures(), func(d *hypervisor.Document) {
 		d.Accelerator, d.CPU.Model = hypervisor.AccelKVM, "host"
 		d.Memory.Shared, d.SharedDirectories = false, 0

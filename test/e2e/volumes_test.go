@@ -4,8 +4,10 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -82,9 +84,35 @@ func TestVolumes(t *testing.T) {
 		assert.Empty(t, output(t, two, "volumeprobe write /scratch/again 400"))
 		assert.Equal(t, "ext4", output(t, one, "stat -f -c %T /scratch | sed 's:ext2/ext3:ext4:'"))
 	})
+	t.Run("free memory goes back to the host", func(t *testing.T) {
+		assert.Empty(t, output(t, one, "volumeprobe write /scratch/cached 100; rm /scratch/again"))
+		full := sharedMemory(t, n)
+		output(t, one, "rm /scratch/cached")
+		var now int
+		waitFor(t, testContext(t), "the guest reports its free memory", func() bool {
+			now = sharedMemory(t, n)
+			return now < full-80<<10
+		})
+		t.Logf("QEMU held %d KiB of the guest's memory, and %d KiB after 100 MiB of cache were freed", full, now)
+	})
 	t.Run("the disk has no name", func(t *testing.T) {
 		assert.Empty(t, entries(t, filepath.Join(n.Dir, "scratch")), "so that it goes with the VM, whatever ends that")
 	})
+}
+
+// sharedMemory is how much of its one guest's memory the node's QEMU holds, KiB.
+func sharedMemory(t *testing.T, n *harness.Node) int {
+	t.Helper()
+	pids, err := n.Pids("qemu-system")
+	require.NoError(t, err)
+	require.Len(t, pids, 1)
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pids[0]))
+	require.NoError(t, err)
+	_, rest, found := strings.Cut(string(status), "RssShmem:")
+	require.True(t, found)
+	kib, err := strconv.Atoi(strings.Fields(rest)[0])
+	require.NoError(t, err)
+	return kib
 }
 
 func entries(t *testing.T, dir string) (names []string) {

@@ -23,10 +23,12 @@ import (
 )
 
 // Phases of loading, as package agent/boot knows them. Modules of a platform's phase, which has the name of the platform
-// (package tee), are loaded by guests that are launched on it only, after the early and the later ones.
+// (package tee), are loaded by guests that are launched on it only, after the early and the later ones; "none" is that of
+// ordinary guests.
 const (
 	phaseEarly = "early"
 	phaseLater = "later"
+	phaseNone  = string(abi.None)
 	phaseSNP   = string(abi.SNP)
 	phaseTDX   = string(abi.TDX)
 	phaseSE    = string(abi.SE)
@@ -48,6 +50,8 @@ var wanted = []want{
 	// The scratch disk, and limits on it. Some kernels have ext4 built in.
 	{phaseLater, "ext4"},
 	{phaseLater, "quota_v2"},
+	// Gives memory back to the host. A confidential guest's memory is its own.
+	{phaseNone, "virtio_balloon"},
 }
 
 // architecture is what differs between the guests' architectures.
