@@ -60,7 +60,8 @@ func checkMounts(t *testing.T, pod *harness.Pod) {
 	t.Run("read-only", func(t *testing.T) {
 		assert.Equal(t, "fixed", output(t, one, "cat /deep/down/fixed/inside"))
 		for _, script := range []string{
-			"echo x > /deep/down/fixed/inside", "touch /recursive/new", "touch /deep/down/fixed/new", "rm /deep/down/fixed/inside", "echo x > /etc/single-ro",
+			"echo x > /deep/down/fixed/inside", "touch /recursive/new",
+			"touch /deep/down/fixed/new", "rm /deep/down/fixed/inside", "echo x > /etc/single-ro",
 		} {
 			result, err := one.Exec(testContext(t), "sh", "-c", script)
 			require.NoError(t, err)
