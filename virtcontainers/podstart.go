@@ -22,6 +22,7 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
 	"github.com/cloister-project/cloister/virtcontainers/network"
+	"github.com/cloister-project/cloister/virtcontainers/portforward"
 	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 )
 
@@ -80,6 +81,9 @@ func (p *Pod) endStart(r *running) error {
 	// Begun before anybody can end the pod: its end waits for them.
 	p.goTracked(func(ctx context.Context) { p.watchGuest(ctx, r) })
 	p.goTracked(func(ctx context.Context) { p.keepClock(ctx, r.guest) })
+	if r.forward != nil {
+		p.goTracked(func(ctx context.Context) { r.forward.Serve(ctx, r.guest.ForwardPort) })
+	}
 	go p.watchVM(r.vm)
 	return nil
 }
@@ -218,7 +222,22 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 		return nil, err
 	}
 	p.attachable(r)
+	p.forwardPorts(ctx, r, netns)
 	return r, nil
+}
+
+// forwardPorts listens for `kubectl port-forward`. A pod that cannot have it does without.
+func (p *Pod) forwardPorts(ctx context.Context, r *running, netns *os.File) {
+	if p.plan.Name().Confidential() {
+		return // its loopback is not the host's
+	}
+	f, err := portforward.Listen(ctx, netns)
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("ports of the pod cannot be forwarded")
+		return
+	}
+	r.forward = f
+	p.cleanup.add(func(context.Context) { _ = f.Close() })
 }
 
 // removeScratch removes the file of a scratch disk; it is no error if there is none.

@@ -16,13 +16,16 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
 	"github.com/cloister-project/cloister/virtcontainers/mounts"
 	"github.com/cloister-project/cloister/virtcontainers/network"
+	"github.com/cloister-project/cloister/virtcontainers/portforward"
 	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 )
 
 // running is what Start made. Start alone fills it in and then publishes it with the pod's state; nobody changes it
 // afterwards, so that whoever got it reads it without a lock.
 type running struct {
-	network  *network.Network
+	network *network.Network
+	// forward is nil where ports cannot be forwarded.
+	forward  *portforward.Forwarder
 	cgroup   *hostcgroup.Group
 	document *hypervisor.Document
 	// measured is the launch measurement's predicted main value.

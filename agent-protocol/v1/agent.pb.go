@@ -2961,6 +2961,106 @@ func (x *OOMKill) GetTotal() uint64 {
 	return 0
 }
 
+type ForwardPortRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id of a stream that is connected already, as those of Stdio. It carries the connection's bytes both ways; the end of
+	// either way is the end of that way.
+	Stream string `protobuf:"bytes,1,opt,name=stream,proto3" json:"stream,omitempty"`
+	// 1 to 65535.
+	Port uint32 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	// To ::1 and not to 127.0.0.1.
+	Ipv6          bool `protobuf:"varint,3,opt,name=ipv6,proto3" json:"ipv6,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardPortRequest) Reset() {
+	*x = ForwardPortRequest{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardPortRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardPortRequest) ProtoMessage() {}
+
+func (x *ForwardPortRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardPortRequest.ProtoReflect.Descriptor instead.
+func (*ForwardPortRequest) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *ForwardPortRequest) GetStream() string {
+	if x != nil {
+		return x.Stream
+	}
+	return ""
+}
+
+func (x *ForwardPortRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *ForwardPortRequest) GetIpv6() bool {
+	if x != nil {
+		return x.Ipv6
+	}
+	return false
+}
+
+type ForwardPortResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardPortResponse) Reset() {
+	*x = ForwardPortResponse{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardPortResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardPortResponse) ProtoMessage() {}
+
+func (x *ForwardPortResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardPortResponse.ProtoReflect.Descriptor instead.
+func (*ForwardPortResponse) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{49}
+}
+
 type PingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2969,7 +3069,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +3081,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[48]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +3094,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 type PingResponse struct {
@@ -3005,7 +3105,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3017,7 +3117,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[49]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3030,7 +3130,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 type SetClockRequest struct {
@@ -3042,7 +3142,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3054,7 +3154,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[50]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3067,7 +3167,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *SetClockRequest) GetUnixNanos() int64 {
@@ -3085,7 +3185,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3097,7 +3197,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[51]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3110,7 +3210,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 type MountSharedRequest struct {
@@ -3122,7 +3222,7 @@ type MountSharedRequest struct {
 
 func (x *MountSharedRequest) Reset() {
 	*x = MountSharedRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3134,7 +3234,7 @@ func (x *MountSharedRequest) String() string {
 func (*MountSharedRequest) ProtoMessage() {}
 
 func (x *MountSharedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[52]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3147,7 +3247,7 @@ func (x *MountSharedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountSharedRequest.ProtoReflect.Descriptor instead.
 func (*MountSharedRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *MountSharedRequest) GetTag() string {
@@ -3165,7 +3265,7 @@ type MountSharedResponse struct {
 
 func (x *MountSharedResponse) Reset() {
 	*x = MountSharedResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3177,7 +3277,7 @@ func (x *MountSharedResponse) String() string {
 func (*MountSharedResponse) ProtoMessage() {}
 
 func (x *MountSharedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[53]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3190,7 +3290,7 @@ func (x *MountSharedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MountSharedResponse.ProtoReflect.Descriptor instead.
 func (*MountSharedResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 type SandboxStatsRequest struct {
@@ -3201,7 +3301,7 @@ type SandboxStatsRequest struct {
 
 func (x *SandboxStatsRequest) Reset() {
 	*x = SandboxStatsRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3213,7 +3313,7 @@ func (x *SandboxStatsRequest) String() string {
 func (*SandboxStatsRequest) ProtoMessage() {}
 
 func (x *SandboxStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[54]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3226,7 +3326,7 @@ func (x *SandboxStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatsRequest.ProtoReflect.Descriptor instead.
 func (*SandboxStatsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 type SandboxStatsResponse struct {
@@ -3245,7 +3345,7 @@ type SandboxStatsResponse struct {
 
 func (x *SandboxStatsResponse) Reset() {
 	*x = SandboxStatsResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3257,7 +3357,7 @@ func (x *SandboxStatsResponse) String() string {
 func (*SandboxStatsResponse) ProtoMessage() {}
 
 func (x *SandboxStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[55]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3270,7 +3370,7 @@ func (x *SandboxStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SandboxStatsResponse.ProtoReflect.Descriptor instead.
 func (*SandboxStatsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *SandboxStatsResponse) GetCgroup2Metrics() []byte {
@@ -3317,7 +3417,7 @@ type UpdateNetworkRequest struct {
 
 func (x *UpdateNetworkRequest) Reset() {
 	*x = UpdateNetworkRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3329,7 +3429,7 @@ func (x *UpdateNetworkRequest) String() string {
 func (*UpdateNetworkRequest) ProtoMessage() {}
 
 func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[56]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3342,7 +3442,7 @@ func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *UpdateNetworkRequest) GetNetwork() *Network {
@@ -3360,7 +3460,7 @@ type UpdateNetworkResponse struct {
 
 func (x *UpdateNetworkResponse) Reset() {
 	*x = UpdateNetworkResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3372,7 +3472,7 @@ func (x *UpdateNetworkResponse) String() string {
 func (*UpdateNetworkResponse) ProtoMessage() {}
 
 func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[57]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3385,7 +3485,7 @@ func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 type ShutdownRequest struct {
@@ -3396,7 +3496,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3408,7 +3508,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3421,7 +3521,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 type ShutdownResponse struct {
@@ -3432,7 +3532,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3444,7 +3544,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3457,7 +3557,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 var File_agent_protocol_v1_agent_proto protoreflect.FileDescriptor
@@ -3664,7 +3764,12 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x03oom\x18\x03 \x01(\v2\x1a.cloister.agent.v1.OOMKillH\x00R\x03oomB\x06\n" +
 	"\x04kind\"\x1f\n" +
 	"\aOOMKill\x12\x14\n" +
-	"\x05total\x18\x01 \x01(\x04R\x05total\"\r\n" +
+	"\x05total\x18\x01 \x01(\x04R\x05total\"T\n" +
+	"\x12ForwardPortRequest\x12\x16\n" +
+	"\x06stream\x18\x01 \x01(\tR\x06stream\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\x12\x12\n" +
+	"\x04ipv6\x18\x03 \x01(\bR\x04ipv6\"\x15\n" +
+	"\x13ForwardPortResponse\"\r\n" +
 	"\vPingRequest\"\x0e\n" +
 	"\fPingResponse\"0\n" +
 	"\x0fSetClockRequest\x12\x1d\n" +
@@ -3685,7 +3790,7 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\anetwork\x18\x01 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\"\x17\n" +
 	"\x15UpdateNetworkResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\x9b\x0f\n" +
+	"\x10ShutdownResponse2\xf9\x0f\n" +
 	"\x05Agent\x12k\n" +
 	"\x10ConfigureSandbox\x12*.cloister.agent.v1.ConfigureSandboxRequest\x1a+.cloister.agent.v1.ConfigureSandboxResponse\x12h\n" +
 	"\x0fCreateContainer\x12).cloister.agent.v1.CreateContainerRequest\x1a*.cloister.agent.v1.CreateContainerResponse\x12b\n" +
@@ -3700,7 +3805,8 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x0fUpdateContainer\x12).cloister.agent.v1.UpdateContainerRequest\x1a*.cloister.agent.v1.UpdateContainerResponse\x12e\n" +
 	"\x0eContainerStats\x12(.cloister.agent.v1.ContainerStatsRequest\x1a).cloister.agent.v1.ContainerStatsResponse\x12Y\n" +
 	"\n" +
-	"NextEvents\x12$.cloister.agent.v1.NextEventsRequest\x1a%.cloister.agent.v1.NextEventsResponse\x12G\n" +
+	"NextEvents\x12$.cloister.agent.v1.NextEventsRequest\x1a%.cloister.agent.v1.NextEventsResponse\x12\\\n" +
+	"\vForwardPort\x12%.cloister.agent.v1.ForwardPortRequest\x1a&.cloister.agent.v1.ForwardPortResponse\x12G\n" +
 	"\x04Ping\x12\x1e.cloister.agent.v1.PingRequest\x1a\x1f.cloister.agent.v1.PingResponse\x12S\n" +
 	"\bSetClock\x12\".cloister.agent.v1.SetClockRequest\x1a#.cloister.agent.v1.SetClockResponse\x12\\\n" +
 	"\vMountShared\x12%.cloister.agent.v1.MountSharedRequest\x1a&.cloister.agent.v1.MountSharedResponse\x12V\n" +
@@ -3721,7 +3827,7 @@ func file_agent_protocol_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_protocol_v1_agent_proto_rawDescData
 }
 
-var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*Hello)(nil),                    // 0: cloister.agent.v1.Hello
 	(*BootMark)(nil),                 // 1: cloister.agent.v1.BootMark
@@ -3771,24 +3877,26 @@ var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*NextEventsResponse)(nil),       // 45: cloister.agent.v1.NextEventsResponse
 	(*Event)(nil),                    // 46: cloister.agent.v1.Event
 	(*OOMKill)(nil),                  // 47: cloister.agent.v1.OOMKill
-	(*PingRequest)(nil),              // 48: cloister.agent.v1.PingRequest
-	(*PingResponse)(nil),             // 49: cloister.agent.v1.PingResponse
-	(*SetClockRequest)(nil),          // 50: cloister.agent.v1.SetClockRequest
-	(*SetClockResponse)(nil),         // 51: cloister.agent.v1.SetClockResponse
-	(*MountSharedRequest)(nil),       // 52: cloister.agent.v1.MountSharedRequest
-	(*MountSharedResponse)(nil),      // 53: cloister.agent.v1.MountSharedResponse
-	(*SandboxStatsRequest)(nil),      // 54: cloister.agent.v1.SandboxStatsRequest
-	(*SandboxStatsResponse)(nil),     // 55: cloister.agent.v1.SandboxStatsResponse
-	(*UpdateNetworkRequest)(nil),     // 56: cloister.agent.v1.UpdateNetworkRequest
-	(*UpdateNetworkResponse)(nil),    // 57: cloister.agent.v1.UpdateNetworkResponse
-	(*ShutdownRequest)(nil),          // 58: cloister.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 59: cloister.agent.v1.ShutdownResponse
-	nil,                              // 60: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),    // 61: google.protobuf.Timestamp
+	(*ForwardPortRequest)(nil),       // 48: cloister.agent.v1.ForwardPortRequest
+	(*ForwardPortResponse)(nil),      // 49: cloister.agent.v1.ForwardPortResponse
+	(*PingRequest)(nil),              // 50: cloister.agent.v1.PingRequest
+	(*PingResponse)(nil),             // 51: cloister.agent.v1.PingResponse
+	(*SetClockRequest)(nil),          // 52: cloister.agent.v1.SetClockRequest
+	(*SetClockResponse)(nil),         // 53: cloister.agent.v1.SetClockResponse
+	(*MountSharedRequest)(nil),       // 54: cloister.agent.v1.MountSharedRequest
+	(*MountSharedResponse)(nil),      // 55: cloister.agent.v1.MountSharedResponse
+	(*SandboxStatsRequest)(nil),      // 56: cloister.agent.v1.SandboxStatsRequest
+	(*SandboxStatsResponse)(nil),     // 57: cloister.agent.v1.SandboxStatsResponse
+	(*UpdateNetworkRequest)(nil),     // 58: cloister.agent.v1.UpdateNetworkRequest
+	(*UpdateNetworkResponse)(nil),    // 59: cloister.agent.v1.UpdateNetworkResponse
+	(*ShutdownRequest)(nil),          // 60: cloister.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 61: cloister.agent.v1.ShutdownResponse
+	nil,                              // 62: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	(*timestamppb.Timestamp)(nil),    // 63: google.protobuf.Timestamp
 }
 var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	1,  // 0: cloister.agent.v1.Hello.boot_timeline:type_name -> cloister.agent.v1.BootMark
-	60, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	62, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 	5,  // 2: cloister.agent.v1.ConfigureSandboxRequest.network:type_name -> cloister.agent.v1.Network
 	6,  // 3: cloister.agent.v1.Network.interfaces:type_name -> cloister.agent.v1.Interface
 	7,  // 4: cloister.agent.v1.Network.routes:type_name -> cloister.agent.v1.Route
@@ -3805,7 +3913,7 @@ var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	19, // 15: cloister.agent.v1.Mount.scratch:type_name -> cloister.agent.v1.ScratchVolume
 	22, // 16: cloister.agent.v1.PutVolumeRequest.files:type_name -> cloister.agent.v1.VolumeFile
 	23, // 17: cloister.agent.v1.CreateProcessRequest.stdio:type_name -> cloister.agent.v1.Stdio
-	61, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	63, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
 	46, // 19: cloister.agent.v1.NextEventsResponse.events:type_name -> cloister.agent.v1.Event
 	47, // 20: cloister.agent.v1.Event.oom:type_name -> cloister.agent.v1.OOMKill
 	5,  // 21: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
@@ -3822,35 +3930,37 @@ var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	40, // 32: cloister.agent.v1.Agent.UpdateContainer:input_type -> cloister.agent.v1.UpdateContainerRequest
 	42, // 33: cloister.agent.v1.Agent.ContainerStats:input_type -> cloister.agent.v1.ContainerStatsRequest
 	44, // 34: cloister.agent.v1.Agent.NextEvents:input_type -> cloister.agent.v1.NextEventsRequest
-	48, // 35: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
-	50, // 36: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
-	52, // 37: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
-	20, // 38: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
-	54, // 39: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
-	56, // 40: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
-	58, // 41: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
-	4,  // 42: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
-	10, // 43: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
-	25, // 44: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
-	27, // 45: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
-	29, // 46: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
-	31, // 47: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
-	33, // 48: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
-	35, // 49: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
-	37, // 50: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
-	39, // 51: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
-	41, // 52: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
-	43, // 53: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
-	45, // 54: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
-	49, // 55: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
-	51, // 56: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
-	53, // 57: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
-	21, // 58: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
-	55, // 59: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
-	57, // 60: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
-	59, // 61: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
-	42, // [42:62] is the sub-list for method output_type
-	22, // [22:42] is the sub-list for method input_type
+	48, // 35: cloister.agent.v1.Agent.ForwardPort:input_type -> cloister.agent.v1.ForwardPortRequest
+	50, // 36: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
+	52, // 37: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
+	54, // 38: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
+	20, // 39: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
+	56, // 40: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
+	58, // 41: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
+	60, // 42: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
+	4,  // 43: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
+	10, // 44: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
+	25, // 45: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
+	27, // 46: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
+	29, // 47: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
+	31, // 48: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
+	33, // 49: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
+	35, // 50: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
+	37, // 51: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
+	39, // 52: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
+	41, // 53: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
+	43, // 54: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
+	45, // 55: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
+	49, // 56: cloister.agent.v1.Agent.ForwardPort:output_type -> cloister.agent.v1.ForwardPortResponse
+	51, // 57: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
+	53, // 58: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
+	55, // 59: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
+	21, // 60: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
+	57, // 61: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
+	59, // 62: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
+	61, // 63: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
+	43, // [43:64] is the sub-list for method output_type
+	22, // [22:43] is the sub-list for method input_type
 	22, // [22:22] is the sub-list for extension type_name
 	22, // [22:22] is the sub-list for extension extendee
 	0,  // [0:22] is the sub-list for field type_name
@@ -3878,7 +3988,7 @@ func file_agent_protocol_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_v1_agent_proto_rawDesc), len(file_agent_protocol_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   61,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

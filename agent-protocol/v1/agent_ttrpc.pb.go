@@ -21,6 +21,7 @@ type AgentService interface {
 	UpdateContainer(context.Context, *UpdateContainerRequest) (*UpdateContainerResponse, error)
 	ContainerStats(context.Context, *ContainerStatsRequest) (*ContainerStatsResponse, error)
 	NextEvents(context.Context, *NextEventsRequest) (*NextEventsResponse, error)
+	ForwardPort(context.Context, *ForwardPortRequest) (*ForwardPortResponse, error)
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
 	SetClock(context.Context, *SetClockRequest) (*SetClockResponse, error)
 	MountShared(context.Context, *MountSharedRequest) (*MountSharedResponse, error)
@@ -123,6 +124,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.NextEvents(ctx, &req)
+			},
+			"ForwardPort": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ForwardPortRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ForwardPort(ctx, &req)
 			},
 			"Ping": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req PingRequest
@@ -286,6 +294,14 @@ func (c *agentClient) ContainerStats(ctx context.Context, req *ContainerStatsReq
 func (c *agentClient) NextEvents(ctx context.Context, req *NextEventsRequest) (*NextEventsResponse, error) {
 	var resp NextEventsResponse
 	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "NextEvents", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) ForwardPort(ctx context.Context, req *ForwardPortRequest) (*ForwardPortResponse, error) {
+	var resp ForwardPortResponse
+	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "ForwardPort", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -122,6 +122,20 @@ func (s *Streams) take(ids []wire.StreamID) ([]net.Conn, error) {
 	return conns, nil
 }
 
+// Claim hands out a connected stream that no process has named. It is the caller's then, and its id unknown again.
+func (s *Streams) Claim(id wire.StreamID) (net.Conn, error) {
+	ids := []wire.StreamID{id}
+	if err := s.expect(ids); err != nil {
+		return nil, err
+	}
+	defer s.forget(ids)
+	conns, err := s.take(ids)
+	if err != nil {
+		return nil, err
+	}
+	return conns[0], nil
+}
+
 // forget ends the reservation of a process. Connections that it has not taken are closed.
 func (s *Streams) forget(ids []wire.StreamID) {
 	var left []net.Conn

@@ -81,6 +81,8 @@ type Server struct {
 	cfg     Config
 	streams *container.Streams
 	manager *container.Manager
+	// forwards are connections to ports of the guest's loopback.
+	forwards forwards
 	// stop ends Run with a reason.
 	stop context.CancelCauseFunc
 	// hungUp is closed when the ready connection has ended.

@@ -35,7 +35,8 @@
 //
 // A volume has a turn, too (volume.turn): parts of generations are written, and files of it copied, one request at a time.
 //
-// Store.mu guards the tables and is never held over I/O. Operations on one container take turns (container.turn);
+// Store.mu guards the tables and is never held over I/O, but for the unmount of a share's entry that nobody uses any more, which
+// asks the kernel alone. Operations on one container take turns (container.turn);
 // those on different containers run side by side.
 //
 // # Trust

@@ -42,7 +42,7 @@ func fakeShare(t *testing.T, s *Store, tag string) string {
 	path := t.TempDir()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.shares[tag] = &share{path: path, mounted: mounted}
+	s.shares[tag] = &share{path: path, mounted: mounted, users: map[string]int{}}
 	return path
 }
 

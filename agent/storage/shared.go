@@ -31,6 +31,40 @@ type share struct {
 	path    string
 	mounted chan struct{}
 	err     error
+	// users of each entry, the binds of containers; under Store.mu.
+	users map[string]int
+}
+
+// entry is one use of an entry of a share.
+type entry struct {
+	share *share
+	name  string
+}
+
+// use counts a use of an entry.
+func (s *Store) use(sh *share, name string) *entry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sh.users[name]++
+	return &entry{sh, name}
+}
+
+// release ends a use of an entry. The last one unmounts what became of the entry in the share: the host's mounts are mounts
+// here, too, made by the kernel when they are first looked into, and hold what they are of.
+func (s *Store) release(e *entry) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e.share.users[e.name] == 1 {
+		// Under the lock, so that nobody takes the mount into use meanwhile. The kernel alone is asked.
+		if err := unix.Unmount(filepath.Join(e.share.path, e.name), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil &&
+			!errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("unmount %s in a shared directory: %w", e.name, err)
+		}
+		delete(e.share.users, e.name)
+		return nil
+	}
+	e.share.users[e.name]--
+	return nil
 }
 
 // MountShared mounts the virtio-fs device with the tag; containers' SharedPath mounts then find it. It waits for the
@@ -55,7 +89,7 @@ func (s *Store) MountShared(ctx context.Context, tag string) error {
 		s.mu.Unlock()
 		return fmt.Errorf("there are %d shared directories, the limit: %w", maxShares, errdefs.ErrResourceExhausted)
 	}
-	sh := &share{mounted: make(chan struct{})}
+	sh := &share{mounted: make(chan struct{}), users: map[string]int{}}
 	s.shares[tag] = sh
 	s.mu.Unlock()
 
@@ -138,10 +172,8 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 		return "", fmt.Errorf("open shared directory %s: %w", p.GetTag(), err)
 	}
 	defer unix.Close(dir)
-	fd, err := unix.Openat2(dir, p.GetName(), &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
-	})
+	c.done = append(c.done, step{entry: s.use(sh, p.GetName())})
+	fd, err := openEntry(dir, p.GetName())
 	if err != nil {
 		return "", fmt.Errorf("open %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
 	}
@@ -151,6 +183,22 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 		return "", fmt.Errorf("bind %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
 	}
 	return place, nil
+}
+
+// openEntry opens an entry of a share. A directory is opened as one, so that the kernel makes the mount that it is here and now:
+// made in the bind mounts of containers, each would be a file system of its own.
+func openEntry(dir int, name string) (int, error) {
+	how := unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	}
+	fd, err := unix.Openat2(dir, name, &how)
+	if !errors.Is(err, unix.ENOTDIR) {
+		return fd, err
+	}
+	how.Flags &^= unix.O_DIRECTORY
+	how.Resolve |= unix.RESOLVE_NO_XDEV
+	return unix.Openat2(dir, name, &how)
 }
 
 // bindOpened bind mounts a file or directory that was opened (O_PATH) to a place of the container's and returns that place.

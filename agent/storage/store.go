@@ -146,10 +146,11 @@ type container struct {
 	done []step
 }
 
-// step is something to take back: a mount, a path, a tree of the scratch disk, or an image's use.
+// step is something to take back: a mount, a path, a tree of the scratch disk, or the use of an image or of a share's entry.
 type step struct {
 	mount, path, tree string
 	image             *image
+	entry             *entry
 }
 
 // enter takes the container's turn, making it if there is none. The caller must call leave.
@@ -252,6 +253,8 @@ func (s *Store) undo(c *container, keep int) (released []string, err error) {
 			released = append(released, serials...)
 		case last.tree != "":
 			err = s.discard(last.tree)
+		case last.entry != nil:
+			err = s.release(last.entry)
 		default:
 			// Never recursive: a mount that is still there must not lose its content.
 			if err = os.Remove(last.path); errors.Is(err, os.ErrNotExist) {

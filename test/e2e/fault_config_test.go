@@ -112,6 +112,6 @@ func TestFaultsOfTheNode(t *testing.T) {
 	t.Run("network of the host", func(t *testing.T) {
 		requireNoPod(t, n, harness.PodSpec{Change: func(c *runtimeapi.PodSandboxConfig) {
 			c.Linux.SecurityContext.NamespaceOptions.Network = runtimeapi.NamespaceMode_NODE
-		}}, "hostNetwork", "run this pod with another runtime")
+		}}, "hostNetwork: leave it out or use another runtime class")
 	})
 }

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/hypervisor/vsock"
 )
 
 // Process names a process of the pod: a container's init, or with an exec id a further one.
@@ -35,6 +36,26 @@ func (c *Client) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSan
 func (c *Client) Shutdown(ctx context.Context) error {
 	_, err := callLong(ctx, c, agentv1.AgentService.Shutdown, &agentv1.ShutdownRequest{})
 	return err
+}
+
+// ForwardPort connects with a TCP port on the guest's loopback. errdefs.ErrFailedPrecondition: nothing listens there, or the
+// guest is a confidential one.
+func (c *Client) ForwardPort(ctx context.Context, port uint16, ipv6 bool) (vsock.Conn, error) {
+	if c.lost != nil {
+		return nil, c.lost
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	conn, id, err := c.openStream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	req := &agentv1.ForwardPortRequest{Stream: id.String(), Port: uint32(port), Ipv6: ipv6}
+	if _, err := call(ctx, c, agentv1.AgentService.ForwardPort, req); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return conn, nil
 }
 
 // SetClock sets the guest's wall clock.

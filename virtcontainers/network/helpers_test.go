@@ -106,7 +106,7 @@ func cidr(t *testing.T, s string) *net.IPNet {
 func packetSocket(t *testing.T, ns *Namespace, name string) *os.File {
 	t.Helper()
 	var f *os.File
-	require.NoError(t, inside(ns.File(), func() error {
+	require.NoError(t, Inside(ns.File(), func() error {
 		ifi, err := net.InterfaceByName(name)
 		if err != nil {
 			return err

@@ -105,8 +105,8 @@ func onThread(f func()) {
 	<-done
 }
 
-// inside runs f on a thread that is in the namespace.
-func inside(ns *os.File, f func() error) error {
+// Inside runs f on a thread that is in the namespace.
+func Inside(ns *os.File, f func() error) error {
 	var err error
 	onThread(func() {
 		if err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {

@@ -43,7 +43,7 @@ func isTapOf(l netlink.Link, sandbox string) bool {
 // QEMU wants as well.
 func newTap(ctx context.Context, ns *os.File, name string) (*os.File, error) {
 	var tap *os.File
-	err := inside(ns, func() error {
+	err := Inside(ns, func() error {
 		// The device goes to the namespace in which the file is opened (tun_chr_open), not where the ioctl is.
 		fd, err := unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 		switch {

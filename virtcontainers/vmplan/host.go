@@ -43,6 +43,12 @@ type Host struct {
 func (p *Plan) Host(ctx context.Context) (Host, *vsock.Kernel, error) {
 	accel, err := p.accelerator(ctx)
 	if err != nil {
+		// What the VMM runs on no machine is told before what this one lacks.
+		if doc, dry := p.Dry(ctx); dry == nil {
+			if refused := p.driver.Validate(*doc); refused != nil {
+				err = refused
+			}
+		}
 		return Host{}, nil, err
 	}
 	h := Host{Accelerator: accel, Vsock: p.VsockKind(), CID: ownDeviceCID, VhostNet: usesVhostNet(accel, vhostNetDevice)}
