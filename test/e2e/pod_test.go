@@ -73,7 +73,7 @@ func TestFiveContainers(t *testing.T) {
 		succeed(t, n.Command(ctx, n.Artifacts().Busybox, "ping", "-c", "1", "-W", "30", ips[0]))
 		output(t, all[0], "ping -c 1 -W 30 10.88.0.1")
 	})
-	t.Run("port-forward", func(t *testing.T) { checkPortForward(t, n, pod, all[0]) })
+	t.Run("port-forward", func(t *testing.T) { checkPortForward(t, n, pod, all[0], 9000, "container 0") })
 	t.Run("boot and hostname", func(t *testing.T) {
 		first := output(t, all[0], "cat /proc/sys/kernel/random/boot_id; hostname")
 		for _, c := range all[1:] {
