@@ -37,7 +37,8 @@ func checkPortForward(t *testing.T, n *harness.Node, pod *harness.Pod, c *harnes
 	assert.Contains(t, said, "connection reset by peer")
 
 	// Much data, and its end, one way, as containerd would send it.
-	output(t, c, "(nc -l -p 7003 > /tmp/received; sha256sum < /tmp/received > /tmp/sum) > /dev/null 2>&1 < /dev/null &")
+	// Its own input stays open: else it would end its way at once, and the sender with it.
+	output(t, c, "(tail -f /dev/null | nc -l -p 7003 > /tmp/received) > /dev/null 2>&1 < /dev/null &")
 	waitFor(t, ctx, "the container listens", func() bool { return strings.Contains(output(t, c, "netstat -ltn"), ":7003 ") })
 	data := randomBytes(bulkSize)
 	send := exec.CommandContext(ctx, "nsenter", "--net="+podNetns(t, n), "--", n.Artifacts().Busybox, "nc", "127.0.0.1", "7003")
@@ -46,7 +47,7 @@ func checkPortForward(t *testing.T, n *harness.Node, pod *harness.Pod, c *harnes
 	require.NoError(t, err, string(out))
 	digest := sha256.Sum256(data)
 	waitFor(t, ctx, "all has arrived", func() bool {
-		return strings.HasPrefix(output(t, c, "cat /tmp/sum 2> /dev/null || true"), hex.EncodeToString(digest[:]))
+		return strings.HasPrefix(output(t, c, "sha256sum /tmp/received"), hex.EncodeToString(digest[:]))
 	})
 }
 
