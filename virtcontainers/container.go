@@ -325,9 +325,16 @@ func (c *Container) moveAll(from, to ProcessStatus) {
 	}
 }
 
-// Update changes the container's resource limits in the guest. Limits above what the VM has are accepted: the VM's own
-// size bounds them.
+// Update changes the container's resource limits in the guest. errdefs.ErrOutOfRange: limits above what the VM has.
 func (c *Container) Update(ctx context.Context, r *specs.LinuxResources) error {
+	now, err := c.pod.ready()
+	if err != nil {
+		return err
+	}
+	// A limit that the VM cannot hold would be a lie.
+	if err := fits(now.document, c.pod.cfg.Config.Sizing, r); err != nil {
+		return fmt.Errorf("container %s: %w", c.id, err)
+	}
 	resources, err := ocispec.Resources(r)
 	if err != nil {
 		return err

@@ -18,6 +18,7 @@ import (
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/mounts"
 	"github.com/cloister-project/cloister/virtcontainers/refusal"
@@ -269,10 +270,20 @@ func (p *Pod) Update(_ context.Context, r *specs.LinuxResources) error {
 	if err != nil {
 		return err
 	}
-	doc, want := now.document, vmplan.SizeVM(p.cfg.Config.Sizing, r)
-	if want.VCPUs > doc.CPU.Count || want.MemoryBytes > doc.Memory.Bytes {
-		return fmt.Errorf("the pod's new limits need %d CPUs and %d MiB, its VM was started with %d and %d and does not grow: "+
-			"make the pod anew: %w", want.VCPUs, want.MemoryBytes>>20, doc.CPU.Count, doc.Memory.Bytes>>20, errdefs.ErrNotImplemented)
+	return fits(now.document, p.cfg.Config.Sizing, r)
+}
+
+// fits refuses limits that are more than the VM has: it does not grow. What is not stated does not count.
+func fits(doc *hypervisor.Document, cfg configs.Sizing, r *specs.LinuxResources) error {
+	want := vmplan.SizeVM(cfg, r)
+	switch {
+	case r == nil:
+	case r.CPU != nil && r.CPU.Quota != nil && *r.CPU.Quota > 0 && want.VCPUs > doc.CPU.Count:
+		return fmt.Errorf("a limit of %d CPUs: the VM was started with %d and does not grow; make the pod anew: %w",
+			want.VCPUs, doc.CPU.Count, errdefs.ErrOutOfRange)
+	case r.Memory != nil && r.Memory.Limit != nil && *r.Memory.Limit > 0 && want.MemoryBytes > doc.Memory.Bytes:
+		return fmt.Errorf("a limit of %d MiB needs a VM of %d MiB: it was started with %d MiB and does not grow; make the pod anew: %w",
+			*r.Memory.Limit>>20, want.MemoryBytes>>20, doc.Memory.Bytes>>20, errdefs.ErrOutOfRange)
 	}
 	return nil
 }

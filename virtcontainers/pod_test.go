@@ -9,8 +9,11 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
 
+	"github.com/cloister-project/cloister/configs"
+	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
 )
 
@@ -73,4 +76,22 @@ func TestStopDuringStart(t *testing.T) {
 		require.Equal(t, "v1", p.Info().Extra["agentVersion"])
 		require.ErrorIs(t, p.Ping(t.Context()), errdefs.ErrUnavailable)
 	}
+}
+
+func TestFits(t *testing.T) {
+	doc := &hypervisor.Document{CPU: hypervisor.CPU{Count: 2}, Memory: hypervisor.Memory{Bytes: 400 << 20}}
+	cfg := configs.Sizing{DefaultVCPUs: 8, DefaultMemoryMiB: 4096, OverheadMemoryMiB: 256}
+	limits := func(memory, quota int64) *specs.LinuxResources {
+		period := uint64(100_000)
+		return &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory}, CPU: &specs.LinuxCPU{Quota: &quota, Period: &period}}
+	}
+	for _, r := range []*specs.LinuxResources{
+		nil, {}, {Memory: &specs.LinuxMemory{}, CPU: &specs.LinuxCPU{}}, limits(0, 0), limits(-1, -1), limits(144<<20, 200_000),
+	} {
+		require.NoError(t, fits(doc, cfg, r), "what is not stated does not count")
+	}
+	err := fits(doc, cfg, limits(145<<20, 0))
+	require.ErrorIs(t, err, errdefs.ErrOutOfRange)
+	require.ErrorContains(t, err, "a limit of 145 MiB needs a VM of 402 MiB: it was started with 400 MiB")
+	require.ErrorContains(t, fits(doc, cfg, limits(0, 200_001)), "a limit of 3 CPUs: the VM was started with 2")
 }

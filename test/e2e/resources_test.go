@@ -64,6 +64,14 @@ func checkUpdate(t *testing.T, n *harness.Node, pod *harness.Pod) {
 	require.NoError(t, err)
 	assert.Equal(t, "100663296\n80000 100000", firstLines(output(t, c, show), 2))
 	assert.NotEqual(t, weight, lastLine(output(t, c, show)))
+	// What the VM cannot hold is refused, and nothing changes.
+	for _, more := range []*runtimeapi.LinuxContainerResources{
+		{MemoryLimitInBytes: 64 << 30, CpuQuota: 80000, CpuPeriod: 100000}, {MemoryLimitInBytes: 96 * mib, CpuQuota: 6400000, CpuPeriod: 100000},
+	} {
+		_, err = n.CRI().Runtime.UpdateContainerResources(ctx, &runtimeapi.UpdateContainerResourcesRequest{ContainerId: c.ID, Linux: more})
+		require.ErrorContains(t, err, "does not grow; make the pod anew")
+	}
+	assert.Equal(t, "100663296\n80000 100000", firstLines(output(t, c, show), 2))
 	status, err := c.Status(ctx)
 	require.NoError(t, err)
 	assert.EqualValues(t, 96*mib, status.GetResources().GetLinux().GetMemoryLimitInBytes())
