@@ -5,10 +5,13 @@ package ocispec
 import (
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/cloister-project/cloister/agent-protocol/wire"
 )
 
 // unifiedKey is a cgroup v2 file: "memory.high". No slash, so that it stays in the container's cgroup.
@@ -143,13 +146,7 @@ var standardDevices = map[string][2]int64{
 	"/dev/console": {5, 1},
 }
 
-// Devices that a container may have besides, if the guest's kernel has them. Their numbers are the guest's.
-var extraDevices = map[string]bool{
-	"/dev/fuse":    true,
-	"/dev/net/tun": true,
-}
-
-// devices lets through the standard devices (which libcontainer makes anyway) and the extra ones. The numbers that the
+// devices lets through the standard devices (which libcontainer makes anyway) and the further ones of package wire. The numbers that the
 // host sends must be those that the guest has: another number is another device.
 func (g *Guest) devices(in []specs.LinuxDevice) ([]specs.LinuxDevice, error) {
 	var out []specs.LinuxDevice
@@ -168,7 +165,7 @@ func (g *Guest) devices(in []specs.LinuxDevice) ([]specs.LinuxDevice, error) {
 			}
 			continue
 		}
-		if !extraDevices[d.Path] {
+		if !slices.Contains(wire.ContainerDevices, d.Path) {
 			return nil, refused("device %q is not one that the guest gives to containers", d.Path)
 		}
 		major, minor, ok := g.device(d.Path)

@@ -59,6 +59,17 @@ func checkSecurity(t *testing.T, n *harness.Node, pod *harness.Pod) {
 		})})
 		assert.Equal(t, "uid=1000(user) gid=1000(user) groups=1000(user),2000(extra)", output(t, c, "id"))
 	})
+	t.Run("devices of the guest", func(t *testing.T) {
+		const show = "ls /dev/fuse /dev/net/tun 2> /dev/null; cat /dev/net/tun 2>&1 || true"
+		c := runContainer(t, pod, harness.ContainerSpec{Change: func(c *runtimeapi.ContainerConfig) {
+			for _, path := range []string{"/dev/fuse", "/dev/net/tun"} {
+				c.Devices = append(c.Devices, &runtimeapi.Device{HostPath: path, ContainerPath: path, Permissions: "rwm"})
+			}
+		}})
+		assert.Equal(t, "/dev/fuse\n/dev/net/tun\ncat: read error: File descriptor in bad state", output(t, c, show), "they open")
+		other := runContainer(t, pod, harness.ContainerSpec{})
+		assert.Equal(t, "cat: can't open '/dev/net/tun': No such file or directory", output(t, other, show), "who does not ask has none")
+	})
 	t.Run("capabilities", func(t *testing.T) {
 		c := runContainer(t, pod, harness.ContainerSpec{Change: secured(func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.Capabilities = &runtimeapi.Capability{DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"NET_BIND_SERVICE", "CHOWN"}}

@@ -50,6 +50,8 @@ var wanted = []want{
 	// The scratch disk, and limits on it. Some kernels have ext4 built in.
 	{phaseLater, "ext4"},
 	{phaseLater, "quota_v2"},
+	// For containers that ask for /dev/net/tun.
+	{phaseLater, "tun"},
 	// Gives memory back to the host. A confidential guest's memory is its own.
 	{phaseNone, "virtio_balloon"},
 }

@@ -20,14 +20,10 @@ import (
 // podNamespace stands for the path of a namespace on the host; for the guest only the fact that there is one counts.
 const podNamespace = "pod"
 
-// guestDevices are the device nodes that a container may ask for: the standard set, which the guest makes itself.
-// Devices of the host mean nothing in a VM.
-var guestDevices = []string{
-	"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/console", "/dev/ptmx", fuse,
+// standardDevices are the device nodes that the guest makes for every container. Devices of the host mean nothing in a VM.
+var standardDevices = []string{
+	"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/console", "/dev/ptmx",
 }
-
-// fuse is the one device that the guest makes only for containers that ask for it.
-const fuse = "/dev/fuse"
 
 // Container returns a container's specification for the guest, in JSON and without mounts. What it asks for and cannot
 // have is a *refusal.Error that lists all of it. The sysctls of the network of a container that is alone in its pod are the
@@ -125,15 +121,14 @@ func deviceReasons(refused []specs.LinuxDevice) []string {
 		abbreviate(paths, 8))}
 }
 
-// devices returns those that the guest is asked for, and those that are refused. Of the standard set the guest makes all but
-// one unasked.
+// devices returns those that the guest is asked for, and those that are refused. The standard ones it makes unasked.
 func devices(list []specs.LinuxDevice) (asked, refused []specs.LinuxDevice) {
 	for _, d := range list {
 		switch path := filepath.Clean(d.Path); {
-		case !slices.Contains(guestDevices, path):
-			refused = append(refused, d)
-		case d.Path == fuse:
+		case slices.Contains(wire.ContainerDevices, path):
 			asked = append(asked, d)
+		case !slices.Contains(standardDevices, path):
+			refused = append(refused, d)
 		}
 	}
 	return asked, refused
