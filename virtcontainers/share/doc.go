@@ -16,7 +16,8 @@
 // The served root itself is read-only.
 //
 // A share is a copy of the host's mounts at a path (open_tree), with all that is mounted below. One object of the host is one
-// share, by whatever paths it is asked for, so that it is one object in the guest, too. What the host mounts or unmounts below it
+// share, by whatever paths it is asked for, so that it is one object in the guest, too; or two, if it is asked for read-only and
+// writable. What the host mounts or unmounts below it
 // later does not show: a guest keeps open what it has seen, so that the host could not unmount what it mounted. Unmounting a shared
 // directory on the host works at once; its filesystem stays busy until Remove, and until the guest has let go of open files.
 //

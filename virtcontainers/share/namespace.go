@@ -188,24 +188,15 @@ func (n *namespace) unlink(name string, isDir bool) error {
 	return nil
 }
 
-// allowWrites takes back the read-only flag that a copy of a single mount got here.
-func (n *namespace) allowWrites(name string) error {
-	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
-	if err := unix.MountSetattr(n.served, name, unix.AT_SYMLINK_NOFOLLOW, &attr); err != nil {
-		return fmt.Errorf("mount_setattr: %w", err)
-	}
-	return nil
-}
-
 // object is what tells one thing of the host's from all others that are shared.
 type object struct {
 	device, inode uint64
-	// tree and readonly: of a tree with further mounts in it. What is mounted there depends on the path, and which of the mounts the
-	// host has read-only is not kept, so that a writable copy is one of its own.
-	tree     string
+	// readonly: as it is shared. virtiofsd has a copy of the mount, so that it cannot become writable later.
 	readonly bool
+	// tree is the path of a tree with further mounts in it: what is mounted there depends on the path.
+	tree string
 
-	isDir, hostReadonly bool
+	isDir bool
 }
 
 // cloneTree copies the mounts at and below a path of the host, not attached anywhere. Closing the descriptor removes them.
@@ -227,13 +218,10 @@ func cloneTree(path string, readonly bool) (fd int, o object, err error) {
 	return fd, o, nil
 }
 
-// identify looks at a copy that has the host's own flags still.
+// identify tells what a copy is of.
 func identify(fd int, path string, readonly bool) (object, error) {
-	var (
-		st unix.Stat_t
-		fs unix.Statfs_t
-	)
-	if err := errors.Join(unix.Fstat(fd, &st), unix.Fstatfs(fd, &fs)); err != nil {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
 		return object{}, err
 	}
 	kind := st.Mode & unix.S_IFMT
@@ -241,7 +229,7 @@ func identify(fd int, path string, readonly bool) (object, error) {
 		return object{}, fmt.Errorf("only directories and regular files can be shared with a VM, not a socket, pipe or device: %w",
 			errdefs.ErrNotImplemented)
 	}
-	o := object{device: st.Dev, inode: st.Ino, isDir: kind == unix.S_IFDIR, hostReadonly: fs.Flags&unix.ST_RDONLY != 0}
+	o := object{device: st.Dev, inode: st.Ino, readonly: readonly, isDir: kind == unix.S_IFDIR}
 	if !o.isDir {
 		return o, nil
 	}
@@ -257,7 +245,7 @@ func identify(fd int, path string, readonly bool) (object, error) {
 		return object{}, fmt.Errorf("mounts of the host: %w", err)
 	}
 	if len(below) > 0 {
-		o.tree, o.readonly = resolved, readonly
+		o.tree = resolved
 	}
 	return o, nil
 }

@@ -56,8 +56,6 @@ type Share struct {
 type entry struct {
 	object
 	users int
-	// readonly: nobody may write to it yet, but the host's mount lets them.
-	readonly bool
 }
 
 // Start runs virtiofsd with nothing shared. It accepts one connection, from the VMM, on Socket. The caller has to Close the Share.
@@ -176,8 +174,8 @@ func (s *Share) Err() error {
 
 // Add shares a directory or regular file of the host, with what is mounted below. It appears in the root of the filesystem, at once,
 // under the name returned: 32 hex digits. What is shared already, under whatever path, has the name that it has, so that it is
-// one object in the guest; it is writable once anybody may write to it. Links in hostPath are followed. A path that the host
-// replaces later (by a rename over it) stays what it was.
+// one object in the guest: one that is read-only, and one that is not, where both are asked for. Links in hostPath are followed. A
+// path that the host replaces later (by a rename over it) stays what it was.
 //
 // Errors: errdefs.ErrNotFound if the path does not exist, errdefs.ErrNotImplemented for sockets and devices,
 // errdefs.ErrUnavailable if virtiofsd has ended.
@@ -194,7 +192,7 @@ func (s *Share) Add(ctx context.Context, hostPath string, readonly bool) (name s
 	}
 	defer unix.Close(tree) // removes the copy unless it is attached
 	err = s.ns.do(ctx, func() error {
-		name, err = s.attach(tree, o, readonly)
+		name, err = s.attach(tree, o)
 		return err
 	})
 	if err != nil {
@@ -204,16 +202,9 @@ func (s *Share) Add(ctx context.Context, hostPath string, readonly bool) (name s
 }
 
 // attach runs on the namespace's thread, as all that uses the table of shares does.
-func (s *Share) attach(tree int, o object, readonly bool) (string, error) {
+func (s *Share) attach(tree int, o object) (string, error) {
 	if name := s.byObject[o]; name != "" {
-		e := s.byName[name]
-		if e.readonly && !readonly {
-			if err := s.ns.allowWrites(name); err != nil {
-				return "", err
-			}
-			e.readonly = false
-		}
-		e.users++
+		s.byName[name].users++
 		return name, nil
 	}
 	if len(s.byName) >= maxShares {
@@ -225,8 +216,7 @@ func (s *Share) attach(tree int, o object, readonly bool) (string, error) {
 	if err := s.ns.attach(tree, name, o.isDir); err != nil {
 		return "", err
 	}
-	// A mount that the host has read-only stays so.
-	s.byName[name] = &entry{object: o, users: 1, readonly: readonly && !o.hostReadonly}
+	s.byName[name] = &entry{object: o, users: 1}
 	s.byObject[o] = name
 	return name, nil
 }
