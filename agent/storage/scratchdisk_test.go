@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -61,6 +62,26 @@ func scratchStore(t *testing.T, size int64) *Store {
 	return s
 }
 
+// writeLimited writes a file as containers do: without CAP_SYS_RESOURCE, which no quota binds.
+func writeLimited(path string, content []byte) error {
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with this function
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		err := unix.Capget(&header, &caps[0])
+		if err == nil {
+			caps[0].Effective &^= 1 << unix.CAP_SYS_RESOURCE
+			err = unix.Capset(&header, &caps[0])
+		}
+		if err == nil {
+			err = os.WriteFile(path, content, 0o600)
+		}
+		result <- err
+	}()
+	return <-result
+}
+
 func TestScratchDisk(t *testing.T) {
 	const size = 64 << 20
 	s := scratchStore(t, size)
@@ -79,7 +100,7 @@ func TestScratchDisk(t *testing.T) {
 
 	// A volume's limit is its own, and what is deleted counts no more.
 	big := make([]byte, 2<<20)
-	require.ErrorIs(t, os.WriteFile(mounts[1].Source+"/big", big, 0o600), unix.EDQUOT)
+	require.ErrorIs(t, writeLimited(mounts[1].Source+"/big", big), unix.EDQUOT)
 	require.NoError(t, os.WriteFile(mounts[0].Source+"/big", big, 0o600))
 	require.NoError(t, os.Remove(mounts[1].Source+"/big"))
 	require.NoError(t, os.WriteFile(mounts[1].Source+"/small", big[:512<<10], 0o600))
@@ -152,7 +173,7 @@ func TestWritableLayerOnTheScratchDisk(t *testing.T) {
 		return path
 	}
 	a, b := root("a", 1<<20, false), root("b", 0, false)
-	require.ErrorIs(t, os.WriteFile(a+"/big", make([]byte, 2<<20), 0o600), unix.EDQUOT)
+	require.ErrorIs(t, writeLimited(a+"/big", make([]byte, 2<<20)), unix.EDQUOT)
 	require.NoError(t, os.WriteFile(b+"/of/the/other", make([]byte, 2<<20), 0o600))
 	require.NoError(t, os.Rename(b+"/of/the/other", b+"/moved"), "within one project")
 	require.NoError(t, os.RemoveAll(b+"/of"))
