@@ -173,7 +173,7 @@ type Rootfs struct {
 	CacheDir string
 	// CacheMaxMiB bounds it; images in use are never removed. 0: no limit.
 	CacheMaxMiB int
-	// WritableLayerMaxMiB bounds a container's writable layer in the guest; 0: half of the guest's memory.
+	// WritableLayerMaxMiB bounds a container's writable layer in the guest; 0: the scratch disk, or half of the guest's memory.
 	WritableLayerMaxMiB int
 }
 

@@ -8,6 +8,7 @@ import (
 	"net"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
@@ -72,4 +73,17 @@ func TestForwardPort(t *testing.T) {
 	}
 	_, err = io.ReadAll(conn)
 	require.NoError(t, err, "its stream is closed")
+}
+
+// A confidential guest lets its host to no port of its loopback, whatever else the request says.
+func TestForwardPortOfAConfidentialGuest(t *testing.T) {
+	s := &service{New(Config{Platform: "snp"})}
+	near, far := net.Pipe()
+	id := wire.NewStreamID()
+	require.NoError(t, s.streams.Offer(id, near))
+	_, err := s.ForwardPort(t.Context(), &agentv1.ForwardPortRequest{Stream: id.String(), Port: 80})
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, err, "confidential guest (platform snp)")
+	_, err = far.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF, "its stream is closed")
 }

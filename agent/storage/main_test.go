@@ -6,40 +6,20 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/erofs/go-erofs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/internal/mountstest"
 )
 
-// inside says that the process is in a mount namespace of its own.
-const inside = "CLOISTER_TEST_IN_MOUNT_NAMESPACE"
-
-// TestMain runs the tests in a mount namespace, so that nothing stays mounted whatever happens.
-func TestMain(m *testing.M) {
-	if os.Getuid() != 0 || os.Getenv(inside) != "" {
-		if os.Getenv(inside) != "" {
-			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-				panic(err)
-			}
-		}
-		os.Exit(m.Run())
-	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inside+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
+// TestMain keeps what the tests mount to themselves.
+func TestMain(m *testing.M) { mountstest.Main(m) }
 
 // fakeDisks are files instead of disks: EROFS mounts both.
 type fakeDisks struct {

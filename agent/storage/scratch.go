@@ -130,7 +130,10 @@ func (s *Store) makeScratch(ctx context.Context, v *agentv1.ScratchVolume) (stri
 			return "", fmt.Errorf("make scratch volume %s: %w", v.GetName(), err)
 		}
 		if path != "" {
-			return path, giveTo(path, v)
+			if err := giveTo(path, v); err != nil {
+				return "", errors.Join(err, s.discard(path))
+			}
+			return path, nil
 		}
 	}
 	path := s.place("scratch")

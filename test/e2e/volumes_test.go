@@ -13,6 +13,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/cloister-project/cloister/test/harness"
@@ -92,13 +93,34 @@ func TestVolumes(t *testing.T) {
 		assert.Empty(t, output(t, one, "volumeprobe write /scratch/big 400"))
 		assert.Empty(t, output(t, one, "volumeprobe write /root/big 400"), "in the writable layer")
 		assert.Equal(t, "write /scratch/more: no space left on device", output(t, one, "volumeprobe write /scratch/more 400 || true"))
-		output(t, one, "rm /scratch/big /scratch/more")
+		full := diskKiB(t, n)
+		output(t, one, "rm /scratch/big /scratch/more; sync")
+		waitFor(t, testContext(t), "the host's disk gets back what is deleted", func() bool { return diskKiB(t, n) < full-300<<10 })
 		assert.Empty(t, output(t, two, "volumeprobe write /scratch/again 400"))
 		assert.Equal(t, "ext4", output(t, one, "stat -f -c %T /scratch | sed 's:ext2/ext3:ext4:'"))
 	})
 	t.Run("the disk has no name", func(t *testing.T) {
 		assert.Empty(t, entries(t, filepath.Join(n.Dir, "scratch")), "so that it goes with the VM, whatever ends that")
 	})
+}
+
+// diskKiB is how much of the host's disk the scratch disk of the node's one VM takes. Its file has no name.
+func diskKiB(t *testing.T, n *harness.Node) int64 {
+	t.Helper()
+	pids, err := n.Pids("qemu-system")
+	require.NoError(t, err)
+	require.Len(t, pids, 1)
+	open, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pids[0]))
+	require.NoError(t, err)
+	for _, fd := range open {
+		if name, err := os.Readlink(fd); err == nil && strings.HasPrefix(name, filepath.Join(n.Dir, "scratch")+"/") {
+			var stat unix.Stat_t
+			require.NoError(t, unix.Stat(fd, &stat))
+			return stat.Blocks / 2
+		}
+	}
+	require.FailNow(t, "QEMU has no scratch disk open")
+	return 0
 }
 
 // sharedMemory is how much of its one guest's memory the node's QEMU holds, KiB.

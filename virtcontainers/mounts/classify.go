@@ -161,20 +161,16 @@ func Classify(m specs.Mount, s Sharing) Mount {
 func (m Mount) live() Mount {
 	m.Kind, m.OrLive = Live, true
 	m.Volume = volumes.Parse(m.Source)
-	switch m.Volume.Kind {
-	case volumes.Copied:
-		m.Kind = Copied
-	case volumes.SubPath:
-		m.Kind = Part
-	case volumes.Scratch:
-		m.Kind = Scratch
-	default:
-		if reason := follows(m); reason != "" {
-			return m.refuse(reason)
-		}
+	if kind, own := ownVolumes[m.Volume.Kind]; own {
+		m.Kind = kind
+	} else if reason := follows(m); reason != "" {
+		return m.refuse(reason)
 	}
 	return m
 }
+
+// ownVolumes are the volumes that are the guest's own in every VM, and what becomes of them.
+var ownVolumes = map[volumes.Kind]Kind{volumes.Copied: Copied, volumes.SubPath: Part, volumes.Scratch: Scratch}
 
 // follows returns why a live mount cannot be had that is to follow what the host mounts below it; empty for others.
 func follows(m Mount) string {
@@ -190,17 +186,15 @@ func follows(m Mount) string {
 func (m Mount) apart(s Sharing) Mount {
 	const instead = "bring the data in the image, a ConfigMap, a Secret or an emptyDir, or fetch it over the network"
 	m.Volume = volumes.Parse(m.Source)
+	if kind, own := ownVolumes[m.Volume.Kind]; own {
+		m.Kind = kind
+		return m
+	}
 	switch p := m.Volume; p.Kind {
-	case volumes.Copied:
-		m.Kind = Copied
-	case volumes.SubPath:
-		m.Kind = Part
 	case volumes.TerminationLog:
 		m.Kind = TerminationLog
 	case volumes.ImageVolume:
 		m.Kind = ImageVolume
-	case volumes.Scratch:
-		m.Kind = Scratch
 	case volumes.Foreign:
 		return m.refuse(fmt.Sprintf("volume %s (%s) at %s, from %s: %s; %s",
 			p.Volume, p.Plugin, m.Destination, m.Source, s.Reason(), instead))

@@ -84,7 +84,8 @@ func (f *Forwarder) close() error {
 	return errors.Join(errs...)
 }
 
-// Serve connects with the guest what comes in, until ctx ends. It closes the Forwarder and all connections before it returns.
+// Serve connects with the guest what comes in, until ctx ends or the Forwarder is closed. With ctx it closes the Forwarder and all
+// connections before it returns.
 func (f *Forwarder) Serve(ctx context.Context, dial Dial) {
 	var wg sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
@@ -94,11 +95,12 @@ func (f *Forwarder) Serve(ctx context.Context, dial Dial) {
 		wg.Go(func() {
 			for ctx.Err() == nil {
 				conn, err := l.AcceptTCP()
+				if errors.Is(err, net.ErrClosed) {
+					return
+				}
 				if err != nil {
-					if !errors.Is(err, net.ErrClosed) {
-						log.G(ctx).WithError(err).Warn("accept a connection to a port of the pod")
-						pause(ctx, acceptPause)
-					}
+					log.G(ctx).WithError(err).Warn("accept a connection to a port of the pod")
+					pause(ctx, acceptPause)
 					continue
 				}
 				select {

@@ -160,6 +160,19 @@ func TestServeEnds(t *testing.T) {
 	require.NoError(t, f.Close())
 }
 
+// Closed before anybody has ended Serve, it does not go on accepting.
+func TestCloseEndsServe(t *testing.T) {
+	ns := newNs(t)
+	f, err := Listen(t.Context(), ns.File())
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		t.Skipf("this machine's kernel: %v", err)
+	}
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	require.NoError(t, f.Close())
+	f.Serve(t.Context(), nil)
+}
+
 func TestListenFails(t *testing.T) {
 	ns := newNs(t)
 	require.NoError(t, ns.Close())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Volumeprobe does in a container what busybox has no words for, in the directory of a volume:
+// Command volumeprobe does in a container what busybox has no words for, in the directory of a volume:
 //
 //	volumeprobe lock FILE           takes an exclusive flock and fcntl lock, prints "locked" or "busy", and holds them until stdin ends
 //	volumeprobe listen SOCKET       answers each connection to a unix socket with "hello"
