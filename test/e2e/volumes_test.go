@@ -42,15 +42,16 @@ func TestVolumes(t *testing.T) {
 
 	// First, while the guest's memory is in large pieces: it reports those of 2 MiB.
 	t.Run("free memory goes back to the host", func(t *testing.T) {
-		assert.Empty(t, output(t, one, "volumeprobe write /scratch/cached 100"))
+		assert.Empty(t, output(t, one, "volumeprobe write /scratch/cached 140"))
 		full := sharedMemory(t, n)
-		output(t, one, "rm /scratch/cached")
 		var now int
+		defer func() { t.Logf("QEMU held %d KiB of the guest's memory, and %d KiB after 140 MiB of cache were freed", full, now) }()
+		output(t, one, "rm /scratch/cached")
+		// Less than what was freed: some of it had been used at boot, and was not reported yet when the cache took it.
 		waitFor(t, testContext(t), "the guest reports its free memory", func() bool {
 			now = sharedMemory(t, n)
-			return now < full-64<<10
+			return now < full-48<<10
 		})
-		t.Logf("QEMU held %d KiB of the guest's memory, and %d KiB after 100 MiB of cache were freed", full, now)
 	})
 	t.Run("an emptyDir is one object", func(t *testing.T) {
 		assert.Equal(t, output(t, one, "stat -c %d:%i /scratch"), output(t, two, "stat -c %d:%i /scratch"))
