@@ -45,7 +45,9 @@ func TestVolumes(t *testing.T) {
 		assert.Empty(t, output(t, one, "volumeprobe write /scratch/cached 140"))
 		full := sharedMemory(t, n)
 		var now int
-		defer func() { t.Logf("QEMU held %d KiB of the guest's memory, and %d KiB after 140 MiB of cache were freed", full, now) }()
+		defer func() {
+			t.Logf("QEMU held %d KiB of the guest's memory, and %d KiB after 140 MiB of cache were freed", full, now)
+		}()
 		output(t, one, "rm /scratch/cached")
 		// Less than what was freed: some of it had been used at boot, and was not reported yet when the cache took it.
 		waitFor(t, testContext(t), "the guest reports its free memory", func() bool {
