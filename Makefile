@@ -109,8 +109,8 @@ proto: ## Generate Go from agent.proto (needs protoc)
 	GOBIN=$$dir $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc && \
 	PATH=$$dir:$$PATH $(GO) generate ./agent-protocol/... ./shim/criv1
 
-.PHONY: conformance
-conformance: ## Build containerd, ctr, runc, crictl, nerdctl and CNI plugins into the cache
+.PHONY: peers
+peers: ## Build containerd, ctr, runc, crictl, nerdctl and CNI plugins into the cache
 	@tools/conformance/build
 
 .PHONY: build
@@ -169,7 +169,7 @@ lint: ## gofmt, go vet, staticcheck, shell syntax, length of lines and files
 	if [ -n "$$long" ]; then echo "longer than 500 lines, split them:" $$long >&2; exit 1; fi
 
 .PHONY: test
-test: setup conformance build guest build-s390x guest-s390x test-unit test-vm test-e2e ## All tests (as root); ends with what was left out
+test: setup peers build guest build-s390x guest-s390x test-unit test-vm test-e2e ## All tests (as root); ends with what was left out
 	@tools/left-out $(BIN)
 
 # Files that tests read: firmware with known measurements, kernels, boot stubs.
@@ -221,11 +221,20 @@ test-e2e: ## End-to-end tests on what is built (as root)
 
 # KVM on an emulated CPU, see tools/test-kvm/run. RUN is what test-e2e has as well.
 .PHONY: test-kvm
-test-kvm: setup conformance build guest ## Tests on real KVM, vhost-vsock, vhost-net and cgroup v2, in an emulated machine (as root)
+test-kvm: setup peers build guest ## Tests on real KVM, vhost-vsock, vhost-net and cgroup v2, in an emulated machine (as root)
 	@tools/test-kvm/run $(if $(RUN),-- tools/test-kvm/lane '$(RUN)')
 
+# RUNTIME=runc or cloister, SUITES=critest,client and FOCUS='regular expression' choose; DOCS=1 writes docs/conformance.md.
+.PHONY: conformance
+conformance: build guest ## Suites that others wrote, with runc and with Cloister, and what differs (as root; hours)
+	@tools/setup suites
+	@tools/conformance/build containerd ctr containerd-shim-runc-v2 runc crictl bridge host-local loopback portmap \
+	  critest cri-integration client-suite crane
+	@CGO_ENABLED=0 $(GO) run $(GOFLAGS_COMMON) ./tools/suites $(if $(RUNTIME),-runtime '$(RUNTIME)') $(if $(SUITES),-suites '$(SUITES)') \
+	  $(if $(FOCUS),-focus '$(FOCUS)') $(if $(filter-out 0,$(DOCS)),-docs)
+
 .PHONY: bench
-bench: setup conformance build guest ## Measure the budget table (as root)
+bench: setup peers build guest ## Measure the budget table (as root)
 	@CGO_ENABLED=0 $(GO) run $(GOFLAGS_COMMON) ./tools/bench
 
 ##@ Clean

@@ -136,7 +136,7 @@ func TestStartFails(t *testing.T) {
 		t.Skip("needs root")
 	}
 	require.ErrorIs(t, err, os.ErrNotExist)
-	assert.ErrorContains(t, err, "make conformance")
+	assert.ErrorContains(t, err, "make peers")
 	assert.ErrorContains(t, err, "make setup")
 }
 

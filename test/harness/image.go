@@ -210,16 +210,19 @@ func sum(data []byte) []byte {
 
 func layerTar(files []File) ([]byte, error) {
 	var b bytes.Buffer
-	w := tar.NewWriter(&b)
+	err := WriteLayer(&b, files)
+	return b.Bytes(), err
+}
+
+// WriteLayer writes a layer as a tar archive, the same bytes each time.
+func WriteLayer(to io.Writer, files []File) error {
+	w := tar.NewWriter(to)
 	for _, f := range files {
 		if err := writeEntry(w, f); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	if err := w.Close(); err != nil {
-		return nil, err
-	}
-	return b.Bytes(), nil
+	return w.Close()
 }
 
 func writeEntry(w *tar.Writer, f File) error {

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -134,8 +135,10 @@ func (n *Node) makeNetns(ctx context.Context) error {
 func (n *Node) StartContainerd(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startBudget)
 	defer cancel()
-	cmd := exec.Command("nsenter", "--net=/run/netns/"+n.Name, "--",
-		filepath.Join(n.artifacts.Conformance, "containerd"), "--config", n.configPath())
+	if err := os.Symlink(filepath.Join(n.artifacts.Conformance, "containerd"), n.containerdPath()); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	cmd := exec.Command("nsenter", "--net=/run/netns/"+n.Name, "--", n.containerdPath(), "--config", n.configPath())
 	cmd.Env = n.env()
 	cmd.Dir = n.Dir
 	d, err := startDaemon(cmd, n.logPath())
@@ -153,6 +156,15 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 	}
 	return nil
 }
+
+// ContainerdEnded is closed when the containerd that runs now has ended, by whatever ended it.
+func (n *Node) ContainerdEnded() <-chan struct{} { return n.containerd.done }
+
+// ContainerdName is the name that the node's containerd has as a process, and no other process of the machine has.
+func (n *Node) ContainerdName() string { return n.Name + "d" }
+
+// containerdPath is a link to containerd: whoever kills processes by name shall find this one alone.
+func (n *Node) containerdPath() string { return filepath.Join(n.Dir, n.ContainerdName()) }
 
 // StopContainerd ends containerd alone: its shims and their pods live on. With SIGKILL if hard is set, else in order.
 func (n *Node) StopContainerd(ctx context.Context, hard bool) error {

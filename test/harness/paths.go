@@ -82,7 +82,7 @@ func (a Artifacts) Shim() string { return filepath.Join(a.Bin, "containerd-shim-
 func (a Artifacts) Check(handlers ...string) error {
 	needs := []need{{a.Busybox, "busybox", "make setup"}}
 	for _, tool := range Peers(handlers...) {
-		needs = append(needs, need{filepath.Join(a.Conformance, tool), tool, "make conformance"})
+		needs = append(needs, need{filepath.Join(a.Conformance, tool), tool, "make peers"})
 	}
 	if serves(handlers, HandlerErofs) {
 		needs = append(needs, need{a.MkfsErofs, "mkfs.erofs", "make setup"})

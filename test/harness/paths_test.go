@@ -28,7 +28,7 @@ func TestCheck(t *testing.T) {
 	}{
 		{"the main job", []string{HandlerCloister, HandlerClassic}, nil},
 		{"EROFS", []string{HandlerCloister, HandlerErofs}, []string{"mkfs.erofs: file does not exist: run `make setup`"}},
-		{"runc", []string{HandlerRunc}, []string{"/runc: no such file", "/containerd-shim-runc-v2: no such file", "run `make conformance`"}},
+		{"runc", []string{HandlerRunc}, []string{"/runc: no such file", "/containerd-shim-runc-v2: no such file", "run `make peers`"}},
 		{"all", nil, []string{"mkfs.erofs", "/runc", "/containerd-shim-runc-v2"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
