@@ -29,6 +29,7 @@ type image struct {
 // Names of the images that others are made of.
 const (
 	debianBase  = "base/debian:1"
+	toolsBase   = "base/tools:1" // Debian with busybox's programs in /bin
 	busyboxBase = "base/busybox:1"
 	pauseBase   = "base/pause:1"
 )
@@ -40,18 +41,19 @@ const criTools = "k8s-staging-cri-tools/"
 // images lists what the suites pull. The spec that wants test-image-digest by its digest cannot be served.
 func images() []image {
 	nginx := func(name string, conf string) image {
-		return image{name, debianBase, []string{"--cmd", "nginx,-c,/etc/nginx/" + conf}}
+		return image{name, toolsBase, []string{"--cmd", "nginx,-c,/etc/nginx/" + conf}}
 	}
 	list := []image{
-		// busybox's top runs without a terminal; what it has not, such as pgrep and ipcs, is Debian's.
-		{"e2e-test-images/busybox:1.29-2", debianBase, []string{"--cmd", "sh", "--env", "PATH=/busybox:" + searchPath}},
+		// busybox's top runs without a terminal, and /bin/ls is a path that a spec masks; what busybox has not, such as
+		// pgrep and ipcs, is Debian's.
+		{"e2e-test-images/busybox:1.29-2", toolsBase, []string{"--cmd", "sh", "--env", "PATH=/bin:" + searchPath}},
 		nginx("e2e-test-images/nginx:1.14-2", "suites-80.conf"),
 		nginx(criTools+"hostnet-nginx-amd64:latest", "suites-12003.conf"),
 		nginx("containerd/nginx:1.27.0", "suites-80.conf"),
 		{"e2e-test-images/httpd:2.4.39-4", debianBase, []string{"--cmd", "httpd,-f,/etc/apache2/suites.conf,-D,FOREGROUND"}},
 		{"e2e-test-images/resource-consumer:1.10", debianBase, []string{"--cmd", "sleep,infinity"}},
 		{"pause:3.9", pauseBase, []string{"--entrypoint", "/pause"}},
-		{"pause:3.10.2", pauseBase, []string{"--entrypoint", "/pause"}},
+		{"pause:3.10.2", pauseBase, []string{"--entrypoint", "/pause", "--label", "name=3.10.2"}},
 		{"containerd/busybox:1.36", busyboxBase, []string{"--cmd", "sh"}},
 		{"containerd/alpine:3.14.0", busyboxBase, []string{"--cmd", "sh", "--label", "name=alpine"}},
 		{criTools + "test-image-predefined-group:latest", debianBase, []string{"--user", "1000"}},
@@ -69,8 +71,8 @@ func images() []image {
 	return list
 }
 
-// debianFiles are laid over Debian's root file system. Busybox's own are put aside, for images that find them first.
-func debianFiles(busybox *harness.Image) []harness.File {
+// debianFiles are laid over Debian's root file system.
+func debianFiles() []harness.File {
 	nginx := func(port string) []byte {
 		return []byte(`user www-data;
 daemon off;
@@ -83,7 +85,8 @@ http {
 }
 `)
 	}
-	files := []harness.File{
+	return []harness.File{
+		{Name: "var/run", Link: "/run"},
 		{Name: "etc/nginx/suites-80.conf", Body: nginx("80")},
 		{Name: "etc/nginx/suites-12003.conf", Body: nginx("12003")},
 		{Name: "usr/share/nginx/html/index.html", Body: []byte("<h1>Welcome to nginx!</h1>\n")},
@@ -122,9 +125,13 @@ group-defined-in-image:x:50000:default-user
 `)},
 		{Name: "etc/hostname", Body: []byte("image\n")},
 	}
+}
+
+// programs are busybox's own files, all below /bin.
+func programs(busybox *harness.Image) []harness.File {
+	var files []harness.File
 	for _, f := range busybox.Layers[0] {
-		if name, ok := strings.CutPrefix(f.Name, "bin"); ok {
-			f.Name = "busybox" + name
+		if strings.HasPrefix(f.Name, "bin/") {
 			files = append(files, f)
 		}
 	}
@@ -184,15 +191,17 @@ func makeImages(ctx context.Context, n *harness.Node) error {
 			return err
 		}
 	}
-	var b bytes.Buffer
-	if err := harness.WriteLayer(&b, debianFiles(small[busyboxBase])); err != nil {
-		return err
-	}
-	files := filepath.Join(n.Dir, "tmp", "debian.tar")
-	if err := os.WriteFile(files, b.Bytes(), 0o600); err != nil {
+	files, err := writeLayer(n, "debian.tar", debianFiles())
+	if err != nil {
 		return err
 	}
 	if err := crane(ctx, n, "append", "--oci-empty-base", "-f", root, "-f", files, "-t", registry+"/"+debianBase); err != nil {
+		return err
+	}
+	if files, err = writeLayer(n, "tools.tar", programs(small[busyboxBase])); err != nil {
+		return err
+	}
+	if err := crane(ctx, n, "append", "-b", registry+"/"+debianBase, "-f", files, "-t", registry+"/"+toolsBase); err != nil {
 		return err
 	}
 	for _, im := range images() {
@@ -203,6 +212,16 @@ func makeImages(ctx context.Context, n *harness.Node) error {
 		}
 	}
 	return nil
+}
+
+// writeLayer writes the files as a layer and returns its path, which the node's clean-up removes.
+func writeLayer(n *harness.Node, name string, files []harness.File) (string, error) {
+	var b bytes.Buffer
+	if err := harness.WriteLayer(&b, files); err != nil {
+		return "", err
+	}
+	path := filepath.Join(n.Dir, "tmp", name)
+	return path, os.WriteFile(path, b.Bytes(), 0o600)
 }
 
 // push writes the image as an OCI layout and has crane push that.
