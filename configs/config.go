@@ -141,6 +141,8 @@ type Sizing struct {
 	MaxMemoryMiB int
 	// HotplugPorts is the number of PCIe root ports made at boot for shared directories, which come later.
 	HotplugPorts int
+	// FreePageReporting has an ordinary guest give memory that it does not use back to the host.
+	FreePageReporting bool
 }
 
 // Timeouts is [timeouts]: how long each step may take before it is given up.

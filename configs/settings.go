@@ -178,6 +178,7 @@ func podSettings() []setting {
 		numberOrZero("sizing.max_vcpus", func(c *Config) *int { return &c.Sizing.MaxVCPUs }, 1, maxVCPUs),
 		numberOrZero("sizing.max_memory_mib", func(c *Config) *int { return &c.Sizing.MaxMemoryMiB }, 2*minGuestMiB, maxMemoryMiB),
 		number("sizing.hotplug_ports", func(c *Config) *int { return &c.Sizing.HotplugPorts }, 0, maxHotplugPorts),
+		flag("sizing.free_page_reporting", func(c *Config) *bool { return &c.Sizing.FreePageReporting }),
 
 		duration("timeouts.boot", func(c *Config) *time.Duration { return &c.Timeouts.Boot }, time.Second),
 		duration("timeouts.stop", func(c *Config) *time.Duration { return &c.Timeouts.Stop }, 100*time.Millisecond),

@@ -26,7 +26,8 @@ func (p *Plan) Document(nics []hypervisor.NIC, host Host) *hypervisor.Document {
 		Accelerator:  host.Accelerator,
 		CPU:          hypervisor.CPU{Model: p.cpuModel(host.Accelerator), Count: size.VCPUs},
 		// virtio-fs needs shared memory as well, so that it is shared whichever way vsock goes.
-		Memory: hypervisor.Memory{Bytes: size.MemoryBytes, Shared: true, Reporting: !p.Name().Confidential()},
+		Memory: hypervisor.Memory{Bytes: size.MemoryBytes, Shared: true,
+			Reporting: p.cfg.Sizing.FreePageReporting && !p.Name().Confidential()},
 		Boot: hypervisor.Boot{
 			Kernel: host.Kernel, Initrd: p.cfg.Hypervisor.Initrd, Parameters: kernelParameters(p.cfg, p.driver, host.Accelerator),
 		},

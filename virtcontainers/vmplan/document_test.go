@@ -51,7 +51,7 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 				Hypervisor: configs.Hypervisor{Arch: string(tc.arch), Kernel: "/kernel", Initrd: "/initrd", KernelParams: []string{"own=1"},
 					Sandbox: true},
 				TEE:    configs.TEE{Platform: string(tc.name), SwiotlbMiB: 64},
-				Sizing: configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512, HotplugPorts: 4},
+				Sizing: configs.Sizing{DefaultVCPUs: 2, DefaultMemoryMiB: 512, HotplugPorts: 4, FreePageReporting: true},
 				State:  configs.State{Dir: "/run/cloister"},
 			}
 			if tc.sealed {
@@ -66,6 +66,7 @@ func TestDocumentOfEachPlatform(t *testing.T) {
 			require.False(t, nics[0].VhostNet, "the caller's are its own")
 			require.Equal(t, tc.arch, doc.Architecture)
 			require.Equal(t, tc.boot, doc.Boot.Kernel)
+			require.Equal(t, !tc.name.Confidential(), doc.Memory.Reporting)
 			require.Equal(t, tc.cpu, doc.CPU.Model)
 			require.Equal(t, tc.ports, doc.SharedDirectories)
 			require.Equal(t, []hypervisor.NIC{{ID: "net0", MAC: "02:00:00:00:00:01", MTU: 1400, VhostNet: tc.sealed}}, doc.NICs)
