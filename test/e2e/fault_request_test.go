@@ -186,13 +186,15 @@ func TestRefusals(t *testing.T) {
 		requireRefused(t, harness.ContainerSpec{
 			Mounts: []*runtimeapi.Mount{
 				{HostPath: both, ContainerPath: "/both", Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL},
+				{HostPath: both, ContainerPath: "/follows", Propagation: runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER},
 				{HostPath: socket, ContainerPath: "/socket"}, {HostPath: fifo, ContainerPath: "/fifo"}, {HostPath: "/dev/null",
 					ContainerPath: "/device"},
 			},
 			Change: func(c *runtimeapi.ContainerConfig) {
 				c.Devices = []*runtimeapi.Device{{HostPath: "/dev/loop-control", ContainerPath: "/dev/loop-control", Permissions: "rwm"}}
 			},
-		}, "/dev/loop-control", "none of the host's devices", "/both", "Bidirectional", socket, fifo, "/device", "only files and directories")
+		}, "/dev/loop-control", "none of the host's devices", "/both", "Bidirectional", "/follows",
+			"HostToContainer", socket, fifo, "/device", "only files and directories")
 	})
 	t.Run("source of a mount is removed", func(t *testing.T) {
 		gone := filepath.Join(dir, "gone")
