@@ -127,15 +127,20 @@ group-defined-in-image:x:50000:default-user
 	}
 }
 
-// programs are busybox's own files, all below /bin.
+// programs are busybox's own files, all below /bin. Its ls is a file of its own: a spec masks /bin/ls, and a mount on a link
+// would mask busybox.
 func programs(busybox *harness.Image) []harness.File {
 	var files []harness.File
+	var body []byte
 	for _, f := range busybox.Layers[0] {
-		if strings.HasPrefix(f.Name, "bin/") {
+		if f.Name == "bin/busybox" {
+			body = f.Body
+		}
+		if strings.HasPrefix(f.Name, "bin/") && f.Name != "bin/ls" {
 			files = append(files, f)
 		}
 	}
-	return files
+	return append(files, harness.File{Name: "bin/ls", Body: body, Mode: 0o755})
 }
 
 // smallImages are those of busybox and a few files, by their names.
@@ -263,41 +268,52 @@ func crane(ctx context.Context, n *harness.Node, args ...string) error {
 	return nil
 }
 
-// serveImages starts the registry and tells containerd that it stands for all. It ends with the node.
-func serveImages(ctx context.Context, n *harness.Node) error {
+// serveImages starts the registry and tells containerd that it stands for all. It ends with ctx, and stop waits for that.
+func serveImages(ctx context.Context, n *harness.Node) (stop func(), err error) {
 	hosts := filepath.Join(n.Dir, "certs.d", "_default")
 	if err := os.MkdirAll(hosts, 0o755); err != nil {
-		return err
+		return nil, err
 	}
 	text := fmt.Sprintf("[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", registry)
 	if err := os.WriteFile(filepath.Join(hosts, "hosts.toml"), []byte(text), 0o644); err != nil {
-		return err
+		return nil, err
 	}
 	blobs := filepath.Join(n.Dir, "blobs")
 	if err := os.Mkdir(blobs, 0o700); err != nil {
-		return err
+		return nil, err
 	}
 	log, err := os.Create(filepath.Join(n.Dir, "logs", "registry.log"))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer log.Close()
+	ctx, end := context.WithCancel(ctx)
 	cmd := n.Command(ctx, filepath.Join(n.Artifacts().Conformance, "crane"), "registry", "serve", "--address", registry, "--disk", blobs)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
-		return err
+		end()
+		return nil, err
 	}
-	go func() { _ = cmd.Wait() }()
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait() // it is killed
+	}()
+	stop = func() {
+		end()
+		<-ended
+	}
+	listening, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	for {
-		conn, err := n.Dial(ctx, "tcp", registry)
+		conn, err := n.Dial(listening, "tcp", registry)
 		if err == nil {
-			return conn.Close()
+			return stop, conn.Close()
 		}
 		select {
-		case <-ctx.Done():
-			return fmt.Errorf("the registry does not listen on %s: %w", registry, err)
+		case <-listening.Done():
+			stop()
+			return nil, fmt.Errorf("the registry does not listen on %s: %w", registry, err)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}

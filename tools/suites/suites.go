@@ -88,9 +88,11 @@ func (w *worker) runSuite(ctx context.Context, runtime string, s suite) (_ *Suit
 		defer cancel()
 		err = errors.Join(err, j.node.CopyLog(filepath.Join(j.logs, "containerd.log")), j.node.Stop(end))
 	}()
-	if err := serveImages(ctx, j.node); err != nil {
+	stopRegistry, err := serveImages(ctx, j.node)
+	if err != nil {
 		return nil, err
 	}
+	defer stopRegistry()
 	if err := makeImages(ctx, j.node); err != nil {
 		return nil, err
 	}
