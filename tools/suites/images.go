@@ -36,6 +36,9 @@ const (
 
 const searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+// busyboxFirst is for images whose top has to run without a terminal.
+const busyboxFirst = "PATH=/bin:" + searchPath
+
 const criTools = "k8s-staging-cri-tools/"
 
 // images lists what the suites pull. The spec that wants test-image-digest by its digest cannot be served.
@@ -44,9 +47,8 @@ func images() []image {
 		return image{name, toolsBase, []string{"--cmd", "nginx,-c,/etc/nginx/" + conf}}
 	}
 	list := []image{
-		// busybox's top runs without a terminal, and /bin/ls is a path that a spec masks; what busybox has not, such as
-		// pgrep and ipcs, is Debian's.
-		{"e2e-test-images/busybox:1.29-2", toolsBase, []string{"--cmd", "sh", "--env", "PATH=/bin:" + searchPath}},
+		// What busybox has not, such as pgrep and ipcs, is Debian's.
+		{"e2e-test-images/busybox:1.29-2", toolsBase, []string{"--cmd", "sh", "--env", busyboxFirst}},
 		nginx("e2e-test-images/nginx:1.14-2", "suites-80.conf"),
 		nginx(criTools+"hostnet-nginx-amd64:latest", "suites-12003.conf"),
 		nginx("containerd/nginx:1.27.0", "suites-80.conf"),
@@ -56,11 +58,11 @@ func images() []image {
 		{"pause:3.10.2", pauseBase, []string{"--entrypoint", "/pause", "--label", "name=3.10.2"}},
 		{"containerd/busybox:1.36", busyboxBase, []string{"--cmd", "sh"}},
 		{"containerd/alpine:3.14.0", busyboxBase, []string{"--cmd", "sh", "--label", "name=alpine"}},
-		{criTools + "test-image-predefined-group:latest", debianBase, []string{"--user", "1000"}},
-		{criTools + "test-image-user-uid:latest", debianBase, []string{"--user", "1002"}},
-		{criTools + "test-image-user-username:latest", debianBase, []string{"--user", "www-data"}},
-		{criTools + "test-image-user-uid-group:latest", debianBase, []string{"--user", "1003:users"}},
-		{criTools + "test-image-user-username-group:latest", debianBase, []string{"--user", "www-data:100"}},
+		{criTools + "test-image-predefined-group:latest", toolsBase, []string{"--env", busyboxFirst, "--user", "1000"}},
+		{criTools + "test-image-user-uid:latest", toolsBase, []string{"--env", busyboxFirst, "--user", "1002"}},
+		{criTools + "test-image-user-username:latest", toolsBase, []string{"--env", busyboxFirst, "--user", "www-data"}},
+		{criTools + "test-image-user-uid-group:latest", toolsBase, []string{"--env", busyboxFirst, "--user", "1003:users"}},
+		{criTools + "test-image-user-username-group:latest", toolsBase, []string{"--env", busyboxFirst, "--user", "www-data:100"}},
 	}
 	for _, name := range []string{"latest:latest", "tag:test", "tag:all", "1:latest", "2:latest", "3:latest"} {
 		list = append(list, image{criTools + "test-image-" + name, busyboxBase, []string{"--label", "name=" + name}})
