@@ -224,14 +224,22 @@ test-e2e: ## End-to-end tests on what is built (as root)
 test-kvm: setup peers build guest ## Tests on real KVM, vhost-vsock, vhost-net and cgroup v2, in an emulated machine (as root)
 	@tools/test-kvm/run $(if $(RUN),-- tools/test-kvm/lane '$(RUN)')
 
+define suites
+tools/setup suites
+tools/conformance/build containerd ctr containerd-shim-runc-v2 runc crictl bridge host-local loopback portmap \
+  critest cri-integration client-suite crane
+CGO_ENABLED=0 $(GO) run $(GOFLAGS_COMMON) ./tools/suites
+endef
+
 # RUNTIME=runc or cloister, SUITES=critest,client and FOCUS='regular expression' choose; DOCS=1 writes docs/conformance.md.
 .PHONY: conformance
 conformance: build guest ## Suites that others wrote, with runc and with Cloister, and what differs (as root; hours)
-	@tools/setup suites
-	@tools/conformance/build containerd ctr containerd-shim-runc-v2 runc crictl bridge host-local loopback portmap \
-	  critest cri-integration client-suite crane
-	@CGO_ENABLED=0 $(GO) run $(GOFLAGS_COMMON) ./tools/suites $(if $(RUNTIME),-runtime '$(RUNTIME)') $(if $(SUITES),-suites '$(SUITES)') \
+	@$(suites) $(if $(RUNTIME),-runtime '$(RUNTIME)') $(if $(SUITES),-suites '$(SUITES)') \
 	  $(if $(FOCUS),-focus '$(FOCUS)') $(if $(filter-out 0,$(DOCS)),-docs)
+
+.PHONY: conformance-quick
+conformance-quick: build guest ## What the CRI requires of a runtime, of the same suites (as root; 15 minutes)
+	@$(suites) -suites critest -focus '\[Conformance\]' -out $(BIN)/conformance/quick
 
 .PHONY: bench
 bench: setup peers build guest ## Measure the budget table (as root)
