@@ -135,7 +135,8 @@ func (n *Node) makeNetns(ctx context.Context) error {
 func (n *Node) StartContainerd(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startBudget)
 	defer cancel()
-	if err := os.Symlink(filepath.Join(n.artifacts.Conformance, "containerd"), n.containerdPath()); err != nil && !errors.Is(err, fs.ErrExist) {
+	binary := filepath.Join(n.artifacts.Conformance, "containerd")
+	if err := os.Symlink(binary, n.containerdPath()); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
 	cmd := exec.Command("nsenter", "--net=/run/netns/"+n.Name, "--", n.containerdPath(), "--config", n.configPath())

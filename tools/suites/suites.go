@@ -80,7 +80,8 @@ func (w *worker) runSuite(ctx context.Context, runtime string, s suite) (_ *Suit
 	if err := os.MkdirAll(j.logs, 0o755); err != nil {
 		return nil, err
 	}
-	if j.node, err = harness.Start(ctx, harness.Options{Artifacts: w.artifacts, Handlers: []string{s.handler, harness.HandlerRunc}}); err != nil {
+	handlers := []string{s.handler, harness.HandlerRunc}
+	if j.node, err = harness.Start(ctx, harness.Options{Artifacts: w.artifacts, Handlers: handlers}); err != nil {
 		return nil, err
 	}
 	defer func() {
