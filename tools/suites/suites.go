@@ -198,7 +198,7 @@ func criIntegration(ctx context.Context, j *job) ([]Result, error) {
 func clientSuite(runtime string) func(context.Context, *job) ([]Result, error) {
 	return func(ctx context.Context, j *job) ([]Result, error) {
 		return j.goTests(ctx, "client-suite", []string{"TEST_RUNTIME=" + runtime, "TEST_SNAPSHOTTER=overlayfs"},
-			"-address", j.node.Socket, "-no-daemon", "-no-criu")
+			"-address", j.node.Socket, "-no-daemon", "-no-criu", "-test.root")
 	}
 }
 
@@ -211,6 +211,9 @@ func (j *job) goTests(ctx context.Context, binary string, env []string, args ...
 	out, err := list.Output()
 	if err != nil {
 		return nil, fmt.Errorf("%s -test.list: %w: %s", binary, err, complaint.String())
+	}
+	if !strings.Contains(string(out), "Test") {
+		return nil, fmt.Errorf("%s lists no tests: %s%s", binary, out, complaint.String())
 	}
 	chosen, err := chooser(j.focus, j.skip)
 	if err != nil {
