@@ -184,9 +184,8 @@ func criIntegration(ctx context.Context, j *job) ([]Result, error) {
 	if err != nil {
 		return nil, fmt.Errorf("crane digest: %w", err)
 	}
-	list := filepath.Join(j.node.Dir, "image-list.toml")
-	text := fmt.Sprintf("BusyBoxByDigest = 'ghcr.io/containerd/busybox@%s'\n", strings.TrimSpace(string(digest)))
-	if err := os.WriteFile(list, []byte(text), 0o644); err != nil {
+	list, err := j.imageList("BusyBoxByDigest = 'ghcr.io/containerd/busybox@" + strings.TrimSpace(string(digest)) + "'\n")
+	if err != nil {
 		return nil, err
 	}
 	return j.goTests(ctx, "cri-integration", nil,
@@ -197,9 +196,20 @@ func criIntegration(ctx context.Context, j *job) ([]Result, error) {
 // clientSuite runs containerd's integration suite of its client with a runtime.
 func clientSuite(runtime string) func(context.Context, *job) ([]Result, error) {
 	return func(ctx context.Context, j *job) ([]Result, error) {
+		// The suite pulls by itself, and not by containerd's CRI, which knows the registry.
+		list, err := j.imageList("Alpine = '" + registry + "/containerd/alpine:3.14.0'\nBusyBox = '" + registry + "/containerd/busybox:1.36'\n")
+		if err != nil {
+			return nil, err
+		}
 		return j.goTests(ctx, "client-suite", []string{"TEST_RUNTIME=" + runtime, "TEST_SNAPSHOTTER=overlayfs"},
-			"-address", j.node.Socket, "-no-daemon", "-no-criu", "-test.root")
+			"-address", j.node.Socket, "-no-daemon", "-no-criu", "-test.root", "-image-list", list)
 	}
+}
+
+// imageList writes a file that tells containerd's suites which images they have.
+func (j *job) imageList(text string) (string, error) {
+	path := filepath.Join(j.node.Dir, "image-list.toml")
+	return path, os.WriteFile(path, []byte(text), 0o644)
 }
 
 // goTests runs each test of a Go test binary in a process of its own: one that hangs costs its own time only.
