@@ -14,30 +14,43 @@ import (
 // Dial connects to an address (IP and port, no name) in the node's network namespace: to a pod, as another pod or a
 // node's process would. It fits http.Transport.DialContext.
 func (n *Node) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	return inNetns(n.Name, func() (net.Conn, error) { return (&net.Dialer{}).DialContext(ctx, network, address) })
+}
+
+// Listen listens on an address (IP and port, no name) in the node's network namespace.
+func (n *Node) Listen(network, address string) (net.Listener, error) {
+	return inNetns(n.Name, func() (net.Listener, error) { return net.Listen(network, address) })
+}
+
+// inNetns makes a socket in the network namespace of this name.
+func inNetns[T any](name string, socket func() (T, error)) (T, error) {
 	type result struct {
-		conn net.Conn
-		err  error
+		socket T
+		err    error
 	}
-	dialed := make(chan result, 1)
+	made := make(chan result, 1)
 	go func() {
 		// A socket belongs to the namespace of the thread that made it. The thread is not unlocked, so it ends with
 		// this goroutine and nothing else ever runs in the namespace by mistake.
 		runtime.LockOSThread()
-		conn, err := n.dialHere(ctx, network, address)
-		dialed <- result{conn, err}
+		var r result
+		if r.err = enterNetns(name); r.err == nil {
+			r.socket, r.err = socket()
+		}
+		made <- r
 	}()
-	r := <-dialed
-	return r.conn, r.err
+	r := <-made
+	return r.socket, r.err
 }
 
-func (n *Node) dialHere(ctx context.Context, network, address string) (net.Conn, error) {
-	ns, err := netns.GetFromName(n.Name)
+func enterNetns(name string) error {
+	ns, err := netns.GetFromName(name)
 	if err != nil {
-		return nil, fmt.Errorf("network namespace %s: %w", n.Name, err)
+		return fmt.Errorf("network namespace %s: %w", name, err)
 	}
 	defer ns.Close()
 	if err := netns.Set(ns); err != nil {
-		return nil, fmt.Errorf("entering network namespace %s: %w", n.Name, err)
+		return fmt.Errorf("entering network namespace %s: %w", name, err)
 	}
-	return (&net.Dialer{}).DialContext(ctx, network, address)
+	return nil
 }

@@ -97,7 +97,8 @@ func run(ctx context.Context) error {
 }
 
 // enterMountNamespace starts the program anew in a mount namespace of its own whose root is shared, as a node's root is
-// that systemd has started: specs about mount propagation ask for that, and nothing of the machine's is changed.
+// that systemd has started, since specs about mount propagation ask for that, and where registryNames are of the loopback
+// device. Nothing of the machine's is changed.
 func enterMountNamespace() error {
 	const inside = "CLOISTER_SUITES_MOUNT_NAMESPACE"
 	if os.Getenv(inside) != "" {
@@ -111,8 +112,16 @@ func enterMountNamespace() error {
 	if err != nil {
 		return err
 	}
-	line := append([]string{unshare, "--mount", "--propagation", "slave", "--", "sh", "-c", `mount --make-rshared / && exec "$@"`, "sh", self},
-		os.Args[1:]...)
+	hosts, err := os.CreateTemp("", "cloister-suites-hosts-")
+	if err != nil {
+		return err
+	}
+	defer hosts.Close()
+	if _, err := fmt.Fprintf(hosts, "127.0.0.1 localhost %s\n", strings.Join(registryNames, " ")); err != nil {
+		return err
+	}
+	const script = `mount --make-rshared / && mount --bind "$1" /etc/hosts && rm "$1" && shift && exec "$@"`
+	line := append([]string{unshare, "--mount", "--propagation", "slave", "--", "sh", "-c", script, "sh", hosts.Name(), self}, os.Args[1:]...)
 	return unix.Exec(unshare, line, append(os.Environ(), inside+"=yes"))
 }
 

@@ -184,8 +184,9 @@ func criIntegration(ctx context.Context, j *job) ([]Result, error) {
 	if err != nil {
 		return nil, fmt.Errorf("crane digest: %w", err)
 	}
-	list, err := j.imageList("BusyBoxByDigest = 'ghcr.io/containerd/busybox@" + strings.TrimSpace(string(digest)) + "'\n")
-	if err != nil {
+	list := filepath.Join(j.node.Dir, "image-list.toml")
+	text := fmt.Sprintf("BusyBoxByDigest = 'ghcr.io/containerd/busybox@%s'\n", strings.TrimSpace(string(digest)))
+	if err := os.WriteFile(list, []byte(text), 0o644); err != nil {
 		return nil, err
 	}
 	return j.goTests(ctx, "cri-integration", nil,
@@ -197,19 +198,15 @@ func criIntegration(ctx context.Context, j *job) ([]Result, error) {
 func clientSuite(runtime string) func(context.Context, *job) ([]Result, error) {
 	return func(ctx context.Context, j *job) ([]Result, error) {
 		// The suite pulls by itself, and not by containerd's CRI, which knows the registry.
-		list, err := j.imageList("Alpine = '" + registry + "/containerd/alpine:3.14.0'\nBusyBox = '" + registry + "/containerd/busybox:1.36'\n")
+		authority, stop, err := serveTLS(j.node)
 		if err != nil {
 			return nil, err
 		}
-		return j.goTests(ctx, "client-suite", []string{"TEST_RUNTIME=" + runtime, "TEST_SNAPSHOTTER=overlayfs"},
-			"-address", j.node.Socket, "-no-daemon", "-no-criu", "-test.root", "-image-list", list)
+		defer stop()
+		return j.goTests(ctx, "client-suite",
+			[]string{"TEST_RUNTIME=" + runtime, "TEST_SNAPSHOTTER=overlayfs", "SSL_CERT_FILE=" + authority},
+			"-address", j.node.Socket, "-no-daemon", "-no-criu", "-test.root")
 	}
-}
-
-// imageList writes a file that tells containerd's suites which images they have.
-func (j *job) imageList(text string) (string, error) {
-	path := filepath.Join(j.node.Dir, "image-list.toml")
-	return path, os.WriteFile(path, []byte(text), 0o644)
 }
 
 // goTests runs each test of a Go test binary in a process of its own: one that hangs costs its own time only.
@@ -306,9 +303,12 @@ func (j *job) clean(ctx context.Context) error {
 	}
 	const namespace = "testing" // the client suite's
 	ctr := func(args ...string) (string, error) {
-		out, err := j.node.Ctr(ctx, append([]string{"-n", namespace}, args...)...).CombinedOutput()
+		cmd := j.node.Ctr(ctx, append([]string{"-n", namespace}, args...)...)
+		var complaint bytes.Buffer // and warnings
+		cmd.Stderr = &complaint
+		out, err := cmd.Output()
 		if err != nil {
-			return "", fmt.Errorf("ctr %v: %w: %s", args, err, out)
+			return "", fmt.Errorf("ctr %v: %w: %s", args, err, complaint.String())
 		}
 		return string(out), nil
 	}
