@@ -165,7 +165,6 @@ func (w *worker) versions(ctx context.Context) map[string]string {
 		"runc":       {filepath.Join(w.artifacts.Conformance, "runc"), "--version"},
 		"QEMU":       {w.artifacts.QEMU, "--version"},
 		"cri-tools":  {filepath.Join(w.artifacts.Conformance, "crictl"), "--version"},
-		"host":       {"uname", "-r"},
 	} {
 		out, err := exec.CommandContext(ctx, line[0], line[1:]...).Output()
 		first, _, _ := strings.Cut(string(out), "\n")
