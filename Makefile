@@ -54,7 +54,7 @@ endef
 help: ## Show this help
 	@awk 'BEGIN { FS = ":.*## "; print "Cloister: every pod in its own micro-VM.\n\nusage: make TARGET" } \
 	  /^##@ / { print "\n" substr($$0, 5) ":" } \
-	  /^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\nVariables: KEEP=1 (run: keep the pod running), RUN=regexp (test, test-e2e: only these tests),\n'
 	@printf '           ARCH=s390x (build, guest, install: for IBM Z), COMPRESSION=zstd (guest: a smaller initrd),\n'
 	@printf '           PREFIX, DESTDIR, SYSCONFDIR (install), CLOISTER_CACHE (now $(CLOISTER_CACHE))\n'

@@ -78,7 +78,8 @@ func TestChurn(t *testing.T) {
 	}
 	t.Logf("CLOISTER_CHURN_PODS=%d CLOISTER_CHURN_AT_ONCE=%d CLOISTER_CHURN_SEED=%d", pods, atOnce, seed)
 
-	n := harness.ForTest(t, harness.Options{DropIn: os.Getenv("CLOISTER_E2E_DROPIN") + "[sizing]\ndefault_memory_mib = 256\n"})
+	n := harness.ForTest(t, harness.Options{DropIn: os.Getenv("CLOISTER_E2E_DROPIN")})
+	require.NoError(t, n.WriteDropIn("churn", "sizing.default_memory_mib = 256\n"))
 	ctx := t.Context()
 	// The first pod fills what is kept for all: the unpacked image, the layer's image, the kernel, containerd's heap.
 	require.NoError(t, churnPod(ctx, n, "churn-first", fate{victim: victimNone}))

@@ -30,7 +30,7 @@ func (p process) ours() bool {
 	}
 	for _, prefix := range []string{
 		"containerd", "runc", "qemu-system", "virtiofsd", "cloister", "mkfs.erofs", "ctr", "crictl", "nerdctl",
-		"bridge", "host-local", "loopback", "portmap", "firewall", "tuning",
+		"bridge", "host-local", "loopback", "portmap", "firewall", "tuning", "crane", "critest", "cri-integration", "client-suite",
 	} {
 		if strings.HasPrefix(p.exe, prefix) {
 			return true

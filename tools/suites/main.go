@@ -120,7 +120,9 @@ func enterMountNamespace() error {
 	if _, err := fmt.Fprintf(hosts, "127.0.0.1 localhost %s\n", strings.Join(registryNames, " ")); err != nil {
 		return err
 	}
-	const script = `mount --make-rshared / && mount --bind "$1" /etc/hosts && rm "$1" && shift && exec "$@"`
+	const script = `hosts=$1; shift
+mount --make-rshared / && mount --bind "$hosts" /etc/hosts; made=$?
+rm "$hosts" && [ $made = 0 ] && exec "$@"`
 	line := append([]string{unshare, "--mount", "--propagation", "slave", "--", "sh", "-c", script, "sh", hosts.Name(), self}, os.Args[1:]...)
 	return unix.Exec(unshare, line, append(os.Environ(), inside+"=yes"))
 }
