@@ -22,7 +22,8 @@ import (
 // TestVolumes is about volumes that are a pod's own, in an ordinary pod whose memory is smaller than what it writes.
 func TestVolumes(t *testing.T) {
 	n := sharedNode(t)
-	require.NoError(t, n.WriteDropIn("volumes", "[sizing]\ndefault_memory_mib = 256\nfree_page_reporting = true\n[scratch]\nsize_mib = 1024\n"))
+	const settings = "[sizing]\ndefault_memory_mib = 256\nfree_page_reporting = true\n[scratch]\nsize_mib = 1024\n"
+	require.NoError(t, n.WriteDropIn("volumes", settings))
 	cleanup(t, "the settings", func(context.Context) error { return n.RemoveDropIn("volumes") })
 	image := toolImage(t, n, hostArch(), "volumeprobe")
 	pod := runPod(t, n, harness.PodSpec{})
