@@ -30,7 +30,7 @@ func (c *Config) CheckFile(key, path, fix string) Faults {
 // error is of type Faults. Only pods with live host directories need it.
 func (c *Config) VirtiofsdPath() (string, error) {
 	return c.binary("hypervisor.virtiofsd", c.Hypervisor.Virtiofsd, "virtiofsd", []string{"/usr/libexec", "/usr/lib/qemu", "/usr/local/bin"},
-		"install virtiofsd (Debian 12: qemu-system-common, Debian 13: virtiofsd) or set the key")
+		"install virtiofsd (Debian 13: virtiofsd; Debian 12: qemu-system-common, without supplementary groups) or set the key")
 }
 
 func (c *Config) binary(key, path, name string, places []string, fix string) (string, error) {

@@ -1282,7 +1282,15 @@ type SharedPath struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Tag   string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
 	// One path element below the virtio-fs root.
-	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// A part of it: a clean relative path, at most 4096 bytes, followed without links. Empty: the whole. Since 2.2.
+	Path string `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
+	// The inode number that is there, or 0: a container of the pod may have put something else in its place. Since 2.2.
+	Inode uint64 `protobuf:"varint,4,opt,name=inode,proto3" json:"inode,omitempty"`
+	// Directories in it, as path, on which the host has mounted more; those above others first. The guest's kernel makes a mount of
+	// each when it is first looked into: done at once, they are the same for all containers. At most 1024, with 256 KiB of
+	// paths. Since 2.2.
+	Submounts     []string `protobuf:"bytes,5,rep,name=submounts,proto3" json:"submounts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1329,6 +1337,27 @@ func (x *SharedPath) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *SharedPath) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SharedPath) GetInode() uint64 {
+	if x != nil {
+		return x.Inode
+	}
+	return 0
+}
+
+func (x *SharedPath) GetSubmounts() []string {
+	if x != nil {
+		return x.Submounts
+	}
+	return nil
 }
 
 // PodVolume is a volume that PutVolume filled, or one file of it. Read-only in containers.
@@ -3662,11 +3691,14 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\acontent\x18\x01 \x01(\fR\acontent\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\rR\x03uid\x12\x10\n" +
-	"\x03gid\x18\x04 \x01(\rR\x03gid\"2\n" +
+	"\x03gid\x18\x04 \x01(\rR\x03gid\"z\n" +
 	"\n" +
 	"SharedPath\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"3\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x03 \x01(\tR\x04path\x12\x14\n" +
+	"\x05inode\x18\x04 \x01(\x04R\x05inode\x12\x1c\n" +
+	"\tsubmounts\x18\x05 \x03(\tR\tsubmounts\"3\n" +
 	"\tPodVolume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\"\xa6\x01\n" +

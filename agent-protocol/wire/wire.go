@@ -14,7 +14,7 @@ import (
 // connection to the agent begins with the launch's Token.
 const (
 	Major = 2
-	Minor = 1
+	Minor = 2
 )
 
 // What a confidential guest is told by its launch. ParamTEE is on the kernel's command line, which is measured: it names
@@ -77,6 +77,11 @@ const (
 	MaxLayers = 500
 	// MaxMounts bounds the mounts of a container.
 	MaxMounts = 1024
+	// MaxSharedPath bounds a path in a shared directory, MaxSubmounts the mounts told of one and MaxSubmountPaths the sum of their paths,
+	// bytes.
+	MaxSharedPath    = 4096
+	MaxSubmounts     = 1024
+	MaxSubmountPaths = 256 << 10
 	// MaxPendingStreams bounds connected streams that no process has claimed yet.
 	MaxPendingStreams = 1024
 )

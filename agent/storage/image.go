@@ -150,7 +150,7 @@ func (s *Store) releaseImage(im *image) (released []string, err error) {
 	s.mu.Unlock()
 
 	// It is mounted: while it is being mounted the one who mounts is a user too.
-	if err = unmount(im.path); err == nil {
+	if err = unmount(im.path, 0); err == nil {
 		err = os.Remove(im.path)
 	}
 

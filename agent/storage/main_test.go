@@ -94,7 +94,7 @@ func newStore(t *testing.T) (*Store, *fakeDisks) {
 		require.Empty(t, below(t, root, "layers"), "directories of layers are left")
 		_ = unix.Unmount(s.shmPath(), 0)
 		for _, sc := range s.scratch {
-			require.NoError(t, unmount(sc.path)) // no mount: it was on the scratch disk
+			require.NoError(t, unmount(sc.path, 0)) // no mount: it was on the scratch disk
 		}
 		require.NoError(t, unix.Unmount(root, 0), "mounts are left")
 	})

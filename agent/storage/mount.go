@@ -100,7 +100,7 @@ func attach(mnt int, target string) error {
 	}
 	// It became shared by its place.
 	if err := unix.MountSetattr(mnt, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Propagation: unix.MS_PRIVATE}); err != nil {
-		return errors.Join(fmt.Errorf("make it private: %w", err), unmount(target))
+		return errors.Join(fmt.Errorf("make it private: %w", err), unmount(target, 0))
 	}
 	return nil
 }
@@ -120,9 +120,9 @@ func kernelMessages(fs int) string {
 	return strings.Join(out, "; ")
 }
 
-// unmount takes the topmost mount from path. It is no error if there is none.
-func unmount(path string) error {
-	err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
+// unmount takes the topmost mount from path, with those in it if the flags have MNT_DETACH. It is no error if there is none.
+func unmount(path string, flags int) error {
+	err := unix.Unmount(path, flags|unix.UMOUNT_NOFOLLOW)
 	if err == nil || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
 		return nil
 	}

@@ -61,8 +61,10 @@ func checkMounts(mounts []*agentv1.Mount) error {
 		case *agentv1.Mount_File:
 			copies += len(source.File.GetContent())
 			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()), checkFile(source.File))
-		case *agentv1.Mount_PodShm, *agentv1.Mount_Shared:
+		case *agentv1.Mount_PodShm:
 			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()))
+		case *agentv1.Mount_Shared:
+			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()), checkShared(source.Shared))
 		case *agentv1.Mount_Volume:
 			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()), checkPodVolume(source.Volume))
 		case *agentv1.Mount_Scratch:

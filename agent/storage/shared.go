@@ -67,6 +67,33 @@ func (s *Store) release(e *entry) error {
 	return nil
 }
 
+// checkShared checks all that can be told from the request alone.
+func checkShared(p *agentv1.SharedPath) error {
+	paths := p.GetSubmounts()
+	if len(paths) > wire.MaxSubmounts {
+		return fmt.Errorf("%d mounts in a shared directory, the limit is %d: %w", len(paths), wire.MaxSubmounts, errdefs.ErrInvalidArgument)
+	}
+	sum := 0
+	for _, path := range paths {
+		sum += len(path)
+	}
+	if sum > wire.MaxSubmountPaths {
+		return fmt.Errorf("%d bytes of paths of mounts in a shared directory, the limit is %d: %w", sum, wire.MaxSubmountPaths,
+			errdefs.ErrInvalidArgument)
+	}
+	if p.GetPath() != "" {
+		paths = append([]string{p.GetPath()}, paths...)
+	}
+	for _, path := range paths {
+		if path == "." || len(path) > wire.MaxSharedPath || strings.ContainsRune(path, 0) || !filepath.IsLocal(path) ||
+			filepath.Clean(path) != path {
+			return fmt.Errorf("path %.80q in a shared directory is not a clean relative one of at most %d bytes: %w", path, wire.MaxSharedPath,
+				errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
 // MountShared mounts the virtio-fs device with the tag; containers' SharedPath mounts then find it. It waits for the
 // device until ctx ends. A device that is mounted already stays so.
 func (s *Store) MountShared(ctx context.Context, tag string) error {
@@ -173,11 +200,17 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 	}
 	defer unix.Close(dir)
 	c.done = append(c.done, step{entry: s.use(sh, p.GetName())})
-	fd, err := openEntry(dir, p.GetName())
+	fd, err := openShared(dir, p)
 	if err != nil {
-		return "", fmt.Errorf("open %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
+		return "", fmt.Errorf("open %s in shared directory %s: %w", filepath.Join(p.GetName(), p.GetPath()), p.GetTag(), err)
 	}
 	defer unix.Close(fd)
+	// What is not there any more need not be mounted.
+	for _, path := range p.GetSubmounts() {
+		if below, err := openDirectory(fd, path); err == nil {
+			unix.Close(below)
+		}
+	}
 	place, err := c.bindOpened(fmt.Sprintf("s%d", index), fd)
 	if err != nil {
 		return "", fmt.Errorf("bind %s in shared directory %s: %w", p.GetName(), p.GetTag(), err)
@@ -185,23 +218,55 @@ func (s *Store) bindShared(c *container, index int, p *agentv1.SharedPath) (stri
 	return place, nil
 }
 
-// openEntry opens an entry of a share. A directory is opened as one, so that the kernel makes the mount that it is here and now:
-// made in the bind mounts of containers, each would be a file system of its own.
-func openEntry(dir int, name string) (int, error) {
-	how := unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+// openShared opens an entry of a share, or a part of it.
+func openShared(dir int, p *agentv1.SharedPath) (int, error) {
+	fd, err := openDirectory(dir, p.GetName())
+	if errors.Is(err, unix.ENOTDIR) && p.GetPath() == "" {
+		fd, err = openFile(dir, p.GetName(), unix.RESOLVE_NO_XDEV)
 	}
-	fd, err := unix.Openat2(dir, name, &how)
-	if !errors.Is(err, unix.ENOTDIR) {
-		return fd, err
+	if err != nil {
+		return -1, err
 	}
-	how.Flags &^= unix.O_DIRECTORY
-	how.Resolve |= unix.RESOLVE_NO_XDEV
-	return unix.Openat2(dir, name, &how)
+	if p.GetPath() != "" {
+		defer unix.Close(fd)
+		entry := fd
+		// Containers may change what is on the way, and no link of theirs is followed.
+		if fd, err = openDirectory(entry, p.GetPath()); errors.Is(err, unix.ENOTDIR) {
+			fd, err = openFile(entry, p.GetPath(), 0)
+		}
+		if err != nil {
+			return -1, err
+		}
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && p.GetInode() != 0 && st.Ino != p.GetInode() {
+		err = fmt.Errorf("something else has been put in its place (inode %d, not %d): %w", st.Ino, p.GetInode(), errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
 }
 
-// bindOpened bind mounts a file or directory that was opened (O_PATH) to a place of the container's and returns that place.
+// openDirectory opens a directory in a share as one, so that the kernel makes the mount that it is here and now: made in the bind
+// mounts of containers, each would be a file system of its own.
+func openDirectory(dir int, path string) (int, error) {
+	return unix.Openat2(dir, path, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+}
+
+// openFile opens what is no directory.
+func openFile(dir int, path string, resolve uint64) (int, error) {
+	return unix.Openat2(dir, path, &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | resolve,
+	})
+}
+
+// bindOpened bind mounts a file or directory that was opened (O_PATH), with the mounts in it, to a place of the container's and returns that place.
 func (c *container) bindOpened(name string, fd int) (string, error) {
 	var stat unix.Stat_t
 	if err := unix.Fstat(fd, &stat); err != nil {
@@ -221,7 +286,7 @@ func (c *container) bindOpened(name string, fd int) (string, error) {
 		return "", err
 	}
 	c.done = append(c.done, step{path: place})
-	tree, err := unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
+	tree, err := unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH|unix.AT_RECURSIVE)
 	if err != nil {
 		return "", err
 	}
@@ -229,6 +294,6 @@ func (c *container) bindOpened(name string, fd int) (string, error) {
 	if err := attach(tree, place); err != nil {
 		return "", fmt.Errorf("to %s: %w", place, err)
 	}
-	c.done = append(c.done, step{mount: place})
+	c.done = append(c.done, step{mounts: place})
 	return place, nil
 }

@@ -146,11 +146,12 @@ type container struct {
 	done []step
 }
 
-// step is something to take back: a mount, a path, a tree of the scratch disk, or the use of an image or of a share's entry.
+// step is something to take back: a mount, one with those in it, a path, a tree of the scratch disk, or the use of an image or of a
+// share's entry.
 type step struct {
-	mount, path, tree string
-	image             *image
-	entry             *entry
+	mount, mounts, path, tree string
+	image                     *image
+	entry                     *entry
 }
 
 // enter takes the container's turn, making it if there is none. The caller must call leave.
@@ -246,7 +247,9 @@ func (s *Store) undo(c *container, keep int) (released []string, err error) {
 		last := c.done[len(c.done)-1]
 		switch {
 		case last.mount != "":
-			err = unmount(last.mount)
+			err = unmount(last.mount, 0)
+		case last.mounts != "":
+			err = unmount(last.mounts, unix.MNT_DETACH)
 		case last.image != nil:
 			var serials []string
 			serials, err = s.releaseImage(last.image)

@@ -13,6 +13,7 @@ import (
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
 	"github.com/cloister-project/cloister/virtcontainers/dryrun/manifest"
+	"github.com/cloister-project/cloister/virtcontainers/share"
 	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 )
 
@@ -52,7 +53,7 @@ func checkPlatform(ctx context.Context, node *configs.Config, name tee.Name) Pla
 	add(found...)
 	add(checkVsock(plan))
 	if plan.Sharing().Live() {
-		add(checkVirtiofsd(cfg)...)
+		add(checkVirtiofsd(ctx, cfg)...)
 	}
 	for _, f := range host {
 		add(Finding{What: f.What, Result: result(f.Result), Detail: oneLine(f.Detail), Fix: f.Fix})
@@ -163,10 +164,17 @@ func checkVsock(plan *vmplan.Plan) Finding {
 	return Finding{What: "vsock", Result: Good, Detail: "the shim's own vhost-user device"}
 }
 
-func checkVirtiofsd(cfg *configs.Config) []Finding {
-	_, err := cfg.VirtiofsdPath()
+func checkVirtiofsd(ctx context.Context, cfg *configs.Config) []Finding {
+	path, err := cfg.VirtiofsdPath()
+	var shortcoming string
 	if err == nil {
+		shortcoming, err = share.Shortcoming(ctx, path)
+	}
+	switch {
+	case err == nil && shortcoming == "":
 		return []Finding{{What: "virtiofsd", Result: Good}}
+	case err == nil:
+		return []Finding{{What: "virtiofsd", Result: Note, Detail: path + ": " + shortcoming}}
 	}
 	found := faults("virtiofsd", err)
 	for i := range found {

@@ -80,10 +80,10 @@ func (s *Set) Attach(ctx context.Context, all []Mount, undo func(step func(conte
 			return nil, fault
 		}
 		reasons = append(reasons, more...)
-		if made != nil {
-			copied += len(made.GetFile().GetContent())
-			out = append(out, made)
+		for _, mount := range made {
+			copied += len(mount.GetFile().GetContent())
 		}
+		out = append(out, made...)
 	}
 	if copied > wire.MaxFileCopies {
 		reasons = append(reasons, fmt.Sprintf("%d bytes of files to copy; the limit is %d", copied, wire.MaxFileCopies))
@@ -94,8 +94,8 @@ func (s *Set) Attach(ctx context.Context, all []Mount, undo func(step func(conte
 	return out, nil
 }
 
-// attach makes one mount; nil if nothing is to be mounted.
-func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.Context))) (*agentv1.Mount, error) {
+// attach makes what one mount needs: nothing, if nothing is to be mounted, or more than one mount of the guest's, in order.
+func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.Context))) ([]*agentv1.Mount, error) {
 	g := &agentv1.Mount{Destination: m.Destination, Options: m.Options}
 	var err error
 	switch m.Kind {
@@ -108,18 +108,16 @@ func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.C
 	case PodFile:
 		g.Source, err = file(s.cfg.Files.file(m))
 	case Live:
-		g.Source, err = s.live(ctx, m, undo)
+		return s.live(ctx, m, undo)
 	case Copied:
 		g.Options = readOnly(m.Options)
 		if g.Source, err = s.copied(ctx, m); s.orLive(ctx, m, err) {
-			g.Options = m.Options
-			g.Source, err = s.live(ctx, m, undo)
+			return s.live(ctx, m, undo)
 		}
 	case Part:
 		g.Options = readOnly(m.Options)
 		if err = s.part(ctx, m, g); s.orLive(ctx, m, err) {
-			g.Options = m.Options
-			g.Source, err = s.live(ctx, m, undo)
+			return s.live(ctx, m, undo)
 		}
 	case Scratch:
 		g.Source, err = s.scratch(m)
@@ -127,14 +125,14 @@ func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.C
 		log.G(ctx).Infof("what the container writes to %s stays in the VM: its termination message is empty", m.Destination)
 		g.Source, err = file(emptyCopy(m))
 	case ImageVolume:
-		return imageVolume(m, g)
+		g, err = imageVolume(m, g)
 	default:
 		return nil, refused("%s", m.Reason)
 	}
-	if err != nil {
+	if err != nil || g == nil {
 		return nil, err
 	}
-	return g, nil
+	return []*agentv1.Mount{g}, nil
 }
 
 // orLive reports whether a volume that cannot be copied is shared instead.

@@ -5,7 +5,7 @@ package mounts
 import (
 	"context"
 	"fmt"
-	"slices"
+	"path/filepath"
 	"time"
 
 	"github.com/containerd/log"
@@ -18,8 +18,9 @@ import (
 // shareTag is the virtio-fs tag of the pod's one shared directory.
 const shareTag = "cloister"
 
-// live puts a directory or file of the host into the pod's virtio-fs share, which is made with the first one.
-func (s *Set) live(ctx context.Context, m Mount, undo func(step func(context.Context))) (*agentv1.Mount_Shared, error) {
+// live puts a directory or file of the host into the pod's virtio-fs share, which is made with the first one. What comes after the
+// first are parts of it that are shared by themselves already, to be mounted on it.
+func (s *Set) live(ctx context.Context, m Mount, undo func(step func(context.Context))) ([]*agentv1.Mount, error) {
 	if err := shareable(m); err != nil {
 		return nil, err
 	}
@@ -27,16 +28,42 @@ func (s *Set) live(ctx context.Context, m Mount, undo func(step func(context.Con
 	if err != nil {
 		return nil, fmt.Errorf("share %s with the guest: %w", m.Source, err)
 	}
-	name, err := sh.Add(ctx, m.Source, slices.ContainsFunc(m.Options, isReadOnly))
+	place, err := sh.Add(ctx, m.Source, access(m.Options))
 	if err != nil {
 		return nil, fmt.Errorf("share %s with the guest: %w", m.Source, err)
 	}
 	undo(func(ctx context.Context) {
-		if err := sh.Remove(ctx, name); err != nil {
+		if err := sh.Remove(ctx, place); err != nil {
 			log.G(ctx).WithError(err).WithField("path", m.Source).Debug("take a directory out of the share")
 		}
 	})
-	return &agentv1.Mount_Shared{Shared: &agentv1.SharedPath{Tag: shareTag, Name: name}}, nil
+	all := []*agentv1.Mount{sharedMount(m.Destination, m.Options, place)}
+	for _, in := range place.Inside {
+		all = append(all, sharedMount(filepath.Join(m.Destination, in.Path), m.Options, in.Place))
+	}
+	return all, nil
+}
+
+func sharedMount(destination string, options []string, p share.Place) *agentv1.Mount {
+	return &agentv1.Mount{Destination: destination, Options: options, Source: &agentv1.Mount_Shared{Shared: &agentv1.SharedPath{
+		Tag: shareTag, Name: p.Name, Path: p.Path, Inode: p.Inode, Submounts: p.Submounts,
+	}}}
+}
+
+// access is what a mount's options ask for; as everywhere the last one counts.
+func access(options []string) share.Access {
+	a := share.Writable
+	for _, o := range options {
+		switch o {
+		case "rw", "rrw":
+			a = share.Writable
+		case "ro":
+			a = share.ReadOnly
+		case "rro":
+			a = share.RecursiveReadOnly
+		}
+	}
+	return a
 }
 
 // sharing starts virtiofsd and plugs the device in, once a pod. Other containers wait meanwhile; one that fails leaves

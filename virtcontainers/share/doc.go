@@ -15,11 +15,19 @@
 // virtiofsd is the first process of a PID namespace and dies with the thread (PDEATHSIG), thus with this process, however that ends.
 // The served root itself is read-only.
 //
-// A share is a copy of the host's mounts at a path (open_tree), with all that is mounted below. One object of the host is one
-// share, by whatever paths it is asked for, so that it is one object in the guest, too; or two, if it is asked for read-only and
-// writable. What the host mounts or unmounts below it
-// later does not show: a guest keeps open what it has seen, so that the host could not unmount what it mounted. Unmounting a shared
-// directory on the host works at once; its filesystem stays busy until Remove, and until the guest has let go of open files.
+// A share is a copy of the host's mounts at a path (open_tree), with all that is mounted below. What the host mounts or unmounts
+// below it later does not show: a guest keeps open what it has seen, so that the host could not unmount what it mounted. Unmounting
+// a shared directory on the host works at once; its filesystem stays busy until Remove, and until the guest has let go of open files.
+//
+// # One object of the host is one in the guest
+//
+// The guest tells objects apart by the mount in which virtiofsd finds them. So what is asked for a second time, under whatever path,
+// or lies in what is shared already, is found there: by the file system and the path in it, or by the path on the host, and looked up
+// to be sure. What contains something that was shared before it is told with it, for the guest to mount the one in the other. What was
+// shared read-only becomes writable when it is asked for so, and stays so; a guest that is given more than was asked for withholds
+// the rest. Two objects remain: what has other mounts in it than when it was shared first; what was shared recursively read-only with
+// mounts in it, and is then to be written; and a part that is to be written of what was only to be read, since the guest must not get
+// at all of it for that.
 //
 // Nothing is cached in the guest beyond what it revalidates on each use: changes on either side show at once on the other. Only
 // pages that the guest has mapped to memory can be behind, and (with the program in C) a file that the guest keeps open while the

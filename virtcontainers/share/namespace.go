@@ -6,14 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -184,81 +181,6 @@ func (n *namespace) unlink(name string, isDir bool) error {
 	}
 	if err := unix.Unlinkat(n.rw, name, flags); err != nil {
 		return fmt.Errorf("remove a mount point: %w", err)
-	}
-	return nil
-}
-
-// object is what tells one thing of the host's from all others that are shared.
-type object struct {
-	device, inode uint64
-	// readonly: as it is shared. virtiofsd has a copy of the mount, so that it cannot become writable later.
-	readonly bool
-	// tree is the path of a tree with further mounts in it: what is mounted there depends on the path.
-	tree string
-
-	isDir bool
-}
-
-// cloneTree copies the mounts at and below a path of the host, not attached anywhere. Closing the descriptor removes them.
-func cloneTree(path string, readonly bool) (fd int, o object, err error) {
-	fd, err = unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.AT_RECURSIVE|unix.OPEN_TREE_CLOEXEC)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-		return -1, o, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
-	}
-	if err != nil {
-		return -1, o, fmt.Errorf("open_tree: %w", err)
-	}
-	if o, err = identify(fd, path, readonly); err == nil {
-		err = restrictTree(fd, readonly)
-	}
-	if err != nil {
-		unix.Close(fd)
-		return -1, object{}, err
-	}
-	return fd, o, nil
-}
-
-// identify tells what a copy is of.
-func identify(fd int, path string, readonly bool) (object, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return object{}, err
-	}
-	kind := st.Mode & unix.S_IFMT
-	if kind != unix.S_IFDIR && kind != unix.S_IFREG {
-		return object{}, fmt.Errorf("only directories and regular files can be shared with a VM, not a socket, pipe or device: %w",
-			errdefs.ErrNotImplemented)
-	}
-	o := object{device: st.Dev, inode: st.Ino, readonly: readonly, isDir: kind == unix.S_IFDIR}
-	if !o.isDir {
-		return o, nil
-	}
-	resolved, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return object{}, err
-	}
-	below, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-		inside := strings.HasPrefix(m.Mountpoint, strings.TrimSuffix(resolved, "/")+"/")
-		return !inside, inside
-	})
-	if err != nil {
-		return object{}, fmt.Errorf("mounts of the host: %w", err)
-	}
-	if len(below) > 0 {
-		o.tree = resolved
-	}
-	return o, nil
-}
-
-func restrictTree(fd int, readonly bool) error {
-	// Nothing that happens here shows on the host, and nothing that the host mounts or unmounts later shows here: the guest
-	// keeps what it knows open, and a mount that came from the host could not be unmounted there.
-	attr := unix.MountAttr{Propagation: unix.MS_PRIVATE}
-	if readonly {
-		attr.Attr_set = unix.MOUNT_ATTR_RDONLY
-	}
-	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
-		return fmt.Errorf("mount_setattr (needs Linux 5.12): %w", err)
 	}
 	return nil
 }

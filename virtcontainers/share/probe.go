@@ -36,6 +36,8 @@ type features struct {
 	AnnounceSubmounts bool `json:"announce_submounts,omitempty"`
 	// RlimitNofile: --rlimit-nofile is known.
 	RlimitNofile bool `json:"rlimit_nofile,omitempty"`
+	// PosixACL: access control lists can be had.
+	PosixACL bool `json:"posix_acl,omitempty"`
 }
 
 const (
@@ -55,7 +57,7 @@ func probe(ctx context.Context, binary, cacheDir string) (features, error) {
 	}
 	cache := ""
 	if cacheDir != "" {
-		id := sha256.Sum256(fmt.Appendf(nil, "1\x00%s\x00%d:%d:%d:%d.%d", binary, st.Dev, st.Ino, st.Size, st.Mtim.Sec, st.Mtim.Nsec))
+		id := sha256.Sum256(fmt.Appendf(nil, "2\x00%s\x00%d:%d:%d:%d.%d", binary, st.Dev, st.Ino, st.Size, st.Mtim.Sec, st.Mtim.Nsec))
 		cache = filepath.Join(cacheDir, fmt.Sprintf("virtiofsd-%x.json", id[:16]))
 		if f, ok := readProbe(cache); ok {
 			return f, nil
@@ -79,12 +81,31 @@ func probe(ctx context.Context, binary, cacheDir string) (features, error) {
 	return f, nil
 }
 
+// Shortcoming says what a virtiofsd cannot do that containers expect, and what to do about it; empty if there is nothing. binary is an
+// absolute path. Errors: those of Start.
+func Shortcoming(ctx context.Context, binary string) (string, error) {
+	f, err := probe(ctx, binary, "")
+	if err != nil {
+		return "", err
+	}
+	return f.shortcoming(), nil
+}
+
+func (f features) shortcoming() string {
+	if f.Variant == variantC {
+		return "it is the one of QEMU 7 in C, which does not know supplementary groups: where a process may create files by one of them " +
+			"alone (fsGroup), it is told \"Permission denied\"; install the one in Rust (Debian 13: virtiofsd) or set hypervisor.virtiofsd to it"
+	}
+	return ""
+}
+
 func parseHelp(help string) (features, error) {
 	has := func(s string) bool { return strings.Contains(help, s) }
 	f := features{
 		AllowMmap:         has("--allow-mmap"),
 		AnnounceSubmounts: has("announce_submounts") || has("--announce-submounts"),
 		RlimitNofile:      has("--rlimit-nofile"),
+		PosixACL:          has("posix_acl") || has("--posix-acl"),
 	}
 	switch {
 	case has("--shared-dir") && has("--sandbox") && has("--fd"):
@@ -139,6 +160,9 @@ func (f features) arguments(dir string, fd int, nofile uint64) []string {
 		if f.AnnounceSubmounts {
 			options += ",announce_submounts"
 		}
+		if f.PosixACL {
+			options += ",posix_acl"
+		}
 		args = []string{"-f", fmt.Sprintf("--fd=%d", fd), "-o", options}
 	case variantRust:
 		args = []string{fmt.Sprintf("--fd=%d", fd), "--shared-dir=" + dir, "--sandbox=namespace", "--xattr", "--log-level=warn"}
@@ -149,6 +173,9 @@ func (f features) arguments(dir string, fd int, nofile uint64) []string {
 		}
 		if f.AnnounceSubmounts {
 			args = append(args, "--announce-submounts")
+		}
+		if f.PosixACL {
+			args = append(args, "--posix-acl")
 		}
 	}
 	if f.RlimitNofile && nofile > 0 {

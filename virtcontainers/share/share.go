@@ -4,8 +4,6 @@ package share
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -23,8 +21,7 @@ import (
 
 const (
 	socketName    = "virtiofs.sock"
-	maxSocketPath = 107  // of a Unix socket, in bytes
-	maxShares     = 4096 // at a time
+	maxSocketPath = 107 // of a Unix socket, in bytes
 	maxLogged     = 8 << 10
 )
 
@@ -42,20 +39,13 @@ type Config struct {
 type Share struct {
 	socket string
 	ns     *namespace
+	served string // the served root's path in the mount namespace that virtiofsd starts in
 	cmd    *exec.Cmd
 	done   chan struct{} // closed when virtiofsd has ended and err is set
 	err    error
 	output *tail
 
-	// Used on the namespace's thread only.
-	byName   map[string]*entry
-	byObject map[object]string
-}
-
-// entry is something that is shared.
-type entry struct {
-	object
-	users int
+	entries map[string]*entry // by name; used on the namespace's thread only
 }
 
 // Start runs virtiofsd with nothing shared. It accepts one connection, from the VMM, on Socket. The caller has to Close the Share.
@@ -78,14 +68,14 @@ func Start(ctx context.Context, c Config) (*Share, error) {
 	}
 	defer listener.Close() // virtiofsd has its own
 	s := &Share{
-		socket: socket, done: make(chan struct{}), output: &tail{max: maxLogged},
-		byName: map[string]*entry{}, byObject: map[object]string{},
+		socket: socket, done: make(chan struct{}), output: &tail{max: maxLogged}, entries: map[string]*entry{},
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, errors.Join(err, os.Remove(socket))
 	}
 	s.ns, err = newNamespace(ctx, c.StateDir, func(served string) error {
+		s.served = served
 		s.cmd = exec.Command(c.Virtiofsd, f.arguments(served, 3, maxFiles())...)
 		s.cmd.Dir = "/"
 		s.cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -112,6 +102,9 @@ func Start(ctx context.Context, c Config) (*Share, error) {
 		return nil, errors.Join(err, os.Remove(socket))
 	}
 	logger := log.G(context.WithoutCancel(ctx)).WithField("virtiofsd", s.cmd.Process.Pid)
+	if fault := f.shortcoming(); fault != "" {
+		logger.WithField("program", c.Virtiofsd).Warnf("virtiofsd, which serves the host's directories: %s", fault)
+	}
 	go func() {
 		defer close(s.done)
 		_, _ = io.Copy(s.output, r) // until all of its processes are gone
@@ -170,80 +163,6 @@ func (s *Share) Err() error {
 	default:
 		return nil
 	}
-}
-
-// Add shares a directory or regular file of the host, with what is mounted below. It appears in the root of the filesystem, at once,
-// under the name returned: 32 hex digits. What is shared already, under whatever path, has the name that it has, so that it is
-// one object in the guest: one that is read-only, and one that is not, where both are asked for. Links in hostPath are followed. A
-// path that the host replaces later (by a rename over it) stays what it was.
-//
-// Errors: errdefs.ErrNotFound if the path does not exist, errdefs.ErrNotImplemented for sockets and devices,
-// errdefs.ErrUnavailable if virtiofsd has ended.
-func (s *Share) Add(ctx context.Context, hostPath string, readonly bool) (name string, err error) {
-	if !filepath.IsAbs(hostPath) {
-		return "", fmt.Errorf("share %q: not an absolute path: %w", hostPath, errdefs.ErrInvalidArgument)
-	}
-	if err := s.Err(); err != nil {
-		return "", fmt.Errorf("share %s: %w", hostPath, err)
-	}
-	tree, o, err := cloneTree(hostPath, readonly)
-	if err != nil {
-		return "", fmt.Errorf("share %s: %w", hostPath, err)
-	}
-	defer unix.Close(tree) // removes the copy unless it is attached
-	err = s.ns.do(ctx, func() error {
-		name, err = s.attach(tree, o)
-		return err
-	})
-	if err != nil {
-		return "", fmt.Errorf("share %s: %w", hostPath, err)
-	}
-	return name, nil
-}
-
-// attach runs on the namespace's thread, as all that uses the table of shares does.
-func (s *Share) attach(tree int, o object) (string, error) {
-	if name := s.byObject[o]; name != "" {
-		s.byName[name].users++
-		return name, nil
-	}
-	if len(s.byName) >= maxShares {
-		return "", fmt.Errorf("%d directories are shared already: %w", maxShares, errdefs.ErrResourceExhausted)
-	}
-	var id [16]byte
-	_, _ = rand.Read(id[:]) // never fails, see crypto/rand
-	name := hex.EncodeToString(id[:])
-	if err := s.ns.attach(tree, name, o.isDir); err != nil {
-		return "", err
-	}
-	s.byName[name] = &entry{object: o, users: 1}
-	s.byObject[o] = name
-	return name, nil
-}
-
-// Remove ends one use of what Add called name; the last one ends its sharing. Files that the guest has open stay open until it
-// closes them.
-func (s *Share) Remove(ctx context.Context, name string) error {
-	err := s.ns.do(ctx, func() error {
-		e := s.byName[name]
-		if e == nil {
-			return errdefs.ErrNotFound
-		}
-		if e.users > 1 {
-			e.users--
-			return nil
-		}
-		if err := s.ns.detach(name, e.isDir); err != nil {
-			return err
-		}
-		delete(s.byName, name)
-		delete(s.byObject, e.object)
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("end share %s: %w", name, err)
-	}
-	return nil
 }
 
 // Close kills virtiofsd, waits for its end and removes the socket. All shares are gone then. It can be repeated.

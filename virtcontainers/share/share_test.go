@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -34,10 +35,11 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// daemons are the virtiofsd programs to test with: CLOISTER_TEST_VIRTIOFSD, separated by colons, or what is installed.
+// daemons are the virtiofsd programs to test with: CLOISTER_TEST_VIRTIOFSD and CLOISTER_TEST_VIRTIOFSD_C, or what is installed.
 func daemons(t *testing.T) []string {
 	t.Helper()
-	list := filepath.SplitList(os.Getenv("CLOISTER_TEST_VIRTIOFSD"))
+	list := slices.DeleteFunc([]string{os.Getenv("CLOISTER_TEST_VIRTIOFSD"), os.Getenv("CLOISTER_TEST_VIRTIOFSD_C")},
+		func(path string) bool { return path == "" })
 	if len(list) == 0 {
 		for _, path := range []string{"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"} {
 			if _, err := os.Stat(path); err == nil {
@@ -125,8 +127,13 @@ func TestNamespace(t *testing.T) {
 		}))
 		return result
 	}
-	add := func(name, path string, readonly bool) {
-		tree, o, err := cloneTree(path, readonly)
+	add := func(name, path string, access Access) {
+		fd, err := open(path)
+		must(t, err)
+		defer unix.Close(fd)
+		o, err := look(fd)
+		must(t, err)
+		tree, err := cloneTree(fd, access)
 		must(t, err)
 		defer unix.Close(tree)
 		must(t, n.do(ctx, func() error { return n.attach(tree, name, o.isDir) }))
@@ -146,9 +153,9 @@ func TestNamespace(t *testing.T) {
 			return err
 		}))
 	})
-	add("rw", host, false)
-	add("ro", host, true)
-	add("one", filepath.Join(host, "file"), false)
+	add("rw", host, Writable)
+	add("ro", host, ReadOnly)
+	add("one", filepath.Join(host, "file"), Writable)
 	require.Equal(t, "contents", in("rw/file"))
 	require.Equal(t, "contents", in("ro/file"))
 	require.Equal(t, "contents", in("one"))
@@ -163,9 +170,13 @@ func TestNamespace(t *testing.T) {
 		must(t, os.WriteFile(filepath.Join(sub, "inner"), []byte("later"), 0o644))
 		require.Equal(t, unix.ENOENT.Error(), in("rw/sub/inner"), "later ones do not show")
 		require.Equal(t, unix.ENOENT.Error(), in("ro/sub/inner"))
-		add("later", host, true)
+		add("later", host, RecursiveReadOnly)
 		require.Equal(t, "later", in("later/sub/inner"))
 		require.ErrorIs(t, write("later/sub/x"), unix.EROFS)
+		add("top", host, ReadOnly)
+		require.ErrorIs(t, write("top/x"), unix.EROFS)
+		require.NoError(t, write("top/sub/x"), "not recursively")
+		must(t, n.do(ctx, func() error { return n.detach("top", true) }))
 		must(t, unix.Unmount(sub, 0)) // nothing keeps it busy
 		require.Equal(t, "later", in("later/sub/inner"), "as it was when it was shared")
 		must(t, unix.Unmount(host, unix.MNT_DETACH))
@@ -200,84 +211,37 @@ func TestShare(t *testing.T) {
 		require.NoError(t, s.Err())
 		require.FileExists(t, filepath.Join(probes, only(t, probes)))
 		host := t.TempDir()
-		name, err := s.Add(ctx, host, false)
+		place, err := s.Add(ctx, host, Writable)
 		must(t, err)
-		require.True(t, wire.ValidID(name))
-		require.NoError(t, s.Remove(ctx, name))
-		require.ErrorIs(t, s.Remove(ctx, name), errdefs.ErrNotFound)
-		objects(t, s)
+		require.True(t, wire.ValidID(place.Name))
+		require.NoError(t, s.Remove(ctx, place))
+		require.ErrorIs(t, s.Remove(ctx, place), errdefs.ErrNotFound)
+		t.Run("objects", func(t *testing.T) { objects(t, s) })
+		t.Run("parts", func(t *testing.T) { parts(t, s) })
+		t.Run("submounts", func(t *testing.T) { submounts(t, s) })
 
 		for path, kind := range map[string]error{
 			"/nonexistent": errdefs.ErrNotFound, host + "/../../nonexistent/x": errdefs.ErrNotFound,
 			"relative": errdefs.ErrInvalidArgument, "/dev/null": errdefs.ErrNotImplemented, s.Socket(): errdefs.ErrNotImplemented,
 		} {
-			_, err := s.Add(ctx, path, false)
+			_, err := s.Add(ctx, path, Writable)
 			require.ErrorIs(t, err, kind, path)
 		}
 		cancelled, cancel := context.WithCancel(ctx)
 		cancel()
-		_, _ = s.Add(cancelled, host, false) // either way nothing leaks
+		_, _ = s.Add(cancelled, host, Writable) // either way nothing leaks
 		process := fmt.Sprintf("/proc/%d", s.PID())
 		require.DirExists(t, process)
 		must(t, s.Close(ctx))
 		must(t, s.Close(ctx))
 		<-s.Done()
 		require.ErrorIs(t, s.Err(), errdefs.ErrUnavailable)
-		_, err = s.Add(ctx, host, false)
+		_, err = s.Add(ctx, host, Writable)
 		require.ErrorIs(t, err, errdefs.ErrUnavailable)
 		require.NoDirExists(t, process)
 		require.NoFileExists(t, s.Socket())
 		require.Equal(t, files, openFiles(t))
 	})
-}
-
-// objects: what is one object of the host is one share, however it is asked for.
-func objects(t *testing.T, s *Share) {
-	t.Helper()
-	ctx, host := t.Context(), t.TempDir()
-	dir, link, other := filepath.Join(host, "dir"), filepath.Join(host, "link"), filepath.Join(host, "other")
-	must(t, os.Mkdir(dir, 0o755))
-	must(t, os.Mkdir(other, 0o755))
-	must(t, os.Symlink("dir", link))
-	bound := filepath.Join(host, "bound")
-	must(t, os.Mkdir(bound, 0o755))
-	must(t, unix.Mount(dir, bound, "", unix.MS_BIND, ""))
-	defer func() { must(t, unix.Unmount(bound, unix.MNT_DETACH)) }()
-	add := func(path string, readonly bool) string {
-		name, err := s.Add(ctx, path, readonly)
-		must(t, err)
-		return name
-	}
-	write := func(name string) (err error) {
-		must(t, s.ns.do(ctx, func() error {
-			var fd int
-			if fd, err = unix.Openat(s.ns.served, name+"/f", unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC, 0o644); err == nil {
-				unix.Close(fd)
-			}
-			return nil
-		}))
-		return err
-	}
-	first := add(dir, true)
-	require.ErrorIs(t, write(first), unix.EROFS)
-	require.Equal(t, first, add(link, true))
-	require.NotEqual(t, first, add(other, true))
-	writable := add(bound, false)
-	require.NotEqual(t, first, writable)
-	require.NoError(t, write(writable))
-	require.Equal(t, writable, add(dir, false))
-	must(t, s.Remove(ctx, writable))
-	require.NoError(t, write(writable), "it has another user")
-	must(t, s.Remove(ctx, writable))
-	require.ErrorIs(t, write(writable), unix.ENOENT)
-	require.ErrorIs(t, write(first), unix.EROFS)
-
-	// With mounts in it, what it is depends on the path.
-	must(t, unix.Mount("tmpfs", other, "tmpfs", 0, ""))
-	defer func() { must(t, unix.Unmount(other, unix.MNT_DETACH)) }()
-	tree := add(host, true)
-	require.Equal(t, tree, add(host, true))
-	require.NotEqual(t, tree, add(host, false))
 }
 
 func only(t *testing.T, dir string) string {
@@ -330,7 +294,7 @@ func child(dir string) {
 		fmt.Println(err)
 		os.Exit(1)
 	}
-	if _, err := s.Add(context.Background(), "/etc", true); err != nil {
+	if _, err := s.Add(context.Background(), "/etc", ReadOnly); err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
@@ -339,16 +303,16 @@ func child(dir string) {
 }
 
 func TestParseHelp(t *testing.T) {
-	f, err := parseHelp("  --shared-dir <D>\n --sandbox <S>\n --fd <FD>\n --allow-mmap\n --announce-submounts\n --rlimit-nofile <N>")
+	f, err := parseHelp("  --shared-dir <D>\n --sandbox <S>\n --fd <FD>\n --allow-mmap\n --announce-submounts\n --posix-acl\n --rlimit-nofile <N>")
 	must(t, err)
-	require.Equal(t, features{variantRust, true, true, true}, f)
+	require.Equal(t, features{variantRust, true, true, true, true}, f)
 	require.Equal(t, []string{"--fd=3", "--shared-dir=/r", "--sandbox=namespace", "--xattr", "--log-level=warn", "--cache=never",
-		"--allow-mmap", "--announce-submounts", "--rlimit-nofile=5"}, f.arguments("/r", 3, 5))
-	f, err = parseHelp("-o sandbox=namespace|chroot\n -o source=PATH\n -o announce_submounts\n --fd=FDNUM")
+		"--allow-mmap", "--announce-submounts", "--posix-acl", "--rlimit-nofile=5"}, f.arguments("/r", 3, 5))
+	f, err = parseHelp("-o sandbox=namespace|chroot\n -o source=PATH\n -o announce_submounts\n -o posix_acl|no_posix_acl\n --fd=FDNUM")
 	must(t, err)
-	require.Equal(t, features{Variant: variantC, AnnounceSubmounts: true}, f)
+	require.Equal(t, features{Variant: variantC, AnnounceSubmounts: true, PosixACL: true}, f)
 	require.Equal(t, []string{"-f", "--fd=3", "-o",
-		"source=/r,sandbox=namespace,cache=auto,timeout=0,xattr,log_level=warn,announce_submounts"},
+		"source=/r,sandbox=namespace,cache=auto,timeout=0,xattr,log_level=warn,announce_submounts,posix_acl"},
 		f.arguments("/r", 3, 5))
 	_, err = parseHelp("usage: something else")
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)

@@ -157,8 +157,9 @@ func TestInGuest(t *testing.T) {
 			return string(b)
 		}
 		put("before", "from the host")
-		first, err := s.Add(ctx, host, false)
+		whole, err := s.Add(ctx, host, Writable)
 		must(t, err)
+		first := whole.Name
 		v := startVM(t, s.Socket())
 
 		require.Equal(t, "from the host", v.do(t, "read", first+"/before"))
@@ -206,22 +207,28 @@ func TestInGuest(t *testing.T) {
 		t.Run("added while it runs", func(t *testing.T) {
 			second := t.TempDir()
 			must(t, os.WriteFile(filepath.Join(second, "f"), []byte("second"), 0o644))
-			name, err := s.Add(ctx, second, true)
+			place, err := s.Add(ctx, second, ReadOnly)
 			must(t, err)
+			name := place.Name
 			require.Equal(t, "second", v.do(t, "read", name+"/f"))
 			_, err = v.try(t, "write", name+"/f", "x")
 			require.ErrorContains(t, err, "read-only")
 			_, err = v.try(t, "rm", name+"/f")
 			require.ErrorContains(t, err, "read-only")
-			file, err := s.Add(ctx, filepath.Join(second, "f"), false)
+			again, err := s.Add(ctx, second, Writable)
 			must(t, err)
-			v.do(t, "write", file, "by its own name")
-			require.Equal(t, "by its own name", v.do(t, "read", name+"/f"))
-			require.ElementsMatch(t, []string{first, name, file}, strings.Fields(v.do(t, "ls", "")))
-			must(t, s.Remove(ctx, name))
+			require.Equal(t, name, again.Name)
+			v.do(t, "write", name+"/f", "writable now")
+			file, err := s.Add(ctx, filepath.Join(second, "f"), Writable)
+			must(t, err)
+			require.Equal(t, [2]string{name, "f"}, [2]string{file.Name, file.Path})
+			require.ElementsMatch(t, []string{first, name}, strings.Fields(v.do(t, "ls", "")))
+			must(t, s.Remove(ctx, place))
+			must(t, s.Remove(ctx, again))
+			require.Equal(t, "writable now", v.do(t, "read", name+"/f"))
+			must(t, s.Remove(ctx, file))
 			_, err = v.try(t, "read", name+"/f")
 			require.Error(t, err)
-			must(t, s.Remove(ctx, file))
 			require.Equal(t, first, v.do(t, "ls", ""))
 		})
 		t.Run("mounted on the host while it runs", func(t *testing.T) {
@@ -230,14 +237,15 @@ func TestInGuest(t *testing.T) {
 			defer func() { must(t, unix.Unmount(third, unix.MNT_DETACH)) }()
 			must(t, unix.Mount("", third, "", unix.MS_SHARED, ""))
 			must(t, os.Mkdir(filepath.Join(third, "sub"), 0o755))
-			name, err := s.Add(ctx, third, false)
+			place, err := s.Add(ctx, third, Writable)
 			must(t, err)
+			name := place.Name
 			require.Empty(t, v.do(t, "ls", name+"/sub"))
 			must(t, unix.Mount("tmpfs", filepath.Join(third, "sub"), "tmpfs", 0, ""))
 			must(t, os.WriteFile(filepath.Join(third, "sub/f"), []byte("below"), 0o644))
 			require.Empty(t, v.do(t, "ls", name+"/sub"), "it does not show")
 			must(t, unix.Unmount(filepath.Join(third, "sub"), 0)) // and is not kept busy
-			must(t, s.Remove(ctx, name))
+			must(t, s.Remove(ctx, place))
 		})
 		t.Run("nothing else is there", func(t *testing.T) {
 			for _, words := range [][]string{{"write", "intruder", "x"}, {"rm", first}, {"rename", first, "other"}} {

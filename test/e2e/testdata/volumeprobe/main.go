@@ -7,6 +7,7 @@
 //	volumeprobe dial SOCKET         prints what it is answered
 //	volumeprobe watch DIR           prints "watching", then "changed" at the first inotify event for ..data, and ends
 //	volumeprobe write FILE MIB      writes so many MiB, or prints the error
+//	volumeprobe permissions DIR     does there what permissions decide about, and prints what became of each
 package main
 
 import (
@@ -45,6 +46,8 @@ func run(what string, args []string) error {
 		return watch(args[0])
 	case "write":
 		return write(args[0], args[1])
+	case "permissions":
+		return permissions(args[0])
 	}
 	return fmt.Errorf("unknown: %s", what)
 }
