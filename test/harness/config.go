@@ -31,8 +31,8 @@ const (
 const PauseImage = "registry.k8s.io/pause:3.10.2"
 
 // containerdConfig keeps every path below the node's directory: what is not named here has a default outside of it.
-// Version 4 is containerd 2.4's (addresses moved to io.containerd.server.v1.*).
-var containerdConfig = template.Must(template.New("config.toml").Parse(`version = 4
+// Version 4 is containerd 2.4's (addresses moved to io.containerd.server.v1.*); 3 is that of 2.0 and later.
+var containerdConfig = template.Must(template.New("config.toml").Parse(`version = {{if .Containerd}}3{{else}}4{{end}}
 root = '{{.Root}}'
 state = '{{.State}}'
 temp = '{{.Dir}}/tmp'
@@ -45,15 +45,25 @@ disabled_plugins = [
 
 [debug]
   level = 'debug'
+{{- if .Containerd}}
+[grpc]
+  address = '{{.Socket}}'
+[ttrpc]
+  address = '{{.Socket}}.ttrpc'
+{{- end}}
 
 [plugins]
+{{- if not .Containerd}}
   [plugins.'io.containerd.server.v1.grpc']
     address = '{{.Socket}}'
   [plugins.'io.containerd.server.v1.ttrpc']
     address = '{{.Socket}}.ttrpc'
+{{- end}}
   [plugins.'io.containerd.shim.v1.manager']
+{{- if not .Containerd}}
     # Below it, socket names of 64 characters: 106 bytes is what a unix socket's path may have.
     socket_dir = '{{.Dir}}/s'
+{{- end}}
     # For clients that cannot give a ConfigPath (nerdctl): the shim's default configuration is the node's, too.
     env = ['CLOISTER_CONFIG={{.CloisterConfig}}']
   [plugins.'io.containerd.internal.v1.opt']

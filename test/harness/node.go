@@ -34,6 +34,9 @@ type Options struct {
 	Handlers []string
 	// DropIn is laid over the generated cloister.toml.
 	DropIn string
+	// Containerd is the directory of another containerd, of 2.0 or later; empty: the one of tools/conformance. Before 2.4 its shims
+	// have their sockets in /run/containerd/s.
+	Containerd string
 }
 
 // Node is a private containerd; see the package comment.
@@ -49,6 +52,8 @@ type Node struct {
 	CloisterConfig, CloisterState, LayerCache string
 	// Handlers are those that it serves; all, if empty.
 	Handlers []string
+	// Containerd is as in [Options].
+	Containerd string
 	// Owner is the process that started the node, 0 for a node that is kept beyond its owner's end.
 	Owner int
 
@@ -79,6 +84,7 @@ func Start(ctx context.Context, opts Options) (_ *Node, err error) {
 		CloisterState:  filepath.Join(dir, "cl"),
 		LayerCache:     filepath.Join(dir, "layers"),
 		Handlers:       opts.Handlers,
+		Containerd:     opts.Containerd,
 		Owner:          os.Getpid(),
 		artifacts:      opts.Artifacts,
 	}
@@ -136,7 +142,13 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startBudget)
 	defer cancel()
 	binary := filepath.Join(n.artifacts.Conformance, "containerd")
-	if err := os.Symlink(binary, n.containerdPath()); err != nil && !errors.Is(err, fs.ErrExist) {
+	if n.Containerd != "" {
+		binary = filepath.Join(n.Containerd, "containerd")
+	}
+	if err := os.Remove(n.containerdPath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Symlink(binary, n.containerdPath()); err != nil {
 		return err
 	}
 	cmd := exec.Command("nsenter", "--net=/run/netns/"+n.Name, "--", n.containerdPath(), "--config", n.configPath())
@@ -156,6 +168,15 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 		return fmt.Errorf("containerd is not ready: %w; the end of its log %s:\n%s", err, n.logPath(), n.LogTail(30))
 	}
 	return nil
+}
+
+// UseContainerd makes the next StartContainerd start another containerd, as in [Options], with the same state. None runs now.
+func (n *Node) UseContainerd(dir string) error {
+	n.Containerd = dir
+	if err := n.register(); err != nil {
+		return err
+	}
+	return n.writeConfig()
 }
 
 // ContainerdEnded is closed when the containerd that runs now has ended, by whatever ended it.
