@@ -97,8 +97,9 @@ func run(ctx context.Context) error {
 }
 
 // enterMountNamespace starts the program anew in a mount namespace of its own whose root is shared, as a node's root is
-// that systemd has started, since specs about mount propagation ask for that, and where registryNames are of the loopback
-// device. Nothing of the machine's is changed.
+// that systemd has started, since specs about mount propagation ask for that, where registryNames are of the loopback
+// device, and where /run/containerd, which the client suite writes to, is its own. Of the machine's nothing is changed, but that it has an
+// empty /run/containerd afterwards.
 func enterMountNamespace() error {
 	const inside = "CLOISTER_SUITES_MOUNT_NAMESPACE"
 	if os.Getenv(inside) != "" {
@@ -121,7 +122,8 @@ func enterMountNamespace() error {
 		return err
 	}
 	const script = `hosts=$1; shift
-mount --make-rshared / && mount --bind "$hosts" /etc/hosts; made=$?
+mount --make-rshared / && mount --bind "$hosts" /etc/hosts &&
+mkdir -p -m 711 /run/containerd && mount -t tmpfs -o mode=711 tmpfs /run/containerd; made=$?
 rm "$hosts" && [ $made = 0 ] && exec "$@"`
 	line := append([]string{unshare, "--mount", "--propagation", "slave", "--", "sh", "-c", script, "sh", hosts.Name(), self}, os.Args[1:]...)
 	return unix.Exec(unshare, line, append(os.Environ(), inside+"=yes"))
