@@ -121,7 +121,7 @@ func checkPermissions(t *testing.T, pod *harness.Pod, image string) {
 		dir := t.TempDir()
 		at := func(name string) string { return filepath.Join(dir, name) }
 		directory := func(name string, mode uint32) {
-			require.NoError(t, os.Mkdir(at(name), 0o755))
+			require.NoError(t, os.MkdirAll(at(name), 0o755))
 			require.NoError(t, os.Chown(at(name), 0, group))
 			require.NoError(t, unix.Chmod(at(name), mode))
 		}
