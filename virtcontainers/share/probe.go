@@ -36,8 +36,6 @@ type features struct {
 	AnnounceSubmounts bool `json:"announce_submounts,omitempty"`
 	// RlimitNofile: --rlimit-nofile is known.
 	RlimitNofile bool `json:"rlimit_nofile,omitempty"`
-	// PosixACL: access control lists can be had.
-	PosixACL bool `json:"posix_acl,omitempty"`
 }
 
 const (
@@ -57,7 +55,7 @@ func probe(ctx context.Context, binary, cacheDir string) (features, error) {
 	}
 	cache := ""
 	if cacheDir != "" {
-		id := sha256.Sum256(fmt.Appendf(nil, "2\x00%s\x00%d:%d:%d:%d.%d", binary, st.Dev, st.Ino, st.Size, st.Mtim.Sec, st.Mtim.Nsec))
+		id := sha256.Sum256(fmt.Appendf(nil, "1\x00%s\x00%d:%d:%d:%d.%d", binary, st.Dev, st.Ino, st.Size, st.Mtim.Sec, st.Mtim.Nsec))
 		cache = filepath.Join(cacheDir, fmt.Sprintf("virtiofsd-%x.json", id[:16]))
 		if f, ok := readProbe(cache); ok {
 			return f, nil
@@ -105,7 +103,6 @@ func parseHelp(help string) (features, error) {
 		AllowMmap:         has("--allow-mmap"),
 		AnnounceSubmounts: has("announce_submounts") || has("--announce-submounts"),
 		RlimitNofile:      has("--rlimit-nofile"),
-		PosixACL:          has("posix_acl") || has("--posix-acl"),
 	}
 	switch {
 	case has("--shared-dir") && has("--sandbox") && has("--fd"):
@@ -160,9 +157,6 @@ func (f features) arguments(dir string, fd int, nofile uint64) []string {
 		if f.AnnounceSubmounts {
 			options += ",announce_submounts"
 		}
-		if f.PosixACL {
-			options += ",posix_acl"
-		}
 		args = []string{"-f", fmt.Sprintf("--fd=%d", fd), "-o", options}
 	case variantRust:
 		args = []string{fmt.Sprintf("--fd=%d", fd), "--shared-dir=" + dir, "--sandbox=namespace", "--xattr", "--log-level=warn"}
@@ -173,9 +167,6 @@ func (f features) arguments(dir string, fd int, nofile uint64) []string {
 		}
 		if f.AnnounceSubmounts {
 			args = append(args, "--announce-submounts")
-		}
-		if f.PosixACL {
-			args = append(args, "--posix-acl")
 		}
 	}
 	if f.RlimitNofile && nofile > 0 {

@@ -303,16 +303,16 @@ func child(dir string) {
 }
 
 func TestParseHelp(t *testing.T) {
-	f, err := parseHelp("  --shared-dir <D>\n --sandbox <S>\n --fd <FD>\n --allow-mmap\n --announce-submounts\n --posix-acl\n --rlimit-nofile <N>")
+	f, err := parseHelp("  --shared-dir <D>\n --sandbox <S>\n --fd <FD>\n --allow-mmap\n --announce-submounts\n --rlimit-nofile <N>")
 	must(t, err)
-	require.Equal(t, features{variantRust, true, true, true, true}, f)
+	require.Equal(t, features{variantRust, true, true, true}, f)
 	require.Equal(t, []string{"--fd=3", "--shared-dir=/r", "--sandbox=namespace", "--xattr", "--log-level=warn", "--cache=never",
-		"--allow-mmap", "--announce-submounts", "--posix-acl", "--rlimit-nofile=5"}, f.arguments("/r", 3, 5))
-	f, err = parseHelp("-o sandbox=namespace|chroot\n -o source=PATH\n -o announce_submounts\n -o posix_acl|no_posix_acl\n --fd=FDNUM")
+		"--allow-mmap", "--announce-submounts", "--rlimit-nofile=5"}, f.arguments("/r", 3, 5))
+	f, err = parseHelp("-o sandbox=namespace|chroot\n -o source=PATH\n -o announce_submounts\n --fd=FDNUM")
 	must(t, err)
-	require.Equal(t, features{Variant: variantC, AnnounceSubmounts: true, PosixACL: true}, f)
+	require.Equal(t, features{Variant: variantC, AnnounceSubmounts: true}, f)
 	require.Equal(t, []string{"-f", "--fd=3", "-o",
-		"source=/r,sandbox=namespace,cache=auto,timeout=0,xattr,log_level=warn,announce_submounts,posix_acl"},
+		"source=/r,sandbox=namespace,cache=auto,timeout=0,xattr,log_level=warn,announce_submounts"},
 		f.arguments("/r", 3, 5))
 	_, err = parseHelp("usage: something else")
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
