@@ -118,12 +118,16 @@ disabled_plugins = [
 {{- if eq .Sandboxer "shim"}}
         disable_pause_image_pull = true
 {{- end}}
+
+{{- /* Before 2.4 a sandboxer of the runtime's own takes no options but runc's; the node's configuration is the shim's default. */ -}}
+{{- if not (and $.Containerd (eq .Sandboxer "shim"))}}
         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{{.Name}}.options]
 {{- if .ConfigPath}}
           ConfigPath = '{{.ConfigPath}}'
 {{- end}}
 {{- range .Options}}
           {{.}}
+{{- end}}
 {{- end}}
 {{- end}}
 `))
