@@ -266,7 +266,8 @@ func openFile(dir int, path string, resolve uint64) (int, error) {
 	})
 }
 
-// bindOpened bind mounts a file or directory that was opened (O_PATH), with the mounts in it, to a place of the container's and returns that place.
+// bindOpened bind mounts a file or directory that was opened (O_PATH), with the mounts in it, to a place of the container's and
+// returns that place.
 func (c *container) bindOpened(name string, fd int) (string, error) {
 	var stat unix.Stat_t
 	if err := unix.Fstat(fd, &stat); err != nil {

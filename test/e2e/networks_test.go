@@ -68,8 +68,9 @@ func useNetwork(t *testing.T, n *harness.Node, name, bridge string) {
 	t.Helper()
 	// The first by name counts.
 	path := filepath.Join(n.Dir, "cni", "00-"+name+".conflist")
-	text := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [{"type": "bridge", "bridge": %q, "isGateway": true, "hairpinMode": true,
-		%s}, {"type": "portmap", "capabilities": {"portMappings": true}}]}`, n.Name+name, n.Name+name, fmt.Sprintf(bridge, n.Dir+"/ipam-"+name))
+	text := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [{"type": "bridge", "bridge": %q, "isGateway": true,
+		"hairpinMode": true, %s}, {"type": "portmap", "capabilities": {"portMappings": true}}]}`,
+		n.Name+name, n.Name+name, fmt.Sprintf(bridge, n.Dir+"/ipam-"+name))
 	written := path + ".new"
 	require.NoError(t, os.WriteFile(written, []byte(text), 0o600))
 	require.NoError(t, os.Rename(written, path))

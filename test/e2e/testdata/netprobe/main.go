@@ -12,13 +12,12 @@ import (
 )
 
 func main() {
-	if err := run(":" + os.Args[1]); err != nil {
-		fmt.Println(err)
-		os.Exit(1)
-	}
+	fmt.Println(serve(":" + os.Args[1]))
+	os.Exit(1)
 }
 
-func run(address string) error {
+// serve returns only when it cannot go on.
+func serve(address string) error {
 	datagrams, err := net.ListenPacket("udp", address)
 	if err != nil {
 		return err
