@@ -142,6 +142,8 @@ type container struct {
 	gone             bool
 	rootfs, prepared bool
 	dir              string
+	// writable is where the writable layer is; Store.mu guards it.
+	writable string
 	// done lists what Remove takes back, the last first.
 	done []step
 }
@@ -231,6 +233,7 @@ func (s *Store) Remove(ctx context.Context, containerID string) (releasedSerials
 		return nil, err
 	}
 	defer s.leave(containerID, c)
+	s.setWritable(c, "")
 	released, err := s.undo(c, 0)
 	if err != nil {
 		return released, fmt.Errorf("remove the storage of container %s: %w", containerID, err)

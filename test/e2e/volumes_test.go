@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -93,6 +94,7 @@ func TestVolumes(t *testing.T) {
 		assert.Zero(t, status.GetExitCode())
 		assert.Equal(t, "new", output(t, one, "cat /settings/mode"))
 	})
+	t.Run("usage", func(t *testing.T) { checkUsage(t, pod, one) })
 	t.Run("more than the guest's memory", func(t *testing.T) {
 		assert.Empty(t, output(t, one, "volumeprobe write /scratch/big 400"))
 		assert.Empty(t, output(t, one, "volumeprobe write /root/big 400"), "in the writable layer")
@@ -106,6 +108,36 @@ func TestVolumes(t *testing.T) {
 	t.Run("the disk has no name", func(t *testing.T) {
 		assert.Empty(t, entries(t, filepath.Join(n.Dir, "scratch")), "so that it goes with the VM, whatever ends that")
 	})
+}
+
+// checkUsage: what containers write shows in the pod's status, which is the one place that containerd has for it.
+func checkUsage(t *testing.T, pod *harness.Pod, c *harness.Container) {
+	type usage struct{ UsedBytes, LimitBytes, UsedInodes int64 }
+	look := func() (disk, layer, volume usage) {
+		_, info, err := pod.Status(testContext(t))
+		require.NoError(t, err)
+		var all struct {
+			ScratchDisk               usage
+			WritableLayers, EmptyDirs map[string]usage
+		}
+		require.NoError(t, json.Unmarshal([]byte(info["storageUsage"]), &all), "%v", info)
+		require.Contains(t, all.WritableLayers, c.ID)
+		require.Contains(t, all.EmptyDirs, "scratch")
+		return all.ScratchDisk, all.WritableLayers[c.ID], all.EmptyDirs["scratch"]
+	}
+	disk, layer, volume := look()
+	assert.Greater(t, disk.LimitBytes, int64(900*mib))
+	output(t, c, "head -c 3000000 /dev/zero > /root/three; head -c 5000000 /dev/zero > /scratch/five; touch /scratch/empty; sync")
+	diskNow, layerNow, volumeNow := look()
+	assert.InDelta(t, 3000000, layerNow.UsedBytes-layer.UsedBytes, 64<<10)
+	assert.InDelta(t, 5000000, volumeNow.UsedBytes-volume.UsedBytes, 64<<10)
+	assert.GreaterOrEqual(t, diskNow.UsedBytes-disk.UsedBytes, int64(8000000))
+	assert.EqualValues(t, 2, volumeNow.UsedInodes-volume.UsedInodes)
+	assert.Positive(t, layerNow.UsedInodes-layer.UsedInodes)
+	output(t, c, "rm /root/three /scratch/five /scratch/empty")
+	_, layerNow, volumeNow = look()
+	assert.Less(t, layerNow.UsedBytes, int64(1000000))
+	assert.Less(t, volumeNow.UsedBytes, int64(1000000))
 }
 
 // diskKiB is how much of the host's disk the scratch disk of the node's one VM takes. Its file has no name.
