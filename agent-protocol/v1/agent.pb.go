@@ -302,7 +302,7 @@ type ConfigureSandboxRequest struct {
 	// Size limit of the pod's /dev/shm in bytes; 0 means 64 MiB.
 	ShmBytes uint64 `protobuf:"varint,6,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
 	// Serial number of the scratch disk, whose content the guest makes anew: writable layers and scratch volumes are on it.
-	// Empty: they are in the guest's memory, as in a confidential guest. Since 2.1.
+	// A confidential guest encrypts it. Empty: they are in the guest's memory. Since 2.1.
 	ScratchSerial string `protobuf:"bytes,7,opt,name=scratch_serial,json=scratchSerial,proto3" json:"scratch_serial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
