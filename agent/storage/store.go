@@ -86,8 +86,8 @@ func New(root string) (*Store, error) {
 // After makes everything that needs kernel modules wait for the function first. It must be called before anything else.
 func (s *Store) After(wait func(context.Context) error) { s.gate = wait }
 
-// Confidential makes the Store refuse live directories of the host from now on, in the name of the platform. It must be called
-// before anything else.
+// Confidential makes the Store refuse live directories of the host and encrypt the scratch disk from now on, in the name of the
+// platform. It must be called before anything else.
 func (s *Store) Confidential(platform string) { s.platform = platform }
 
 func (s *Store) wait(ctx context.Context) error {
