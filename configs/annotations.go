@@ -57,6 +57,7 @@ func annotationTable() map[string]annotation {
 		AnnotationPrefix + "sizing.vcpus":                  {key: "sizing.default_vcpus", value: whole},
 		AnnotationPrefix + "sizing.memory-mib":             {key: "sizing.default_memory_mib", value: whole},
 		AnnotationPrefix + "rootfs.writable-layer-max-mib": {key: "rootfs.writable_layer_max_mib", value: whole},
+		AnnotationPrefix + "scratch.size-mib":              {key: "scratch.size_mib", value: whole},
 		AnnotationPrefix + "timeouts.boot":                 {key: "timeouts.boot", value: asText},
 		AnnotationPrefix + "timeouts.create-container":     {key: "timeouts.create_container", value: asText},
 		AnnotationInitdata:                                 {set: initdataAnnotation, max: maxInitdataBytes},

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor/vsock"
+	"github.com/cloister-project/cloister/virtcontainers/guest"
 	"github.com/cloister-project/cloister/virtcontainers/refusal"
 )
 
@@ -99,6 +100,9 @@ type PodInfo struct {
 	// Extra is for people: accelerator, guest kernel, boot timeline and so on.
 	Extra map[string]string
 }
+
+// StorageUsage is what a pod's containers have written in the guest.
+type StorageUsage = guest.StorageUsage
 
 // Exit is the end of a process, or of a pod.
 type Exit struct {

@@ -263,6 +263,11 @@ func (p *Pod) Ping(ctx context.Context) error { return p.agent().Ping(ctx) }
 // Stats sums up the guest.
 func (p *Pod) Stats(ctx context.Context) (*stats.Metrics, error) { return p.agent().SandboxStats(ctx) }
 
+// StorageUsage asks the guest what its containers have written. No metrics of containerd's have a place for it.
+func (p *Pod) StorageUsage(ctx context.Context) (*StorageUsage, error) {
+	return p.agent().StorageUsage(ctx)
+}
+
 // Update changes the pod's limits. The VM's size is fixed at its start, so that limits within it are accepted (the
 // containers' own cgroups enforce them) and others refused.
 func (p *Pod) Update(_ context.Context, r *specs.LinuxResources) error {

@@ -302,7 +302,7 @@ type ConfigureSandboxRequest struct {
 	// Size limit of the pod's /dev/shm in bytes; 0 means 64 MiB.
 	ShmBytes uint64 `protobuf:"varint,6,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
 	// Serial number of the scratch disk, whose content the guest makes anew: writable layers and scratch volumes are on it.
-	// Empty: they are in the guest's memory, as in a confidential guest. Since 2.1.
+	// A confidential guest encrypts it. Empty: they are in the guest's memory. Since 2.1.
 	ScratchSerial string `protobuf:"bytes,7,opt,name=scratch_serial,json=scratchSerial,proto3" json:"scratch_serial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3367,9 +3367,15 @@ type SandboxStatsResponse struct {
 	// Resident memory of the agent, bytes.
 	AgentRss uint64 `protobuf:"varint,4,opt,name=agent_rss,json=agentRss,proto3" json:"agent_rss,omitempty"`
 	// Microseconds since the kernel started.
-	UptimeMicros  uint64 `protobuf:"varint,5,opt,name=uptime_micros,json=uptimeMicros,proto3" json:"uptime_micros,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	UptimeMicros uint64 `protobuf:"varint,5,opt,name=uptime_micros,json=uptimeMicros,proto3" json:"uptime_micros,omitempty"`
+	// The scratch disk's file system; unset where there is none, or where it is not made yet. Since 2.2.
+	ScratchDisk *Usage `protobuf:"bytes,6,opt,name=scratch_disk,json=scratchDisk,proto3" json:"scratch_disk,omitempty"`
+	// What containers wrote, the writable layers by the container's id, scratch volumes by their name. What the guest could not
+	// find out is left out. Since 2.2.
+	WritableLayers map[string]*Usage `protobuf:"bytes,7,rep,name=writable_layers,json=writableLayers,proto3" json:"writable_layers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	ScratchVolumes map[string]*Usage `protobuf:"bytes,8,rep,name=scratch_volumes,json=scratchVolumes,proto3" json:"scratch_volumes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SandboxStatsResponse) Reset() {
@@ -3437,6 +3443,98 @@ func (x *SandboxStatsResponse) GetUptimeMicros() uint64 {
 	return 0
 }
 
+func (x *SandboxStatsResponse) GetScratchDisk() *Usage {
+	if x != nil {
+		return x.ScratchDisk
+	}
+	return nil
+}
+
+func (x *SandboxStatsResponse) GetWritableLayers() map[string]*Usage {
+	if x != nil {
+		return x.WritableLayers
+	}
+	return nil
+}
+
+func (x *SandboxStatsResponse) GetScratchVolumes() map[string]*Usage {
+	if x != nil {
+		return x.ScratchVolumes
+	}
+	return nil
+}
+
+// Usage of a file system, or of a part of one.
+type Usage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Bytes that are allocated, and the most that can be; 0 means no limit of its own.
+	UsedBytes  uint64 `protobuf:"varint,1,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
+	LimitBytes uint64 `protobuf:"varint,2,opt,name=limit_bytes,json=limitBytes,proto3" json:"limit_bytes,omitempty"`
+	UsedInodes uint64 `protobuf:"varint,3,opt,name=used_inodes,json=usedInodes,proto3" json:"used_inodes,omitempty"`
+	// It is in guest memory, and not on the scratch disk.
+	Memory        bool `protobuf:"varint,4,opt,name=memory,proto3" json:"memory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Usage) Reset() {
+	*x = Usage{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Usage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Usage) ProtoMessage() {}
+
+func (x *Usage) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Usage.ProtoReflect.Descriptor instead.
+func (*Usage) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *Usage) GetUsedBytes() uint64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
+}
+
+func (x *Usage) GetLimitBytes() uint64 {
+	if x != nil {
+		return x.LimitBytes
+	}
+	return 0
+}
+
+func (x *Usage) GetUsedInodes() uint64 {
+	if x != nil {
+		return x.UsedInodes
+	}
+	return 0
+}
+
+func (x *Usage) GetMemory() bool {
+	if x != nil {
+		return x.Memory
+	}
+	return false
+}
+
 type UpdateNetworkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       *Network               `protobuf:"bytes,1,opt,name=network,proto3" json:"network,omitempty"`
@@ -3446,7 +3544,7 @@ type UpdateNetworkRequest struct {
 
 func (x *UpdateNetworkRequest) Reset() {
 	*x = UpdateNetworkRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3458,7 +3556,7 @@ func (x *UpdateNetworkRequest) String() string {
 func (*UpdateNetworkRequest) ProtoMessage() {}
 
 func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[58]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3471,7 +3569,7 @@ func (x *UpdateNetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *UpdateNetworkRequest) GetNetwork() *Network {
@@ -3489,7 +3587,7 @@ type UpdateNetworkResponse struct {
 
 func (x *UpdateNetworkResponse) Reset() {
 	*x = UpdateNetworkResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3501,7 +3599,7 @@ func (x *UpdateNetworkResponse) String() string {
 func (*UpdateNetworkResponse) ProtoMessage() {}
 
 func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[59]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3514,7 +3612,7 @@ func (x *UpdateNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNetworkResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 type ShutdownRequest struct {
@@ -3525,7 +3623,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3537,7 +3635,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[60]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3550,7 +3648,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 type ShutdownResponse struct {
@@ -3561,7 +3659,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3573,7 +3671,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_protocol_v1_agent_proto_msgTypes[61]
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3586,7 +3684,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{61}
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 var File_agent_protocol_v1_agent_proto protoreflect.FileDescriptor
@@ -3811,13 +3909,30 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x12MountSharedRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\"\x15\n" +
 	"\x13MountSharedResponse\"\x15\n" +
-	"\x13SandboxStatsRequest\"\xcf\x01\n" +
+	"\x13SandboxStatsRequest\"\x92\x05\n" +
 	"\x14SandboxStatsResponse\x12'\n" +
 	"\x0fcgroup2_metrics\x18\x01 \x01(\fR\x0ecgroup2Metrics\x12!\n" +
 	"\fmemory_total\x18\x02 \x01(\x04R\vmemoryTotal\x12)\n" +
 	"\x10memory_available\x18\x03 \x01(\x04R\x0fmemoryAvailable\x12\x1b\n" +
 	"\tagent_rss\x18\x04 \x01(\x04R\bagentRss\x12#\n" +
-	"\ruptime_micros\x18\x05 \x01(\x04R\fuptimeMicros\"L\n" +
+	"\ruptime_micros\x18\x05 \x01(\x04R\fuptimeMicros\x12;\n" +
+	"\fscratch_disk\x18\x06 \x01(\v2\x18.cloister.agent.v1.UsageR\vscratchDisk\x12d\n" +
+	"\x0fwritable_layers\x18\a \x03(\v2;.cloister.agent.v1.SandboxStatsResponse.WritableLayersEntryR\x0ewritableLayers\x12d\n" +
+	"\x0fscratch_volumes\x18\b \x03(\v2;.cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntryR\x0escratchVolumes\x1a[\n" +
+	"\x13WritableLayersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12.\n" +
+	"\x05value\x18\x02 \x01(\v2\x18.cloister.agent.v1.UsageR\x05value:\x028\x01\x1a[\n" +
+	"\x13ScratchVolumesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12.\n" +
+	"\x05value\x18\x02 \x01(\v2\x18.cloister.agent.v1.UsageR\x05value:\x028\x01\"\x80\x01\n" +
+	"\x05Usage\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\x01 \x01(\x04R\tusedBytes\x12\x1f\n" +
+	"\vlimit_bytes\x18\x02 \x01(\x04R\n" +
+	"limitBytes\x12\x1f\n" +
+	"\vused_inodes\x18\x03 \x01(\x04R\n" +
+	"usedInodes\x12\x16\n" +
+	"\x06memory\x18\x04 \x01(\bR\x06memory\"L\n" +
 	"\x14UpdateNetworkRequest\x124\n" +
 	"\anetwork\x18\x01 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\"\x17\n" +
 	"\x15UpdateNetworkResponse\"\x11\n" +
@@ -3859,7 +3974,7 @@ func file_agent_protocol_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_protocol_v1_agent_proto_rawDescData
 }
 
-var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
 var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*Hello)(nil),                    // 0: cloister.agent.v1.Hello
 	(*BootMark)(nil),                 // 1: cloister.agent.v1.BootMark
@@ -3919,16 +4034,19 @@ var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*MountSharedResponse)(nil),      // 55: cloister.agent.v1.MountSharedResponse
 	(*SandboxStatsRequest)(nil),      // 56: cloister.agent.v1.SandboxStatsRequest
 	(*SandboxStatsResponse)(nil),     // 57: cloister.agent.v1.SandboxStatsResponse
-	(*UpdateNetworkRequest)(nil),     // 58: cloister.agent.v1.UpdateNetworkRequest
-	(*UpdateNetworkResponse)(nil),    // 59: cloister.agent.v1.UpdateNetworkResponse
-	(*ShutdownRequest)(nil),          // 60: cloister.agent.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),         // 61: cloister.agent.v1.ShutdownResponse
-	nil,                              // 62: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	(*timestamppb.Timestamp)(nil),    // 63: google.protobuf.Timestamp
+	(*Usage)(nil),                    // 58: cloister.agent.v1.Usage
+	(*UpdateNetworkRequest)(nil),     // 59: cloister.agent.v1.UpdateNetworkRequest
+	(*UpdateNetworkResponse)(nil),    // 60: cloister.agent.v1.UpdateNetworkResponse
+	(*ShutdownRequest)(nil),          // 61: cloister.agent.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),         // 62: cloister.agent.v1.ShutdownResponse
+	nil,                              // 63: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	nil,                              // 64: cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry
+	nil,                              // 65: cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry
+	(*timestamppb.Timestamp)(nil),    // 66: google.protobuf.Timestamp
 }
 var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	1,  // 0: cloister.agent.v1.Hello.boot_timeline:type_name -> cloister.agent.v1.BootMark
-	62, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	63, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 	5,  // 2: cloister.agent.v1.ConfigureSandboxRequest.network:type_name -> cloister.agent.v1.Network
 	6,  // 3: cloister.agent.v1.Network.interfaces:type_name -> cloister.agent.v1.Interface
 	7,  // 4: cloister.agent.v1.Network.routes:type_name -> cloister.agent.v1.Route
@@ -3945,57 +4063,62 @@ var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	19, // 15: cloister.agent.v1.Mount.scratch:type_name -> cloister.agent.v1.ScratchVolume
 	22, // 16: cloister.agent.v1.PutVolumeRequest.files:type_name -> cloister.agent.v1.VolumeFile
 	23, // 17: cloister.agent.v1.CreateProcessRequest.stdio:type_name -> cloister.agent.v1.Stdio
-	63, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	66, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
 	46, // 19: cloister.agent.v1.NextEventsResponse.events:type_name -> cloister.agent.v1.Event
 	47, // 20: cloister.agent.v1.Event.oom:type_name -> cloister.agent.v1.OOMKill
-	5,  // 21: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
-	3,  // 22: cloister.agent.v1.Agent.ConfigureSandbox:input_type -> cloister.agent.v1.ConfigureSandboxRequest
-	9,  // 23: cloister.agent.v1.Agent.CreateContainer:input_type -> cloister.agent.v1.CreateContainerRequest
-	24, // 24: cloister.agent.v1.Agent.CreateProcess:input_type -> cloister.agent.v1.CreateProcessRequest
-	26, // 25: cloister.agent.v1.Agent.StartProcess:input_type -> cloister.agent.v1.StartProcessRequest
-	28, // 26: cloister.agent.v1.Agent.WaitProcess:input_type -> cloister.agent.v1.WaitProcessRequest
-	30, // 27: cloister.agent.v1.Agent.SignalProcess:input_type -> cloister.agent.v1.SignalProcessRequest
-	32, // 28: cloister.agent.v1.Agent.ResizeTerminal:input_type -> cloister.agent.v1.ResizeTerminalRequest
-	34, // 29: cloister.agent.v1.Agent.DeleteProcess:input_type -> cloister.agent.v1.DeleteProcessRequest
-	36, // 30: cloister.agent.v1.Agent.PauseContainer:input_type -> cloister.agent.v1.PauseContainerRequest
-	38, // 31: cloister.agent.v1.Agent.ResumeContainer:input_type -> cloister.agent.v1.ResumeContainerRequest
-	40, // 32: cloister.agent.v1.Agent.UpdateContainer:input_type -> cloister.agent.v1.UpdateContainerRequest
-	42, // 33: cloister.agent.v1.Agent.ContainerStats:input_type -> cloister.agent.v1.ContainerStatsRequest
-	44, // 34: cloister.agent.v1.Agent.NextEvents:input_type -> cloister.agent.v1.NextEventsRequest
-	48, // 35: cloister.agent.v1.Agent.ForwardPort:input_type -> cloister.agent.v1.ForwardPortRequest
-	50, // 36: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
-	52, // 37: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
-	54, // 38: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
-	20, // 39: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
-	56, // 40: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
-	58, // 41: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
-	60, // 42: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
-	4,  // 43: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
-	10, // 44: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
-	25, // 45: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
-	27, // 46: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
-	29, // 47: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
-	31, // 48: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
-	33, // 49: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
-	35, // 50: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
-	37, // 51: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
-	39, // 52: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
-	41, // 53: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
-	43, // 54: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
-	45, // 55: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
-	49, // 56: cloister.agent.v1.Agent.ForwardPort:output_type -> cloister.agent.v1.ForwardPortResponse
-	51, // 57: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
-	53, // 58: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
-	55, // 59: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
-	21, // 60: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
-	57, // 61: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
-	59, // 62: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
-	61, // 63: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
-	43, // [43:64] is the sub-list for method output_type
-	22, // [22:43] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	58, // 21: cloister.agent.v1.SandboxStatsResponse.scratch_disk:type_name -> cloister.agent.v1.Usage
+	64, // 22: cloister.agent.v1.SandboxStatsResponse.writable_layers:type_name -> cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry
+	65, // 23: cloister.agent.v1.SandboxStatsResponse.scratch_volumes:type_name -> cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry
+	5,  // 24: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
+	58, // 25: cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry.value:type_name -> cloister.agent.v1.Usage
+	58, // 26: cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry.value:type_name -> cloister.agent.v1.Usage
+	3,  // 27: cloister.agent.v1.Agent.ConfigureSandbox:input_type -> cloister.agent.v1.ConfigureSandboxRequest
+	9,  // 28: cloister.agent.v1.Agent.CreateContainer:input_type -> cloister.agent.v1.CreateContainerRequest
+	24, // 29: cloister.agent.v1.Agent.CreateProcess:input_type -> cloister.agent.v1.CreateProcessRequest
+	26, // 30: cloister.agent.v1.Agent.StartProcess:input_type -> cloister.agent.v1.StartProcessRequest
+	28, // 31: cloister.agent.v1.Agent.WaitProcess:input_type -> cloister.agent.v1.WaitProcessRequest
+	30, // 32: cloister.agent.v1.Agent.SignalProcess:input_type -> cloister.agent.v1.SignalProcessRequest
+	32, // 33: cloister.agent.v1.Agent.ResizeTerminal:input_type -> cloister.agent.v1.ResizeTerminalRequest
+	34, // 34: cloister.agent.v1.Agent.DeleteProcess:input_type -> cloister.agent.v1.DeleteProcessRequest
+	36, // 35: cloister.agent.v1.Agent.PauseContainer:input_type -> cloister.agent.v1.PauseContainerRequest
+	38, // 36: cloister.agent.v1.Agent.ResumeContainer:input_type -> cloister.agent.v1.ResumeContainerRequest
+	40, // 37: cloister.agent.v1.Agent.UpdateContainer:input_type -> cloister.agent.v1.UpdateContainerRequest
+	42, // 38: cloister.agent.v1.Agent.ContainerStats:input_type -> cloister.agent.v1.ContainerStatsRequest
+	44, // 39: cloister.agent.v1.Agent.NextEvents:input_type -> cloister.agent.v1.NextEventsRequest
+	48, // 40: cloister.agent.v1.Agent.ForwardPort:input_type -> cloister.agent.v1.ForwardPortRequest
+	50, // 41: cloister.agent.v1.Agent.Ping:input_type -> cloister.agent.v1.PingRequest
+	52, // 42: cloister.agent.v1.Agent.SetClock:input_type -> cloister.agent.v1.SetClockRequest
+	54, // 43: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
+	20, // 44: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
+	56, // 45: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
+	59, // 46: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
+	61, // 47: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
+	4,  // 48: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
+	10, // 49: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
+	25, // 50: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
+	27, // 51: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
+	29, // 52: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
+	31, // 53: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
+	33, // 54: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
+	35, // 55: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
+	37, // 56: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
+	39, // 57: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
+	41, // 58: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
+	43, // 59: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
+	45, // 60: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
+	49, // 61: cloister.agent.v1.Agent.ForwardPort:output_type -> cloister.agent.v1.ForwardPortResponse
+	51, // 62: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
+	53, // 63: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
+	55, // 64: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
+	21, // 65: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
+	57, // 66: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
+	60, // 67: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
+	62, // 68: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
+	48, // [48:69] is the sub-list for method output_type
+	27, // [27:48] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_agent_protocol_v1_agent_proto_init() }
@@ -4020,7 +4143,7 @@ func file_agent_protocol_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_v1_agent_proto_rawDesc), len(file_agent_protocol_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   63,
+			NumMessages:   66,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

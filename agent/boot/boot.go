@@ -118,7 +118,9 @@ func (s *System) loadLater(ctx context.Context, initramfs *os.Root, list []liste
 	}
 	err := loadModules(initramfs, list, phaseLater, s.mark)
 	if err == nil && s.launch.Confidential() {
-		err = s.loadPlatform(initramfs, list)
+		if err = s.loadConfidential(initramfs, list); err == nil {
+			err = s.loadPlatform(initramfs, list)
+		}
 	} else if err == nil {
 		err = loadModules(initramfs, list, string(abi.None), s.mark)
 	}
@@ -138,6 +140,17 @@ func (s *System) loadLater(ctx context.Context, initramfs *os.Root, list []liste
 		log.G(ctx).WithError(err).Error("disks may be missing")
 	}
 	s.mark("disks")
+}
+
+// loadConfidential loads what every confidential guest has. Drivers for what this CPU has not are left out: the kernel's
+// own code does the same, slower.
+func (s *System) loadConfidential(initramfs *os.Root, list []listed) error {
+	for _, l := range list {
+		if err := loadModules(initramfs, []listed{l}, phaseConfidential, s.mark); err != nil && !errors.Is(err, unix.ENODEV) {
+			return err
+		}
+	}
+	return nil
 }
 
 // loadPlatform loads the modules of the platform's own phase and mounts configfs, where they offer reports.

@@ -24,11 +24,13 @@ const (
 
 	phaseEarly = "early"
 	phaseLater = "later"
+	// phaseConfidential is of guests on any platform but abi.None.
+	phaseConfidential = "confidential"
 )
 
-// phases are all phases. Those behind the first two have the names of platforms: their modules are loaded in guests that
+// phases are all phases. Those behind the first three have the names of platforms: their modules are loaded in guests that
 // are launched on it, after the later ones; those of abi.None in ordinary ones.
-var phases = []string{phaseEarly, phaseLater, string(abi.None), string(abi.SNP), string(abi.TDX), string(abi.SE)}
+var phases = []string{phaseEarly, phaseLater, phaseConfidential, string(abi.None), string(abi.SNP), string(abi.TDX), string(abi.SE)}
 
 // listed is a line of the list.
 type listed struct{ phase, file, params string }

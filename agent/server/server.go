@@ -52,6 +52,7 @@ type Storage interface {
 	container.Storage
 	SetupShm(bytes uint64) error
 	SetupScratch(serial string) error
+	Usage(out *agentv1.SandboxStatsResponse)
 	MountShared(ctx context.Context, tag string) error
 	PutVolume(ctx context.Context, r *agentv1.PutVolumeRequest) error
 }

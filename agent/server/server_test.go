@@ -79,8 +79,9 @@ func (f *fakeSystem) PowerOff()                                 { f.powerOff.Add
 
 type fakeStorage struct{ dir string }
 
-func (f fakeStorage) SetupShm(uint64) error     { return nil }
-func (f fakeStorage) SetupScratch(string) error { return nil }
+func (f fakeStorage) SetupShm(uint64) error               { return nil }
+func (f fakeStorage) SetupScratch(string) error           { return nil }
+func (f fakeStorage) Usage(*agentv1.SandboxStatsResponse) {}
 func (f fakeStorage) MountShared(_ context.Context, tag string) error {
 	if tag == "panic" {
 		panic("oh")
@@ -230,11 +231,11 @@ func TestHandshakeFailures(t *testing.T) {
 		want  string
 	}{
 		"other version": {&agentv1.HelloReply{ProtocolMajor: wire.Major + 1, ShimVersion: "v9"},
-			`the shim (version "v9") speaks protocol 3.0, this agent (version v-test) 2.1`},
+			`the shim (version "v9") speaks protocol 3.0, this agent (version v-test) 2.2`},
 		"no token":    {&agentv1.HelloReply{ProtocolMajor: wire.Major}, "the launch's token has 0 bytes, want 32"},
 		"empty token": {&agentv1.HelloReply{ProtocolMajor: wire.Major, Token: make([]byte, wire.TokenLen)}, "all zeros"},
 		"refused": {&agentv1.HelloReply{ProtocolMajor: wire.Major, Error: "no"},
-			`the host refuses this agent (version v-test, protocol 2.1): "no"`},
+			`the host refuses this agent (version v-test, protocol 2.2): "no"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := boot(t, tc.reply)

@@ -225,6 +225,7 @@ func (s *service) SandboxStats(context.Context, *agentv1.SandboxStatsRequest) (*
 		return nil, err
 	}
 	out.Cgroup2Metrics = raw
+	s.cfg.Storage.Usage(out)
 	return out, nil
 }
 

@@ -10,8 +10,9 @@
 //	shares/N    virtio-fs devices, one for each tag, mounted until the guest ends
 //	volumes/N   copied volumes, in the layout of the kubelet's AtomicWriter, see volumes.go
 //	scratch/N   scratch volumes (emptyDir) in memory, a tmpfs each, until the guest ends
-//	disk        the scratch disk, an ext4 file system that is made here: N, writable layers and the other scratch volumes, each with
-//	            a project quota of its own, and trash, trees that are being deleted
+//	disk        the scratch disk, an ext4 file system that is made here, in a confidential guest over encryption: N, writable
+//	            layers and the other scratch volumes, each with a project quota of its own, and trash, trees that are being
+//	            deleted
 //	shm         the pod's /dev/shm
 //	c/N         a container: rootfs (overlayfs of its layers), rw (its writable layer, a tmpfs, if it is not on the scratch
 //	            disk), file copies and binds of shared paths and of parts of scratch volumes
@@ -45,8 +46,8 @@
 // allow-lists, counts and sizes have limits. A shared directory's entry is opened without following links and bind mounted
 // to a place of ours: no path of the host is ever resolved as a path. What an image of a file system holds is parsed by
 // the guest's kernel: in a confidential guest, too, layers are taken as the host gives them, until images are verified below
-// the file system (dm-verity). The scratch disk is not: nothing that was on it before is read, and a confidential guest has
-// none. Only initdata's disk is held against something that the launch bound (package launch).
+// the file system (dm-verity). The scratch disk is not: nothing that was on it before is read, and a confidential guest
+// encrypts it, see scratchcrypt.go. Only initdata's disk is held against something that the launch bound (package launch).
 //
 // Volumes are files that the host sends. Their names are checked (manifest.go) and resolved below a directory of ours without
 // following links; containers see them read-only. In a confidential guest live directories of the host are refused.

@@ -28,6 +28,7 @@ type fsxattr struct {
 
 // From linux/quota.h.
 const (
+	getProjectQuota = 0x800007<<8 | 2 // QCMD(Q_GETQUOTA, PRJQUOTA)
 	setProjectQuota = 0x800008<<8 | 2 // QCMD(Q_SETQUOTA, PRJQUOTA)
 	quotaBlock      = 1024            // QIF_DQBLKSIZE, bytes
 	blockLimits     = 1               // QIF_BLIMITS
@@ -61,10 +62,30 @@ func limitTree(path string, project uint32, bytes uint64) error {
 		return nil
 	}
 	q := quota{blockHard: min(bytes, math.MaxInt64)/quotaBlock + 1, valid: blockLimits}
-	_, _, errno := unix.Syscall6(unix.SYS_QUOTACTL_FD, uintptr(fd), setProjectQuota, uintptr(project), uintptr(unsafe.Pointer(&q)), 0, 0)
-	runtime.KeepAlive(&q)
+	if err := quotactl(fd, setProjectQuota, project, &q); err != nil {
+		return fmt.Errorf("quotactl_fd(Q_SETQUOTA): %w", err)
+	}
+	return nil
+}
+
+// treeQuota reads what a project has, by any path on its file system.
+func treeQuota(path string, project uint32) (q quota, err error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return q, err
+	}
+	defer unix.Close(fd)
+	if err := quotactl(fd, getProjectQuota, project, &q); err != nil {
+		return q, fmt.Errorf("quotactl_fd(Q_GETQUOTA): %w", err)
+	}
+	return q, nil
+}
+
+func quotactl(fd int, command uintptr, project uint32, q *quota) error {
+	_, _, errno := unix.Syscall6(unix.SYS_QUOTACTL_FD, uintptr(fd), command, uintptr(project), uintptr(unsafe.Pointer(q)), 0, 0)
+	runtime.KeepAlive(q)
 	if errno != 0 {
-		return fmt.Errorf("quotactl_fd(Q_SETQUOTA): %w", errno)
+		return errno
 	}
 	return nil
 }

@@ -51,17 +51,20 @@ func (s *Store) MountRootfs(ctx context.Context, containerID string, r *agentv1.
 		return "", fmt.Errorf("root file system of container %s: %w", containerID, errdefs.ErrAlreadyExists)
 	}
 	keep := len(c.done)
-	path, err = s.mountRootfs(ctx, c, serials, r.GetWritableBytes(), readonly)
+	path, writable, err := s.mountRootfs(ctx, c, serials, r.GetWritableBytes(), readonly)
 	if err != nil {
 		return "", s.rollback(c, keep, fmt.Errorf("root file system of container %s: %w", containerID, err))
 	}
 	c.rootfs = true
+	s.setWritable(c, writable)
 	return path, nil
 }
 
-func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]string, writable uint64, readonly bool) (string, error) {
+// mountRootfs returns the root and the place of its writable layer.
+func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]string, writable uint64, readonly bool) (root, rw string,
+	err error) {
 	if err := s.directory(c); err != nil {
-		return "", err
+		return "", "", err
 	}
 	if readonly && (writable == 0 || writable > readonlyBytes) {
 		writable = readonlyBytes
@@ -71,21 +74,20 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 	if writable > 0 {
 		size = []option{{"size", strconv.FormatUint(writable, 10)}}
 	}
-	root, err := c.mkdir("rootfs")
-	if err != nil {
-		return "", err
+	if root, err = c.mkdir("rootfs"); err != nil {
+		return "", "", err
 	}
 	if len(serials) == 0 {
 		if err := mountFS("tmpfs", root, 0, append(size, option{"mode", "0755"})...); err != nil {
-			return "", err
+			return "", "", err
 		}
 		c.done = append(c.done, step{mount: root})
-		return root, nil
+		return root, root, nil
 	}
 
 	disks, err := s.newDisks()
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	defer disks.close()
 	var options []option
@@ -93,7 +95,7 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 	for i, serial := range serials {
 		im, err := s.acquireImage(ctx, disks, serial)
 		if err != nil {
-			return "", fmt.Errorf("layer %d of %d: %w", i+1, len(serials), err)
+			return "", "", fmt.Errorf("layer %d of %d: %w", i+1, len(serials), err)
 		}
 		c.done = append(c.done, step{image: im})
 		if i == 0 {
@@ -102,35 +104,34 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 		options = append(options, option{"lowerdir+", im.path})
 	}
 
-	rw, err := s.writableLayer(ctx, c, size, writable, readonly)
-	if err != nil {
-		return "", err
+	if rw, err = s.writableLayer(ctx, c, size, writable, readonly); err != nil {
+		return "", "", err
 	}
 	upper, work := filepath.Join(rw, "upper"), filepath.Join(rw, "work")
 	for _, dir := range []string{upper, work} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
-			return "", err
+			return "", "", err
 		}
 	}
 	// The root directory's owner and mode come from the upper layer: make them the image's.
 	var stat unix.Stat_t
 	if err := unix.Lstat(top, &stat); err != nil {
-		return "", fmt.Errorf("look at the topmost layer: %w", err)
+		return "", "", fmt.Errorf("look at the topmost layer: %w", err)
 	}
 	if err := unix.Lchown(upper, int(stat.Uid), int(stat.Gid)); err != nil {
-		return "", err
+		return "", "", err
 	}
 	if err := unix.Chmod(upper, stat.Mode&0o7777); err != nil {
-		return "", err
+		return "", "", err
 	}
 	options = append(options, option{"upperdir", upper}, option{"workdir", work},
 		// Said in so many words, since kernels differ: a lower layer must not point into others by its attributes.
 		option{"redirect_dir", "nofollow"}, option{"metacopy", "off"}, option{"index", "off"})
 	if err := mountFS("overlay", root, 0, options...); err != nil {
-		return "", err
+		return "", "", err
 	}
 	c.done = append(c.done, step{mount: root})
-	return root, nil
+	return root, rw, nil
 }
 
 // writableLayer makes the directory that the writable layer goes to: on the scratch disk, or in memory.

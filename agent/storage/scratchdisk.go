@@ -35,16 +35,14 @@ type scratchDisk struct {
 }
 
 // SetupScratch has a file system made on the disk with the serial number, in the background: writable layers and scratch volumes
-// that come later are on it. What was on the disk is lost, and never read. Without a serial number they are in memory.
+// that come later are on it. What was on the disk is lost, and never read. Without a serial number they are in memory. A
+// confidential guest encrypts all that it writes there.
 func (s *Store) SetupScratch(serial string) error {
 	switch {
 	case serial == "":
 		return nil
 	case !validSerial(serial):
 		return fmt.Errorf("serial number of the scratch disk %.40q is not 1 to 20 of [A-Za-z0-9_-]: %w", serial, errdefs.ErrInvalidArgument)
-	case s.platform != "":
-		return fmt.Errorf("this is a confidential guest (platform %s): it writes nothing to a disk of the host: %w", s.platform,
-			errdefs.ErrFailedPrecondition)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -79,18 +77,43 @@ func (s *Store) makeScratchDisk(ctx context.Context, d *scratchDisk) error {
 		return err
 	}
 	defer found.Close() // its name is this disk's as long as it is open
-	if err := formatDisk(found.Name()); err != nil {
-		return err
+	if s.platform == "" {
+		return s.makeScratchFS(d, found.Name(), option{"discard", ""})
 	}
-	// Nothing here outlives the guest, so that nothing has to be on the host's disk at any time.
-	err = mountFS("ext4", d.path, 0, option{"source", found.Name()}, option{"prjquota", ""}, option{"discard", ""}, option{"nobarrier", ""})
+	size, err := diskSize(found)
 	if err != nil {
 		return err
 	}
-	return os.Mkdir(filepath.Join(d.path, trash), 0o700)
+	device, err := encryptDisk(found.Name(), size)
+	if err != nil {
+		return fmt.Errorf("encrypt %s: %w", found.Name(), err)
+	}
+	// No discards: the host would learn what is free, and dm-integrity takes anything for the content of a discarded block.
+	// No reading ahead in inode tables, where blocks that were never written have no tag.
+	if err := s.makeScratchFS(d, device, option{"inode_readahead_blks", "0"}); err != nil {
+		return errors.Join(err, discardEncrypted())
+	}
+	return nil
 }
 
-// formatDisk makes the file system. The disk is a sparse file of the host's, made for this pod.
+// makeScratchFS formats a device and mounts it.
+func (s *Store) makeScratchFS(d *scratchDisk, device string, options ...option) error {
+	if err := formatDisk(device); err != nil {
+		return err
+	}
+	// Nothing here outlives the guest, so that nothing has to be on the host's disk at any time.
+	options = append(options, option{"source", device}, option{"prjquota", ""}, option{"nobarrier", ""})
+	if err := mountFS("ext4", d.path, 0, options...); err != nil {
+		return err
+	}
+	if err := os.Mkdir(filepath.Join(d.path, trash), 0o700); err != nil {
+		return errors.Join(err, unmount(d.path, 0))
+	}
+	return nil
+}
+
+// formatDisk makes the file system. The disk is a sparse file of the host's, made for this pod. Under encryption it does not read
+// as zeros where it was never written, but cannot be read: Options.Zeroed holds as well, since nothing is read there then.
 func formatDisk(path string) error {
 	o := ext4.Options{Label: "scratch", Now: time.Now(), Zeroed: true, ProjectQuota: true, RootMode: 0o711}
 	_, _ = rand.Read(o.UUID[:]) // never fails

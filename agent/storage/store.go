@@ -86,8 +86,8 @@ func New(root string) (*Store, error) {
 // After makes everything that needs kernel modules wait for the function first. It must be called before anything else.
 func (s *Store) After(wait func(context.Context) error) { s.gate = wait }
 
-// Confidential makes the Store refuse live directories of the host from now on, in the name of the platform. It must be called
-// before anything else.
+// Confidential makes the Store refuse live directories of the host and encrypt the scratch disk from now on, in the name of the
+// platform. It must be called before anything else.
 func (s *Store) Confidential(platform string) { s.platform = platform }
 
 func (s *Store) wait(ctx context.Context) error {
@@ -142,6 +142,8 @@ type container struct {
 	gone             bool
 	rootfs, prepared bool
 	dir              string
+	// writable is where the writable layer is; Store.mu guards it.
+	writable string
 	// done lists what Remove takes back, the last first.
 	done []step
 }
@@ -232,6 +234,7 @@ func (s *Store) Remove(ctx context.Context, containerID string) (releasedSerials
 		return nil, err
 	}
 	defer s.leave(containerID, c)
+	s.setWritable(c, "")
 	released, err := s.undo(c, 0)
 	if err != nil {
 		return released, fmt.Errorf("remove the storage of container %s: %w", containerID, err)

@@ -20,6 +20,7 @@ type Pod interface {
 	Info() vc.PodInfo
 	Ping(ctx context.Context) error
 	Stats(ctx context.Context) (*stats.Metrics, error)
+	StorageUsage(ctx context.Context) (*vc.StorageUsage, error)
 	Update(ctx context.Context, r *specs.LinuxResources) error
 	CreateContainer(ctx context.Context, cfg vc.ContainerConfig) (Container, error)
 }

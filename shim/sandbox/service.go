@@ -4,6 +4,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -34,6 +35,8 @@ const (
 
 	// stopTime bounds the stop of a pod that nobody waits for.
 	stopTime = time.Minute
+	// usageTime bounds the guest's answer to what it has on its disk, which a status can do without.
+	usageTime = 2 * time.Second
 	// exitsTime bounds the wait until the containers' exits were published.
 	exitsTime = 5 * time.Second
 )
@@ -226,7 +229,7 @@ func (s *Service) WaitSandbox(ctx context.Context, r *sandboxapi.WaitSandboxRequ
 }
 
 // SandboxStatus describes the pod.
-func (s *Service) SandboxStatus(_ context.Context, r *sandboxapi.SandboxStatusRequest) (*sandboxapi.SandboxStatusResponse, error) {
+func (s *Service) SandboxStatus(ctx context.Context, r *sandboxapi.SandboxStatusRequest) (*sandboxapi.SandboxStatusResponse, error) {
 	pod, err := s.pod(r.GetSandboxID())
 	if err != nil {
 		return nil, err
@@ -238,6 +241,9 @@ func (s *Service) SandboxStatus(_ context.Context, r *sandboxapi.SandboxStatusRe
 	}
 	if r.GetVerbose() {
 		maps.Copy(resp.Info, info.Extra)
+		if info.State == vc.PodReady {
+			s.addUsage(ctx, pod, resp.Info)
+		}
 	}
 	if info.State == vc.PodReady {
 		resp.State = stateReady
@@ -254,6 +260,23 @@ func (s *Service) SandboxStatus(_ context.Context, r *sandboxapi.SandboxStatusRe
 	resp.Info["pid"] = strconv.FormatUint(uint64(info.PID), 10)
 	resp.Info["state"] = resp.State
 	return resp, nil
+}
+
+// addUsage tells what the containers have written, as JSON: CRI's stats take a writable layer's usage from the snapshotter, on
+// the host, and cgroup metrics have no place for it.
+func (s *Service) addUsage(ctx context.Context, pod pods.Pod, info map[string]string) {
+	ctx, cancel := context.WithTimeout(ctx, usageTime)
+	defer cancel()
+	usage, err := pod.StorageUsage(ctx)
+	if err == nil {
+		var text []byte
+		if text, err = json.Marshal(usage); err == nil {
+			info["storageUsage"] = string(text)
+		}
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("what the pod's containers have written is not known")
+	}
 }
 
 // PingSandbox asks the guest for a sign of life.

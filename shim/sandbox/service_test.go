@@ -120,6 +120,7 @@ func TestLife(t *testing.T) {
 	require.NotZero(t, status.GetCreatedAt().AsTime().Unix())
 	require.Nil(t, status.GetExitedAt())
 	require.Equal(t, "tcg", f.status(true).GetInfo()["accelerator"])
+	require.JSONEq(t, podtest.StorageUsage, f.status(true).GetInfo()["storageUsage"])
 
 	platform, err := f.Platform(t.Context(), &sandboxapi.PlatformRequest{SandboxID: "s"})
 	require.NoError(t, err)

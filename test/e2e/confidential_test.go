@@ -27,6 +27,7 @@ func TestConfidential(t *testing.T) {
 	t.Run("volumes", func(t *testing.T) { checkConfidentialVolumes(t, pod) })
 	t.Run("scratch", func(t *testing.T) { checkScratchVolumes(t, pod) })
 	t.Run("refusals", func(t *testing.T) { checkConfidentialRefusals(t, pod) })
+	t.Run("disk", func(t *testing.T) { checkEncryptedDisk(t, n, pod, hostArch()) })
 }
 
 // TestOrdinaryPodSaysSo: nobody takes an ordinary VM for a confidential one.

@@ -94,13 +94,14 @@ func checkNetwork(t *testing.T, n *harness.Node, handler, image string, ips, mtu
 	}})
 	status, _, err := pod.Status(ctx)
 	require.NoError(t, err)
-	addresses := []string{net.JoinHostPort(status.GetNetwork().GetIp(), itoa(probePort))}
+	addresses := map[string]string{"the pod": net.JoinHostPort(status.GetNetwork().GetIp(), itoa(probePort))}
 	for _, more := range status.GetNetwork().GetAdditionalIps() {
-		addresses = append(addresses, net.JoinHostPort(more.GetIp(), itoa(probePort)))
+		addresses["the pod's other address"] = net.JoinHostPort(more.GetIp(), itoa(probePort))
 	}
 	require.Len(t, addresses, ips)
 	// A port of the host is translated for what comes to one of its addresses.
-	addresses = append(addresses, net.JoinHostPort(host, itoa(probeHostPort)))
+	hostPort := net.JoinHostPort(host, itoa(probeHostPort))
+	addresses["a port of the host"] = hostPort
 
 	c := runContainer(t, pod, harness.ContainerSpec{Image: image, Command: []string{"netprobe", itoa(probePort)}})
 	require.NoError(t, c.WaitLog(ctx, "ready\n"))
@@ -108,13 +109,13 @@ func checkNetwork(t *testing.T, n *harness.Node, handler, image string, ips, mtu
 
 	took := map[string]time.Duration{}
 	data := randomBytes(8 << 20)
-	for _, address := range addresses {
-		took["8 MiB by TCP to "+address] = measure(func() {
+	for where, address := range addresses {
+		took["8 MiB by TCP to "+where] = measure(func() {
 			got, err := exchange(ctx, n, address, data)
 			require.NoError(t, err, address)
 			assert.Equal(t, sum(data), sum(got), address)
 		})
-		took["300 datagrams to "+address] = measure(func() { checkDatagrams(t, n, address, mtu) })
+		took["300 datagrams to "+where] = measure(func() { checkDatagrams(t, n, address, mtu) })
 	}
 	took["200 connections, 20 at a time"] = measure(func() {
 		g, _ := errgroup.WithContext(ctx)
@@ -122,7 +123,7 @@ func checkNetwork(t *testing.T, n *harness.Node, handler, image string, ips, mtu
 		for i := range 200 {
 			g.Go(func() error {
 				word := fmt.Sprintf("connection %d", i)
-				got, err := exchange(ctx, n, addresses[len(addresses)-1], []byte(word))
+				got, err := exchange(ctx, n, hostPort, []byte(word))
 				if err == nil && string(got) != word {
 					err = fmt.Errorf("%s was answered with %q", word, got)
 				}

@@ -57,6 +57,7 @@ func TestSecureExecution(t *testing.T) {
 		checkForeignContainer(t, pod, s390xImage)
 		c := runContainer(t, pod, harness.ContainerSpec{Name: "sealed", Image: s390xImage})
 		assert.Equal(t, sealed.Parameters(), output(t, c, "cat /proc/cmdline"), "the host adds nothing")
+		checkEncryptedDisk(t, n, pod, "s390x")
 	})
 	t.Run("other initdata", func(t *testing.T) {
 		other := filepath.Join(t.TempDir(), "initdata.toml")

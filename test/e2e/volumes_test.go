@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -93,6 +94,11 @@ func TestVolumes(t *testing.T) {
 		assert.Zero(t, status.GetExitCode())
 		assert.Equal(t, "new", output(t, one, "cat /settings/mode"))
 	})
+	t.Run("usage", func(t *testing.T) { checkUsage(t, pod, one, "scratch", "/scratch") })
+	t.Run("the host can read it", func(t *testing.T) {
+		output(t, one, "for i in $(seq 1000); do echo '"+diskMarker+"'$i; done > /scratch/marker; sync")
+		assert.True(t, hostSees(t, n, diskMarker+"7"), "as it says; the test of a confidential pod's disk looks the same way")
+	})
 	t.Run("more than the guest's memory", func(t *testing.T) {
 		assert.Empty(t, output(t, one, "volumeprobe write /scratch/big 400"))
 		assert.Empty(t, output(t, one, "volumeprobe write /root/big 400"), "in the writable layer")
@@ -108,8 +114,46 @@ func TestVolumes(t *testing.T) {
 	})
 }
 
-// diskKiB is how much of the host's disk the scratch disk of the node's one VM takes. Its file has no name.
+// checkUsage: what containers write shows in the pod's status, which is the one place that containerd has for it.
+func checkUsage(t *testing.T, pod *harness.Pod, c *harness.Container, volume, at string) {
+	type usage struct{ UsedBytes, LimitBytes, UsedInodes int64 }
+	look := func() (disk, layer, dir usage) {
+		_, info, err := pod.Status(testContext(t))
+		require.NoError(t, err)
+		var all struct {
+			ScratchDisk               usage
+			WritableLayers, EmptyDirs map[string]usage
+		}
+		require.NoError(t, json.Unmarshal([]byte(info["storageUsage"]), &all), "%v", info)
+		require.Contains(t, all.WritableLayers, c.ID)
+		require.Contains(t, all.EmptyDirs, volume)
+		return all.ScratchDisk, all.WritableLayers[c.ID], all.EmptyDirs[volume]
+	}
+	disk, layer, dir := look()
+	assert.Greater(t, disk.LimitBytes, int64(900*mib))
+	output(t, c, "head -c 3000000 /dev/zero > /root/three; head -c 5000000 /dev/zero > "+at+"/five; touch "+at+"/empty; sync")
+	diskNow, layerNow, dirNow := look()
+	assert.InDelta(t, 3000000, layerNow.UsedBytes-layer.UsedBytes, 64<<10)
+	assert.InDelta(t, 5000000, dirNow.UsedBytes-dir.UsedBytes, 64<<10)
+	assert.GreaterOrEqual(t, diskNow.UsedBytes-disk.UsedBytes, int64(8000000))
+	assert.EqualValues(t, 2, dirNow.UsedInodes-dir.UsedInodes)
+	assert.Positive(t, layerNow.UsedInodes-layer.UsedInodes)
+	output(t, c, "rm /root/three "+at+"/five "+at+"/empty")
+	_, layerNow, dirNow = look()
+	assert.Less(t, layerNow.UsedBytes-layer.UsedBytes, int64(1000000))
+	assert.Less(t, dirNow.UsedBytes-dir.UsedBytes, int64(1000000))
+}
+
+// diskKiB is how much of the host's disk the scratch disk of the node's one VM takes.
 func diskKiB(t *testing.T, n *harness.Node) int64 {
+	t.Helper()
+	var stat unix.Stat_t
+	require.NoError(t, unix.Stat(scratchFile(t, n), &stat))
+	return stat.Blocks / 2
+}
+
+// scratchFile is a path of the scratch disk's file of the node's one VM, which has no name.
+func scratchFile(t *testing.T, n *harness.Node) string {
 	t.Helper()
 	pids, err := n.Pids("qemu-system")
 	require.NoError(t, err)
@@ -118,13 +162,11 @@ func diskKiB(t *testing.T, n *harness.Node) int64 {
 	require.NoError(t, err)
 	for _, fd := range open {
 		if name, err := os.Readlink(fd); err == nil && strings.HasPrefix(name, filepath.Join(n.Dir, "scratch")+"/") {
-			var stat unix.Stat_t
-			require.NoError(t, unix.Stat(fd, &stat))
-			return stat.Blocks / 2
+			return fd
 		}
 	}
 	require.FailNow(t, "QEMU has no scratch disk open")
-	return 0
+	return ""
 }
 
 // sharedMemory is how much of its one guest's memory the node's QEMU holds, KiB.

@@ -164,6 +164,8 @@ func TestImage(t *testing.T) {
 		"later c_c.ko", "later a.ko", "later b.ko", "later virtio_net.ko",
 		"later virtio_scsi.ko", "later sd_mod.ko", "later erofs.ko", "later overlay.ko", "later ext4.ko", "later quota_v2.ko",
 		"later tun.ko", "none virtio_balloon.ko", "later pvpanic_pci.ko",
+		"confidential dm_mod.ko", "confidential dm_integrity.ko", "confidential dm_crypt.ko",
+		"confidential brd.ko rd_nr=1 rd_size=16777216", "confidential xts.ko", "confidential aesni_intel.ko", "confidential sha256_ssse3.ko",
 		// Either platform's guest loads what it needs, of which the other's has some too.
 		"snp tsm.ko", "snp sev_guest.ko", "tdx tsm.ko", "tdx tdx_guest.ko", "",
 	}, "\n"), content["lib/modules/load"])
@@ -179,7 +181,7 @@ func TestImage(t *testing.T) {
 	require.Equal(t, digest(archive), read.Initrd.SHA256)
 	require.Equal(t, len(archive), read.Initrd.Size)
 	require.Equal(t, "amd64", read.Architecture)
-	require.Len(t, read.Modules, 18)
+	require.Len(t, read.Modules, 25)
 	kernel, err := os.ReadFile(filepath.Join(in.Out, "vmlinuz"))
 	require.NoError(t, err)
 	require.Equal(t, digest(kernel), read.Kernel.SHA256)
@@ -210,7 +212,9 @@ func TestS390X(t *testing.T) {
 	require.Equal(t, strings.Join([]string{
 		"later crc32c_generic.ko", "early vmw_vsock_virtio_transport.ko", "later virtio_net.ko", "later virtio_scsi.ko", "later sd_mod.ko",
 		"later erofs.ko", "later overlay.ko", "later virtio_blk.ko", "later ext4.ko", "later quota_v2.ko",
-		"later tun.ko", "none virtio_balloon.ko", "se uvdevice.ko", "",
+		"later tun.ko", "none virtio_balloon.ko", "confidential dm_mod.ko", "confidential dm_integrity.ko", "confidential dm_crypt.ko",
+		"confidential brd.ko rd_nr=1 rd_size=16777216", "confidential xts.ko", "confidential aes_s390.ko", "confidential sha256_s390.ko",
+		"se uvdevice.ko", "",
 	}, "\n"), content["lib/modules/load"])
 
 	for name, kernel := range map[string][]byte{

@@ -28,10 +28,12 @@ import (
 const (
 	phaseEarly = "early"
 	phaseLater = "later"
-	phaseNone  = string(abi.None)
-	phaseSNP   = string(abi.SNP)
-	phaseTDX   = string(abi.TDX)
-	phaseSE    = string(abi.SE)
+	// phaseConfidential is of guests on any platform but abi.None. A module whose CPU feature is not there does no harm.
+	phaseConfidential = "confidential"
+	phaseNone         = string(abi.None)
+	phaseSNP          = string(abi.SNP)
+	phaseTDX          = string(abi.TDX)
+	phaseSE           = string(abi.SE)
 )
 
 type want struct{ phase, name string }
@@ -56,6 +58,16 @@ var wanted = []want{
 	{phaseNone, "virtio_balloon"},
 }
 
+// confidential lists what encrypts the scratch disk (agent/storage): the mapping, a disk in memory for the tags, the mode of
+// the cipher. AES, SHA-256 and HMAC are built into the kernels; each architecture adds what its CPUs do faster.
+var confidential = []want{
+	{phaseConfidential, "dm_mod"},
+	{phaseConfidential, "dm_integrity"},
+	{phaseConfidential, "dm_crypt"},
+	{phaseConfidential, "brd"},
+	{phaseConfidential, "xts"},
+}
+
 // architecture is what differs between the guests' architectures.
 type architecture struct {
 	machine elf.Machine
@@ -70,20 +82,25 @@ func (a architecture) wanted() []want { return slices.Concat(a.first, wanted, a.
 
 // architectures by Go's names.
 var architectures = map[string]architecture{
-	"amd64": {elf.EM_X86_64, bzImageRelease, nil, []want{
+	"amd64": {elf.EM_X86_64, bzImageRelease, nil, slices.Concat([]want{
 		// Tells the VMM of a panic.
 		{phaseLater, "pvpanic_pci"},
+	}, confidential, []want{
+		{phaseConfidential, "aesni_intel"},
+		{phaseConfidential, "sha256_ssse3"},
 		// The guest's side of attestation; each brings tsm and configfs along, where reports are asked for.
 		{phaseSNP, "sev_guest"},
 		{phaseTDX, "tdx_guest"},
-	}},
+	})},
 	"s390x": {elf.EM_S390, s390xRelease, []want{
 		// What libcrc32c, and so erofs, asks the kernel's crypto for by a name that is no module's. amd64 has it built in.
 		{phaseLater, "crc32c_generic"},
-	}, []want{
+	}, slices.Concat(confidential, []want{
+		{phaseConfidential, "aes_s390"},
+		{phaseConfidential, "sha256_s390"},
 		// /dev/uv, the ultravisor's interface. The kernel tells the VMM of a panic by itself, through its disabled wait.
 		{phaseSE, "uvdevice"},
-	}},
+	})},
 }
 
 // parameters that modules are loaded with.
@@ -91,6 +108,9 @@ var parameters = map[string]string{
 	// Else virtio_scsi's load does not return before all of a controller's 256 targets were asked, which takes longer
 	// than everything else the agent does. Package boot has them asked in the background.
 	"scsi_mod": "scan=manual",
+	// One disk in memory, of 16 GiB at most: it takes what is written to it. Package storage has the tags of the encrypted
+	// scratch disk there.
+	"brd": "rd_nr=1 rd_size=16777216",
 }
 
 // maxModule bounds one unpacked module, bytes.

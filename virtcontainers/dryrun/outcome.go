@@ -37,7 +37,7 @@ func outcomeOf(m specs.Mount, s mounts.Sharing) (outcome Outcome, detail string)
 		if s.Live() {
 			return InGuest, "made by the guest, on the pod's scratch disk or in its memory"
 		}
-		return InGuest, "made by the guest in its memory; the host never sees what is in it"
+		return InGuest, "made by the guest, on its encrypted scratch disk or in its memory; the host never sees what is in it"
 	}
 	return InGuest, "made by the guest"
 }

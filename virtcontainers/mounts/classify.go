@@ -182,7 +182,7 @@ func follows(m Mount) string {
 }
 
 // apart classifies a bind mount for a VM that shares nothing with the host: small volumes are copied, empty ones are made
-// in the guest's memory, and everything else is refused.
+// by the guest, and everything else is refused.
 func (m Mount) apart(s Sharing) Mount {
 	const instead = "bring the data in the image, a ConfigMap, a Secret or an emptyDir, or fetch it over the network"
 	m.Volume = volumes.Parse(m.Source)

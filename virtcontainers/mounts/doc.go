@@ -20,7 +20,7 @@
 //	Live             any other file or directory of the host, in a VM that shares them: virtio-fs (package share)
 //	Copied           ConfigMap, Secret, projected and downward-API volumes, in a VM that does not: package volumes
 //	Part             a part of such a volume (subPath): copied once
-//	Scratch          an emptyDir: made by the guest in its memory
+//	Scratch          an emptyDir: made by the guest, on the scratch disk or in its memory
 //	TerminationLog   a file of the guest's own
 //	ImageVolume      a VOLUME of the image: the image's files, or an empty directory of the guest's
 //	Refused          cannot be had; the zero value

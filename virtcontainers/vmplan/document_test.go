@@ -107,6 +107,27 @@ func TestDocumentWithInitdata(t *testing.T) {
 	require.Equal(t, d.Digest(), p.inputs().InitdataDigest)
 }
 
+// A scratch disk is one for every platform, and nothing of it is measured: its size is the file's alone.
+func TestDocumentWithScratch(t *testing.T) {
+	for _, name := range []tee.Name{tee.None, tee.Sample, tee.SNP, tee.TDX} {
+		document := func(size int) *hypervisor.Document {
+			p := testPlan(t, Pod{ID: "p", Namespace: "n", Config: &configs.Config{
+				Hypervisor: configs.Hypervisor{Arch: configs.ArchAMD64}, TEE: configs.TEE{Platform: string(name)},
+				State: configs.State{Dir: "/run/cloister"}, Scratch: configs.Scratch{Dir: "/var/scratch", SizeMiB: size},
+			}})
+			return p.Document(nil, Host{Accelerator: hypervisor.AccelKVM})
+		}
+		doc := document(64)
+		require.Len(t, doc.Disks, 1, name)
+		require.Equal(t, ScratchSerial, doc.Disks[0].Serial)
+		require.False(t, doc.Disks[0].ReadOnly)
+		require.Equal(t, "/var/scratch", filepath.Dir(doc.Disks[0].Path))
+		require.Equal(t, doc, document(1<<20), name)
+		require.Empty(t, document(0).Disks, name)
+		require.Equal(t, doc.Boot, document(0).Boot, name)
+	}
+}
+
 func TestVsockOfAPlatform(t *testing.T) {
 	both := []hypervisor.VsockKind{hypervisor.VsockVhostUser, hypervisor.VsockVhost}
 	plan := func(name tee.Name, setting string) *Plan {

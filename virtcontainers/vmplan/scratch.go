@@ -14,10 +14,9 @@ import (
 // ScratchSerial is the serial number of a pod's scratch disk.
 const ScratchSerial = "scratch"
 
-// ScratchFile is the file of the pod's scratch disk; empty if the pod has none. A confidential guest's would have to be
-// encrypted, and is not there yet.
+// ScratchFile is the file of the pod's scratch disk; empty if the pod has none. A confidential guest encrypts it.
 func (p *Plan) ScratchFile() string {
-	if p.cfg.Scratch.SizeMiB == 0 || p.Name().Confidential() {
+	if p.cfg.Scratch.SizeMiB == 0 {
 		return ""
 	}
 	return filepath.Join(p.cfg.Scratch.Dir, filepath.Base(p.StateDir())+".img")

@@ -4,6 +4,7 @@ package podtest
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"sync"
 	"time"
@@ -159,6 +160,18 @@ func (p *Pod) Ping(context.Context) error {
 // Stats are made up.
 func (p *Pod) Stats(context.Context) (*stats.Metrics, error) {
 	return &stats.Metrics{Pids: &stats.PidsStat{Current: 99}}, nil
+}
+
+// StorageUsage is what every pod says of its storage, as JSON.
+const StorageUsage = `{"writableLayers":{"c":{"usedBytes":4096,"usedInodes":2}},"emptyDirs":{"tmp":{"usedBytes":0,"usedInodes":1}}}`
+
+// StorageUsage is made up.
+func (p *Pod) StorageUsage(context.Context) (*vc.StorageUsage, error) {
+	if !p.Ready() {
+		return nil, errdefs.ErrUnavailable
+	}
+	usage := &vc.StorageUsage{}
+	return usage, json.Unmarshal([]byte(StorageUsage), usage)
 }
 
 // Update keeps what it gets.

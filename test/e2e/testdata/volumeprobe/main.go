@@ -8,15 +8,19 @@
 //	volumeprobe watch DIR           prints "watching", then "changed" at the first inotify event for ..data, and ends
 //	volumeprobe write FILE MIB      writes so many MiB, or prints the error
 //	volumeprobe permissions DIR     does there what permissions decide about, and prints what became of each
+//	volumeprobe cold FILE           prints the SHA-256 of a file as its disk has it, not the page cache, or the error
+//	volumeprobe time FILE MIB       prints how many MB/s a file is written with, and read with from its disk
 package main
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
@@ -48,6 +52,10 @@ func run(what string, args []string) error {
 		return write(args[0], args[1])
 	case "permissions":
 		return permissions(args[0])
+	case "cold":
+		return cold(args[0])
+	case "time":
+		return measure(args[0], args[1])
 	}
 	return fmt.Errorf("unknown: %s", what)
 }
@@ -126,4 +134,52 @@ func write(path, mib string) error {
 		}
 	}
 	return f.Close()
+}
+
+// uncache writes back what is dirty of a file and drops it from the page cache.
+func uncache(f *os.File) error {
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+}
+
+func cold(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := uncache(f); err != nil {
+		return err
+	}
+	sum := sha256.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return err
+	}
+	fmt.Printf("%x\n", sum.Sum(nil))
+	return nil
+}
+
+func measure(path, mib string) error {
+	began := time.Now()
+	if err := write(path, mib); err != nil {
+		return err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := uncache(f); err != nil {
+		return err
+	}
+	written := time.Now()
+	size, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, make([]byte, 1<<20))
+	if err != nil {
+		return err
+	}
+	speed := func(d time.Duration) float64 { return float64(size) / 1e6 / d.Seconds() }
+	fmt.Printf("write %.1f read %.1f\n", speed(written.Sub(began)), speed(time.Since(written)))
+	return nil
 }
