@@ -14,7 +14,7 @@ import (
 // connection to the agent begins with the launch's Token.
 const (
 	Major = 2
-	Minor = 1
+	Minor = 2
 )
 
 // What a confidential guest is told by its launch. ParamTEE is on the kernel's command line, which is measured: it names
