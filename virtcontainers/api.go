@@ -168,7 +168,8 @@ const (
 // ProcessState is a snapshot of a process.
 type ProcessState struct {
 	Status ProcessStatus
-	// PID that stands for the process on the host: the VMM's.
+	// PID that stands for the process on the host: that of its container's stand-in (package standin), 0 before that is made.
+	// It is nobody's any more once the init has ended.
 	PID uint32
 	// Exit is valid when Status is ProcessStopped.
 	Exit  Exit

@@ -20,6 +20,7 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/ocispec"
 	"github.com/cloister-project/cloister/virtcontainers/rootfs"
+	"github.com/cloister-project/cloister/virtcontainers/standin"
 )
 
 // Container is one container of a pod.
@@ -40,6 +41,8 @@ type Container struct {
 	mu       sync.Mutex
 	extra    map[string]*Process
 	oomKills uint64
+	// standIn gives the container its process id on the host. It ends with the init; nil before the container is made.
+	standIn *standin.Thread
 }
 
 // ID of the container.
@@ -47,6 +50,39 @@ func (c *Container) ID() string { return c.id }
 
 // Bundle is containerd's directory for the container.
 func (c *Container) Bundle() string { return c.bundle }
+
+// pid stands for the container's processes on the host; 0 before the container is made.
+func (c *Container) pid() uint32 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.standIn == nil {
+		return 0
+	}
+	return uint32(c.standIn.TID())
+}
+
+// makeStandIn takes a process id on the host.
+func (c *Container) makeStandIn(r *running) error {
+	t, err := standin.Start(c.id, r.netns, r.standInRoot)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.standIn = t
+	c.mu.Unlock()
+	c.cleanup.add(func(context.Context) { t.Close() })
+	return nil
+}
+
+// endStandIn gives the process id back; it may be called again, or for a container that has none.
+func (c *Container) endStandIn() {
+	c.mu.Lock()
+	t := c.standIn
+	c.mu.Unlock()
+	if t != nil {
+		t.Close()
+	}
+}
 
 // Init is the container's first process.
 func (c *Container) Init() *Process { return c.init }
@@ -122,7 +158,7 @@ func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 			_ = cfg.IO.Close()
 		}
 	}()
-	plan, err := planContainer(cfg.Spec, p.cfg, p.sharing)
+	plan, err := planContainer(cfg.Spec, p.cfg, p.sharing, p)
 	if err != nil {
 		return nil, err
 	}
@@ -148,8 +184,11 @@ func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 // create makes a container that has its place in the pod. What an error leaves is taken back by cleanup.
 func (c *Container) create(ctx context.Context, r *running, plan *containerPlan, cfg ContainerConfig) error {
 	ctx = log.WithLogger(ctx, log.G(ctx).WithField("container", c.id))
-	req := &agentv1.CreateContainerRequest{ContainerId: c.id, Spec: plan.spec}
-	var err error
+	req := &agentv1.CreateContainerRequest{ContainerId: c.id, Spec: plan.spec, PidTarget: plan.pidTarget}
+	err := c.makeStandIn(r)
+	if err != nil {
+		return err
+	}
 	if req.Mounts, err = r.mounts.Attach(ctx, plan.mounts, c.cleanup.add); err != nil {
 		return fmt.Errorf("mounts: %w", err)
 	}
@@ -228,7 +267,7 @@ func (c *Container) runCreateHooks(ctx context.Context) error {
 	if err := hooks.Validate(h); err != nil {
 		return err
 	}
-	state := hookState(c.id, c.bundle, int(c.pod.vmPID()), c.spec.Annotations)
+	state := hookState(c.id, c.bundle, int(c.pid()), c.spec.Annotations)
 	if err := hooks.CreateRuntime(ctx, h, state); err != nil {
 		return err
 	}

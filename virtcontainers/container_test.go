@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -84,7 +86,9 @@ func TestCreateContainer(t *testing.T) {
 	require.ErrorIs(t, c.Init().Start(t.Context()), errdefs.ErrFailedPrecondition)
 	require.NoError(t, c.Pause(t.Context()))
 	require.Equal(t, ProcessPaused, c.Init().State().Status)
-	require.EqualValues(t, 4711, c.Init().State().PID)
+	pid := c.Init().State().PID
+	require.DirExists(t, fmt.Sprintf("/proc/%d", pid))
+	require.NotContains(t, []int{4711, os.Getpid()}, int(pid), "neither the VMM's nor the shim's")
 	_, err = c.Delete(t.Context())
 	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
 	require.NoError(t, c.Resume(t.Context()))
@@ -93,6 +97,11 @@ func TestCreateContainer(t *testing.T) {
 	exit, err := c.Delete(waitFor(t, c))
 	require.NoError(t, err)
 	require.EqualValues(t, 137, exit.Status)
+	require.Equal(t, pid, c.Init().State().PID)
+	require.Eventually(t, func() bool {
+		_, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
+		return errors.Is(err, fs.ErrNotExist)
+	}, time.Minute, time.Millisecond, "the process id is given back")
 	require.Equal(t, []string{"c"}, agent.deleted)
 	require.Empty(t, p.Containers())
 	require.Equal(t, 1, io.closed)

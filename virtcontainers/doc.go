@@ -15,11 +15,11 @@
 //
 // # A container's way
 //
-// CreateContainer goes through the parts of this package once, in this order: the allow-list (package ocispec) and what
-// becomes of each mount (package mounts), which together refuse what cannot be had before anything is made; the mounts, as
-// planned; its layers' images (package rootfs) as disks of the VM (package disks); the OCI hooks (package hooks); its streams,
-// and the container itself in the guest (package guest). What a step made is taken back by the container's stack of undo
-// steps.
+// CreateContainer goes through the parts of this package once, in this order: the allow-list (package ocispec), namespaces
+// that are joined and what becomes of each mount (package mounts), which together refuse what cannot be had before anything is
+// made; its process id on the host (package standin); the mounts, as planned; its layers' images (package rootfs) as disks of
+// the VM (package disks); the OCI hooks (package hooks); its streams, and the container itself in the guest (package guest).
+// What a step made is taken back by the container's stack of undo steps.
 //
 // # Confidential pods
 //

@@ -75,6 +75,7 @@ func fakeContainer(t *testing.T, agent agentv1.AgentService, spec *specs.Spec) *
 	pod := readyPod(t, agent)
 	c := &Container{id: "c", bundle: t.TempDir(), spec: spec, pod: pod, extra: map[string]*Process{}, cleanup: undo{budget: time.Minute}}
 	c.init = newProcess(c, "", Stdio{}, noIO{})
+	require.NoError(t, c.makeStandIn(pod.running))
 	pod.containers["c"] = c
 	pod.goTracked(c.init.watch)
 	return c

@@ -6,6 +6,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -24,6 +25,7 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/guest"
 	"github.com/cloister-project/cloister/virtcontainers/network"
 	"github.com/cloister-project/cloister/virtcontainers/rootfs"
+	"github.com/cloister-project/cloister/virtcontainers/standin"
 )
 
 // fakeAgent is an agent whose processes run until they are signalled.
@@ -229,6 +231,15 @@ func connect(t *testing.T, agent agentv1.AgentService) *guest.Client {
 // startedPod is a pod as Start leaves it, before it is ready.
 func startedPod(t *testing.T, agent agentv1.AgentService) (*Pod, *running) {
 	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("makes containers' stand-ins: needs root")
+	}
+	netns, err := os.Open("/proc/self/ns/net")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = netns.Close() })
+	root, err := standin.OpenRoot(t.TempDir())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = root.Close() })
 	timeouts := configs.Timeouts{CreateContainer: time.Minute, Cleanup: time.Minute, Stop: time.Minute, Hotplug: time.Minute}
 	cache, err := rootfs.OpenCache(t.TempDir(), 1<<20)
 	require.NoError(t, err)
@@ -243,6 +254,7 @@ func startedPod(t *testing.T, agent agentv1.AgentService) (*Pod, *running) {
 	}
 	r := &running{
 		vm: &fakeVM{done: make(chan struct{})}, guest: connect(t, agent), network: &network.Network{},
+		netns: netns, standInRoot: root,
 		document: &hypervisor.Document{CPU: hypervisor.CPU{Count: 1}, Memory: hypervisor.Memory{Bytes: 1 << 30}},
 	}
 	r.mark("start")

@@ -15,19 +15,23 @@ type containerPlan struct {
 	// spec in JSON, as the agent gets it.
 	spec   []byte
 	mounts []mounts.Mount
+	// pidTarget is the container of the pod whose pid namespace it joins; empty for none.
+	pidTarget string
 }
 
 // planContainer looks at a container's specification and at the host's files, and makes nothing. All that is refused is
-// told at once.
-func planContainer(spec *specs.Spec, pod PodConfig, sharing mounts.Sharing) (*containerPlan, error) {
-	guestSpec, err := ocispec.Container(spec, pod.Only != nil)
+// told at once. The pod is nil while it is not there yet.
+func planContainer(spec *specs.Spec, cfg PodConfig, sharing mounts.Sharing, pod *Pod) (*containerPlan, error) {
+	guestSpec, err := ocispec.Container(spec, cfg.Only != nil)
 	reasons, fault := refusal.Reasons(err)
 	if fault != nil {
 		return nil, fault
 	}
-	all := mounts.Look(mounts.Plan(spec, sharing, pod.OwnFiles), sharing)
+	target, more := pod.joined(spec.Linux)
+	reasons = append(reasons, more...)
+	all := mounts.Look(mounts.Plan(spec, sharing, cfg.OwnFiles), sharing)
 	if err := refusal.Of(append(reasons, mounts.Refusals(all)...)); err != nil {
 		return nil, err
 	}
-	return &containerPlan{spec: guestSpec, mounts: all}, nil
+	return &containerPlan{spec: guestSpec, mounts: all, pidTarget: target}, nil
 }

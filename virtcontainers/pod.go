@@ -106,7 +106,7 @@ func checkPod(cfg PodConfig, vm vmplan.Pod) (*vmplan.Plan, error) {
 		return nil, err
 	}
 	if cfg.Only != nil {
-		_, err := planContainer(cfg.Only, cfg, vmplan.SharingOf(cfg.Config))
+		_, err := planContainer(cfg.Only, cfg, vmplan.SharingOf(cfg.Config), nil)
 		more, other := refusal.Reasons(err)
 		if other != nil {
 			return nil, other

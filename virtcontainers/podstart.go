@@ -23,6 +23,7 @@ import (
 	"github.com/cloister-project/cloister/virtcontainers/hostcgroup"
 	"github.com/cloister-project/cloister/virtcontainers/network"
 	"github.com/cloister-project/cloister/virtcontainers/portforward"
+	"github.com/cloister-project/cloister/virtcontainers/standin"
 	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 )
 
@@ -155,7 +156,6 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 	// The kernel is unpacked (once a node) while the network is made.
 	var (
 		kernel string
-		netns  *os.File
 		work   errgroup.Group
 	)
 	work.Go(func() (err error) {
@@ -163,7 +163,7 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 		return err
 	})
 	work.Go(func() (err error) {
-		netns, err = p.makeNetwork(ctx, r)
+		r.netns, err = p.makeNetwork(ctx, r)
 		return err
 	})
 	if err := work.Wait(); err != nil {
@@ -179,7 +179,7 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 	var last errgroup.Group
 	last.Go(func() error { return p.prepareDocument(ctx, r, host) })
 	last.Go(func() error { return p.makeCgroup(ctx, r) })
-	resources := hypervisor.Resources{Vsock: kernelVsock, NetNS: netns, StateDir: p.stateDir}
+	resources := hypervisor.Resources{Vsock: kernelVsock, NetNS: r.netns, StateDir: p.stateDir}
 	if err := last.Wait(); err != nil {
 		resources.Close()
 		return nil, err
@@ -222,16 +222,16 @@ func (p *Pod) start(ctx context.Context) (*running, error) {
 		return nil, err
 	}
 	p.attachable(r)
-	p.forwardPorts(ctx, r, netns)
+	p.forwardPorts(ctx, r)
 	return r, nil
 }
 
 // forwardPorts listens for `kubectl port-forward`. A pod that cannot have it does without.
-func (p *Pod) forwardPorts(ctx context.Context, r *running, netns *os.File) {
+func (p *Pod) forwardPorts(ctx context.Context, r *running) {
 	if p.plan.Name().Confidential() {
 		return // its loopback is not the host's
 	}
-	f, err := portforward.Listen(ctx, netns)
+	f, err := portforward.Listen(ctx, r.netns)
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("ports of the pod cannot be forwarded")
 		return
@@ -348,7 +348,16 @@ func (p *Pod) makeStateDir(r *running) error {
 		}
 		removeRecord(p.cfg.Bundle)
 	})
-	return p.saveRecord(r)
+	if err := p.saveRecord(r); err != nil {
+		return err
+	}
+	root, err := standin.OpenRoot(p.stateDir)
+	if err != nil {
+		return err
+	}
+	r.standInRoot = root
+	p.cleanup.add(func(context.Context) { _ = root.Close() })
+	return nil
 }
 
 // makeNetwork opens or makes the pod's network namespace, runs the hooks that fill it, and connects its interfaces to

@@ -56,6 +56,6 @@ func (c *Container) runPoststartHooks(ctx context.Context) {
 	if h == nil || len(h.Poststart) == 0 {
 		return
 	}
-	state := hookState(c.id, c.bundle, int(c.pod.vmPID()), c.spec.Annotations)
+	state := hookState(c.id, c.bundle, int(c.pid()), c.spec.Annotations)
 	c.poststart.run(ctx, c.pod.life, func(ctx context.Context) { hooks.Poststart(ctx, h, state) })
 }

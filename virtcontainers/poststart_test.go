@@ -52,7 +52,8 @@ func TestPoststartHooks(t *testing.T) {
 	var state specs.State
 	require.NoError(t, json.Unmarshal(b, &state))
 	require.Equal(t, specs.State{
-		Version: specs.Version, ID: "c", Status: specs.StateRunning, Pid: 4711, Bundle: c.bundle, Annotations: map[string]string{"a": "b"},
+		Version: specs.Version, ID: "c", Status: specs.StateRunning, Pid: int(c.pid()), Bundle: c.bundle,
+		Annotations: map[string]string{"a": "b"},
 	}, state)
 
 	require.Error(t, c.init.Start(t.Context()), "it runs")

@@ -52,7 +52,7 @@ func (p *Process) ID() string { return p.execID }
 func (p *Process) State() ProcessState {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return ProcessState{Status: p.status, PID: p.container.pod.vmPID(), Exit: p.exit, Stdio: p.stdio}
+	return ProcessState{Status: p.status, PID: p.container.pid(), Exit: p.exit, Stdio: p.stdio}
 }
 
 // move changes the state from one to another; errdefs.ErrFailedPrecondition when the process is not in the first, or there
@@ -176,6 +176,9 @@ func (p *Process) finish(exit Exit, stdoutBytes, stderrBytes uint64) {
 	p.exit = exit
 	p.mu.Unlock()
 
+	if p.execID == "" {
+		p.container.endStandIn()
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
 	defer cancel()
 	p.io.Drain(ctx, stdoutBytes, stderrBytes)

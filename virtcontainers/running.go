@@ -5,6 +5,7 @@ package virtcontainers
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"time"
 
@@ -24,6 +25,8 @@ import (
 // afterwards, so that whoever got it reads it without a lock.
 type running struct {
 	network *network.Network
+	// netns is the pod's network namespace, standInRoot what containers' stand-ins have as their root.
+	netns, standInRoot *os.File
 	// forward is nil where ports cannot be forwarded.
 	forward  *portforward.Forwarder
 	cgroup   *hostcgroup.Group

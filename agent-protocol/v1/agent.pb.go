@@ -735,8 +735,11 @@ type CreateContainerRequest struct {
 	Spec   []byte  `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
 	Rootfs *Rootfs `protobuf:"bytes,3,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
 	// In the order in which they are mounted.
-	Mounts        []*Mount `protobuf:"bytes,4,rep,name=mounts,proto3" json:"mounts,omitempty"`
-	Stdio         *Stdio   `protobuf:"bytes,5,opt,name=stdio,proto3" json:"stdio,omitempty"`
+	Mounts []*Mount `protobuf:"bytes,4,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	Stdio  *Stdio   `protobuf:"bytes,5,opt,name=stdio,proto3" json:"stdio,omitempty"`
+	// Id of the pod's container whose pid namespace the container joins, where spec names one with a path; empty: the pod's
+	// own. FailedPrecondition unless that container's init is alive. Since 2.2.
+	PidTarget     string `protobuf:"bytes,6,opt,name=pid_target,json=pidTarget,proto3" json:"pid_target,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -804,6 +807,13 @@ func (x *CreateContainerRequest) GetStdio() *Stdio {
 		return x.Stdio
 	}
 	return nil
+}
+
+func (x *CreateContainerRequest) GetPidTarget() string {
+	if x != nil {
+		return x.PidTarget
+	}
+	return ""
 }
 
 type CreateContainerResponse struct {
@@ -3753,13 +3763,15 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\tNeighbour\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x16\n" +
-	"\x06device\x18\x03 \x01(\tR\x06device\"\xe4\x01\n" +
+	"\x06device\x18\x03 \x01(\tR\x06device\"\x83\x02\n" +
 	"\x16CreateContainerRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\fR\x04spec\x121\n" +
 	"\x06rootfs\x18\x03 \x01(\v2\x19.cloister.agent.v1.RootfsR\x06rootfs\x120\n" +
 	"\x06mounts\x18\x04 \x03(\v2\x18.cloister.agent.v1.MountR\x06mounts\x12.\n" +
-	"\x05stdio\x18\x05 \x01(\v2\x18.cloister.agent.v1.StdioR\x05stdio\"\x19\n" +
+	"\x05stdio\x18\x05 \x01(\v2\x18.cloister.agent.v1.StdioR\x05stdio\x12\x1d\n" +
+	"\n" +
+	"pid_target\x18\x06 \x01(\tR\tpidTarget\"\x19\n" +
 	"\x17CreateContainerResponse\"a\n" +
 	"\x06Rootfs\x120\n" +
 	"\x06layers\x18\x01 \x03(\v2\x18.cloister.agent.v1.LayerR\x06layers\x12%\n" +

@@ -27,8 +27,8 @@
 //
 // # Exits
 //
-// No process of a container outlives its init: with a pid namespace of its own the kernel kills the others, in the pod's
-// shared one the agent kills the container's cgroup. In which order their exits are then recorded is left open; who tells
+// No process of a container outlives its init: with a pid namespace of its own the kernel kills the others, in one that is
+// shared the agent kills the container's cgroup. In which order their exits are then recorded is left open; who tells
 // containerd puts them in order, and does not rely on a guest for it (shim/task). Before any exit is recorded, OOM kills
 // are counted and reported (NextEvents, and oom_kills of the exit itself).
 //
@@ -43,8 +43,10 @@
 //
 // Every container is in the guest's network namespace, which is the pod's, and has mount and cgroup namespaces of its
 // own. IPC, UTS and pid are its own or the pod's. The pod's are made by ConfigurePod and kept by open files; the pid
-// namespace has a pause process without rights in an empty root as its init. User namespaces are always the container's
-// own, with the mapping that the host asks for; storage must give it a root filesystem that this mapping can use.
+// namespace has a pause process without rights in an empty root as its init. A container may join another one's pid namespace
+// instead (pid_target), which nothing keeps open: when the other's init ends, the kernel kills all in it. User namespaces are
+// always the container's own, with the mapping that the host asks for; storage must give it a root filesystem that this mapping
+// can use.
 //
 // # Trust
 //

@@ -22,6 +22,9 @@ func errProcessFinished() error {
 	return withKind(fmt.Errorf("process already finished"), errdefs.ErrNotFound)
 }
 
+// errStopped says that a container which must run for what was asked has stopped.
+func errStopped() error { return fmt.Errorf("it has stopped: %w", errdefs.ErrFailedPrecondition) }
+
 func errShutsDown() error { return fmt.Errorf("the guest shuts down: %w", errdefs.ErrUnavailable) }
 
 // refused says that a request asks for something that the guest does not do.

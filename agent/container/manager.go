@@ -4,6 +4,7 @@ package container
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
@@ -160,15 +162,56 @@ func (m *Manager) Create(ctx context.Context, req *agentv1.CreateContainerReques
 	if err != nil {
 		return err
 	}
-	spec, err := g.Container(id, in, stdio.terminal)
-	if err == nil {
-		err = c.create(ctx, spec, stdio, req)
-	}
-	if err != nil {
+	if err := m.build(ctx, c, g, in, stdio, req); err != nil {
 		m.drop(id)
 		return fmt.Errorf("create container %q: %w", id, err)
 	}
 	return nil
+}
+
+// build makes a container that has its place in the map.
+func (m *Manager) build(ctx context.Context, c *container, g *ocispec.Guest, in *specs.Spec, stdio stdioSpec,
+	req *agentv1.CreateContainerRequest) error {
+	if target := req.GetPidTarget(); target != "" {
+		if !ocispec.JoinsPID(in) {
+			return refused("pid_target is %q, and spec joins no pid namespace", target)
+		}
+		ns, err := m.openPID(target)
+		if err != nil {
+			return fmt.Errorf("join the pid namespace of container %q: %w", target, err)
+		}
+		defer ns.Close() // libcontainer has joined it then
+		g.PID = nsPath(ns)
+	}
+	spec, err := g.Container(c.id, in, stdio.terminal)
+	if err != nil {
+		return err
+	}
+	return c.create(ctx, spec, stdio, req)
+}
+
+// openPID opens the pid namespace of a container whose init is alive.
+func (m *Manager) openPID(id string) (*os.File, error) {
+	p, err := m.process(id, "")
+	if err != nil {
+		return nil, err
+	}
+	p.c.mu.Lock()
+	reaped := p.reaped
+	p.c.mu.Unlock()
+	if reaped {
+		return nil, errStopped()
+	}
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/pid", p.pid))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	// The pid could be another process's by now, unless the init, which its pidfd names, is there still.
+	if err != nil || p.lp.Signal(unix.Signal(0)) != nil {
+		_ = ns.Close() // of nil too
+		return nil, errStopped()
+	}
+	return ns, nil
 }
 
 // CreateProcess adds a process to a container. Nothing runs before Start.

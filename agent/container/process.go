@@ -208,8 +208,8 @@ func (p *process) waitExit() {
 	p.finish(status)
 }
 
-// killRest ends what an init has left. With a pid namespace of its own the kernel has done it; in the pod's, the container's
-// cgroup tells who belongs to it.
+// killRest ends what an init has left. With a pid namespace of its own the kernel has done it; in one that is shared, the
+// container's cgroup tells who belongs to it.
 func (c *container) killRest() {
 	if c.ownPID {
 		return
@@ -273,7 +273,7 @@ func (p *process) signal(signal uint32) error {
 		return fmt.Errorf("%s is not started: %w", p, errdefs.ErrFailedPrecondition)
 	}
 	if p == p.c.init && unix.Signal(signal) == unix.SIGKILL && !p.c.ownPID {
-		// The init of a container in the pod's pid namespace has no power over its children there.
+		// The init of a container in a shared pid namespace has no power over its children there.
 		return p.c.signalAll(signal)
 	}
 	// By pidfd (os.Process), so that a pid that was used again is never hit.

@@ -61,6 +61,13 @@ func OwnNamespace(l *specs.Linux, t specs.LinuxNamespaceType) bool {
 	return slices.ContainsFunc(l.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == t && n.Path == "" })
 }
 
+// JoinsPID reports whether a specification of the host's, not checked yet, joins a pid namespace that exists.
+func JoinsPID(in *specs.Spec) bool {
+	return in.Linux != nil && slices.ContainsFunc(in.Linux.Namespaces, func(n specs.LinuxNamespace) bool {
+		return n.Type == specs.PIDNamespace && n.Path != ""
+	})
+}
+
 func (g *Guest) linuxSpec(id string, in *specs.Linux) (*specs.Linux, error) {
 	switch {
 	case len(in.NetDevices) > 0:

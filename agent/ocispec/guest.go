@@ -14,7 +14,8 @@ import (
 type Guest struct {
 	// Cgroup is the parent of the containers' cgroups.
 	Cgroup string
-	// IPC, UTS and PID are paths of the pod's shared namespaces, empty for one that the pod does not have.
+	// IPC, UTS and PID are paths of the namespaces that a container may join, the pod's own or, for PID, another container's;
+	// empty for one that there is not.
 	IPC, UTS, PID string
 
 	// cpus is the number of the highest online CPU plus one.

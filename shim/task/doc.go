@@ -36,9 +36,9 @@
 // # Process ids
 //
 // The processes live in the guest; their numbers there mean nothing on the host, where a consumer of Pids would take
-// them for those of the host's own processes (containerd's CRI counts the file descriptors of each). The VMM's pid
-// stands for all of them, in events, State, Connect and Pids alike. Pids has one entry for the container and one for
-// each running exec.
+// them for those of the host's own processes (containerd's CRI counts the file descriptors of each). A container has a
+// pid on the host (virtcontainers/standin) that stands for all of its processes, in events, State, Connect and Pids alike; a
+// pause container's is the VMM's. Pids has one entry for the container and one for each running exec.
 //
 // # Locks
 //

@@ -63,7 +63,7 @@ func TestHooks(t *testing.T) {
 		s := state(name)
 		assert.Equal(t, id, s.ID)
 		assert.Equal(t, specs.StateRunning, s.Status)
-		assert.EqualValues(t, answer.GetProcess().GetPid(), s.Pid, "the VMM's pid stands for the container")
+		assert.EqualValues(t, answer.GetProcess().GetPid(), s.Pid, "what stands for the container on the host")
 	}
 
 	succeed(t, n.Ctr(ctx, "task", "exec", "--exec-id", "one", id, "true"))

@@ -6,6 +6,8 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -77,6 +79,18 @@ func TestNerdctl(t *testing.T) {
 		// The refused one has taken nothing of the first's along.
 		nerdctl("exec", "first", "ping", "-c", "1", "-W", "30", "10.88.0.1")
 		succeed(t, n.Command(ctx, n.Artifacts().Busybox, "ping", "-c", "1", "-W", "30", ip))
+	})
+	t.Run("copies do not reach the host", func(t *testing.T) {
+		// nerdctl takes /proc/PID/root for the container's root filesystem.
+		file := filepath.Join(t.TempDir(), "file")
+		require.NoError(t, os.WriteFile(file, []byte("x"), 0o600))
+		for _, args := range [][]string{{"cp", file, "first:/copied-by-nerdctl"}, {"cp", file, "first:/tmp/copied-by-nerdctl"},
+			{"cp", "first:/etc/hostname", filepath.Dir(file)}} {
+			assert.NotZero(t, run(t, n.Nerdctl(ctx, args...)).status, args)
+		}
+		assert.NoFileExists(t, "/copied-by-nerdctl")
+		assert.NoFileExists(t, "/tmp/copied-by-nerdctl")
+		assert.NoFileExists(t, filepath.Join(filepath.Dir(file), "hostname"))
 	})
 	t.Run("sysctls", func(t *testing.T) {
 		got := nerdctl("run", "--rm", "--network", n.Name, "--runtime", runtimeName, "--sysctl", "net.core.somaxconn=77",

@@ -98,6 +98,7 @@ func TestFiveContainers(t *testing.T) {
 		assert.Contains(t, processes, "echo 1 > /own")
 		assert.NotContains(t, processes, "echo 0 > /own")
 	})
+	t.Run("processes of a target", func(t *testing.T) { checkTarget(t, n, pod, all[1]) })
 	t.Run("sysctls", func(t *testing.T) {
 		assert.Equal(t, "777\n1", output(t, all[3], "cat /proc/sys/net/ipv4/tcp_keepalive_time /proc/sys/kernel/shm_rmid_forced"))
 	})

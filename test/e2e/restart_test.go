@@ -98,6 +98,8 @@ func checkAlive(t *testing.T, n *harness.Node, handler string, pod *harness.Pod,
 	last := lastCount(t, c)
 	waitFor(t, ctx, "the output of "+handler+" goes on", func() bool { return lastCount(t, c) > last })
 	assert.Equal(t, "alive", output(t, c, "echo alive"), handler)
+	debugger := runContainer(t, pod, harness.ContainerSpec{Change: targeting(c)})
+	assert.Contains(t, output(t, debugger, "cat /proc/1/cmdline"), "echo line $i", handler)
 	again := runContainer(t, pod, harness.ContainerSpec{Script: "echo new; exit 3"})
 	ended, err := again.Wait(ctx)
 	require.NoError(t, err)
