@@ -30,11 +30,10 @@ func TestContainerdUpgrade(t *testing.T) {
 	require.NoError(t, err)
 	older := containerdVersion(t, dir)
 	// Its shims' sockets cannot be elsewhere.
-	if _, err := os.Stat(runContainerd); os.IsNotExist(err) {
-		t.Cleanup(func() {
-			require.NoError(t, os.Remove(filepath.Join(runContainerd, "s")), "a shim has left its socket")
-			require.NoError(t, os.Remove(runContainerd))
-		})
+	for _, dir := range []string{runContainerd, filepath.Join(runContainerd, "s")} {
+		if _, err := os.Stat(dir); os.IsNotExist(err) {
+			t.Cleanup(func() { require.NoError(t, os.Remove(dir), "what is still in it?") })
+		}
 	}
 	n := harness.ForTest(t, harness.Options{DropIn: os.Getenv("CLOISTER_E2E_DROPIN"), Containerd: dir,
 		Handlers: []string{harness.HandlerCloister, harness.HandlerClassic}})
