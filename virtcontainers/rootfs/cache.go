@@ -95,6 +95,10 @@ func (c *Cache) resolveTree(ctx context.Context, t *tree, r *Rootfs) error {
 		switch {
 		case errors.Is(err, erofsimg.ErrNeedsMerge) && len(t.lowers) > 0:
 			// Its marks make sense only together with the layers below.
+			if !r.IDs.IsZero() {
+				return fmt.Errorf("something was written to %s before the container started, whose owners are not to be mapped as the other "+
+					"layers' are: %w: %w", t.upper, err, errdefs.ErrNotImplemented)
+			}
 			all := *t
 			all.lowers = append([]string{t.upper}, t.lowers...)
 			if layer, err = c.fresh(ctx, &all, false, r); err != nil {
@@ -122,7 +126,7 @@ func (c *Cache) resolveTree(ctx context.Context, t *tree, r *Rootfs) error {
 		return err
 	}
 	r.files = append(r.files, f)
-	r.Layers = append(r.Layers, Layer{Path: c.image(key), Filesystem: FilesystemEROFS, Key: key})
+	r.Layers = append(r.Layers, Layer{Path: c.image(key), Filesystem: FilesystemEROFS, Key: key, Mapped: !r.IDs.IsZero()})
 	return nil
 }
 

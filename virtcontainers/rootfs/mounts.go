@@ -8,6 +8,8 @@ import (
 
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // plan is what mounts ask for: ready images or a tree of directories, and an upper directory over either.
@@ -17,6 +19,8 @@ type plan struct {
 	empty         bool // the mounts say that there is no layer
 	readOnly      bool
 	writableBytes int64
+	// ids say how the owners of all but what is in an upper directory are to be mapped.
+	ids idmap.Map
 }
 
 // image is an image file of the erofs snapshotter.
@@ -53,6 +57,7 @@ type element struct {
 	bytes int64 // of a writable image
 	// readOnly of a bind mount.
 	readOnly bool
+	ids      idmap.Map
 	used     bool // by a template
 }
 
@@ -86,7 +91,11 @@ func parseMounts(request []*types.Mount) (*plan, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mount %d: %w", len(elements)-1, err)
 	}
+	p.ids = last.ids
 	for i, e := range elements[:len(elements)-1] {
+		if !e.ids.IsZero() {
+			return nil, fmt.Errorf("mount %d has uidmap= and gidmap=, which only the last one can have: %w", i, errdefs.ErrNotImplemented)
+		}
 		if !e.used {
 			return nil, fmt.Errorf("mount %d (type %q, source %q) is used by no other: %w", i, e.full, e.source, errdefs.ErrInvalidArgument)
 		}
@@ -111,6 +120,12 @@ func parseMount(m *types.Mount) (*element, error) {
 	e := &element{mount: mount{full: m.Type, source: m.Source, options: m.Options}}
 	parts := strings.Split(m.Type, "/")
 	e.base = parts[len(parts)-1]
+	var err error
+	if e.base == "overlay" || e.base == "bind" {
+		if e.ids, e.options, err = cutIDMap(m.Options); err != nil {
+			return nil, err
+		}
+	}
 	mkfs := false
 	for _, transform := range parts[:len(parts)-1] {
 		switch {
@@ -121,7 +136,6 @@ func parseMount(m *types.Mount) (*element, error) {
 			return nil, fmt.Errorf("transform %q of type %q is not understood: %w", transform, m.Type, errdefs.ErrNotImplemented)
 		}
 	}
-	var err error
 	switch {
 	case e.base == "erofs" && len(parts) == 1:
 		e.kind = kindImage
@@ -138,7 +152,7 @@ func parseMount(m *types.Mount) (*element, error) {
 		e.kind = kindOverlay
 	case e.base == "bind" && !mkfs:
 		e.kind = kindBind
-		e.readOnly, err = parseBindOptions(m.Type, m.Options)
+		e.readOnly, err = parseBindOptions(m.Type, e.options)
 	default:
 		return nil, fmt.Errorf("type %q (source %q) is not supported; use the overlayfs or the erofs snapshotter for this runtime: %w",
 			m.Type, m.Source, errdefs.ErrNotImplemented)

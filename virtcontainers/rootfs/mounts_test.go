@@ -10,6 +10,8 @@ import (
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 func m(mountType, source string, options ...string) *types.Mount {
@@ -69,6 +71,14 @@ func TestParseMounts(t *testing.T) {
 		{"erofs, merged metadata", []*types.Mount{m("erofs", s+"3/fsmeta.erofs", "ro", "loop", "device="+layer(1), "device="+layer(2)),
 			m("format/bind", "{{ mount 0 }}", "ro", "rbind")},
 			&plan{images: []image{{s + "3/fsmeta.erofs", []string{layer(1), layer(2)}}}, readOnly: true}},
+		{"overlayfs, mapped", []*types.Mount{m("overlay", "overlay", "uidmap=0:1000:10,10:5000:1", "gidmap=0:2000:10", "workdir=/w",
+			"upperdir=/u", "lowerdir=/l")}, &plan{tree: &tree{lowers: []string{"/l"}, upper: "/u"},
+			ids: idmap.Map{UIDs: "0:1000:10,10:5000:1", GIDs: "0:2000:10"}}},
+		{"overlayfs, mapped view of one layer", []*types.Mount{m("bind", "/l", "ro", "rbind", "uidmap=0:1:1", "gidmap=0:2:2")},
+			&plan{tree: &tree{lowers: []string{"/l"}}, readOnly: true, ids: idmap.Map{UIDs: "0:1:1", GIDs: "0:2:2"}}},
+		{"erofs, mapped", []*types.Mount{erofs(1), m("format/mkdir/overlay", "overlay", "workdir=/w", "upperdir=/u", "uidmap=0:1:1",
+			"gidmap=0:2:2", "lowerdir={{ mount 0 }}")},
+			&plan{images: images(1), tree: &tree{upper: "/u"}, ids: idmap.Map{UIDs: "0:1:1", GIDs: "0:2:2"}}},
 		{"erofs, no layers, block device", []*types.Mount{m("mkfs/ext4", "/rw.img", "X-containerd.mkfs.size=1GiB", "rw", "loop"),
 			m("format/mkdir/bind", "{{ mount 0 }}/upper", "X-containerd.mkdir.path={{ mount 0 }}/upper:0755", "rw", "rbind")},
 			&plan{empty: true, writableBytes: 1 << 30}},
@@ -99,7 +109,11 @@ func TestParseMountsRefuses(t *testing.T) {
 		{"unknown transform", []*types.Mount{m("magic/overlay", "overlay")}, true, `"magic"`},
 		{"target", []*types.Mount{{Type: "bind", Source: "/a", Target: "/b"}}, true, "target"},
 		{"unknown option", overlay("lowerdir=/a", "datadir+=/x"), true, `"datadir+=/x"`},
-		{"mapped ids", overlay("lowerdir=/a", "uidmap=0:1000:1"), true, "hostUsers"},
+		{"mapped users only", overlay("lowerdir=/a", "uidmap=0:1000:1"), false, "gidmap"},
+		{"empty map", []*types.Mount{m("bind", "/a", "uidmap=", "gidmap=0:1:1")}, false, "uidmap"},
+		{"mapped ids of an image", []*types.Mount{m("erofs", "/l.erofs", "uidmap=0:1:1", "gidmap=0:1:1")}, true, "uidmap"},
+		{"mapped ids below", []*types.Mount{m("bind", "/a", "ro", "uidmap=0:1:1", "gidmap=0:1:1"), m("overlay", "overlay", "lowerdir=/b")}, true,
+			"only the last"},
 		{"noexec", overlay("lowerdir=/a", "noexec"), true, "noexec"},
 		{"data-only layers", overlay("lowerdir=/a::/b"), true, "data-only"},
 		{"no layers", overlay("upperdir=/u", "workdir=/w"), false, "without lowerdir"},

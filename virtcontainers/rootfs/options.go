@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // Prefixes of options that are for containerd's mount manager (containerd docs/mounts.md).
@@ -59,9 +61,6 @@ func isHarmless(option string) bool {
 func unknownOption(mountType, option string) error {
 	what := fmt.Sprintf("option %q of a mount of type %q is not understood", option, mountType)
 	switch key, _, _ := strings.Cut(option, "="); key {
-	case "uidmap", "gidmap":
-		return fmt.Errorf("%s: user namespaces with mapped layers are not supported; run the pod without (hostUsers: true): %w",
-			what, errdefs.ErrNotImplemented)
 	case "noexec", "nosuid", "nodev":
 		return fmt.Errorf("%s: it cannot be kept for a root filesystem; take it out of the snapshotter's mount options: %w",
 			what, errdefs.ErrNotImplemented)
@@ -158,6 +157,25 @@ func unescape(path string) string {
 		b.WriteByte(path[i])
 	}
 	return b.String()
+}
+
+// cutIDMap takes the options out that say how the owners of files are to be mapped for a user namespace. Snapshotters give both.
+func cutIDMap(options []string) (ids idmap.Map, rest []string, err error) {
+	for _, option := range options {
+		key, value, _ := strings.Cut(option, "=")
+		switch key {
+		case "uidmap":
+			ids.UIDs = value
+		case "gidmap":
+			ids.GIDs = value
+		default:
+			rest = append(rest, option)
+		}
+	}
+	if (ids.UIDs == "") != (ids.GIDs == "") {
+		return ids, nil, fmt.Errorf("of the options uidmap= and gidmap= one is missing or empty: %w", errdefs.ErrInvalidArgument)
+	}
+	return ids, rest, nil
 }
 
 // parseBindOptions reports whether a bind mount is read-only.

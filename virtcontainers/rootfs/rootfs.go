@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
+
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // MountCapabilities is what a shim that uses this package announces to containerd 2.4 as an extension of its bootstrap result, so
@@ -41,6 +43,8 @@ type Layer struct {
 	Extra []string
 	// Key is the same for the same image and different for different ones: 64 hex digits. Containers of a pod share a disk by it.
 	Key string
+	// Mapped says that its files' owners are to be mapped by Rootfs.IDs.
+	Mapped bool
 }
 
 // Rootfs is a resolved root filesystem. Its images stay in place until Release.
@@ -51,6 +55,8 @@ type Rootfs struct {
 	ReadOnly bool
 	// WritableBytes is the size that the snapshotter allots to the writable layer; 0 if it sets no limit.
 	WritableBytes int64
+	// IDs is the map of the user namespace that it was made for; none if the snapshotter asks for no mapping.
+	IDs idmap.Map
 
 	once  sync.Once
 	files []*os.File // locked shared
@@ -82,7 +88,7 @@ func (c *Cache) Resolve(ctx context.Context, mounts []*types.Mount) (*Rootfs, er
 	if err != nil {
 		return nil, fmt.Errorf("root filesystem: %w", err)
 	}
-	r := &Rootfs{ReadOnly: p.readOnly, WritableBytes: p.writableBytes}
+	r := &Rootfs{ReadOnly: p.readOnly, WritableBytes: p.writableBytes, IDs: p.ids}
 	if err := c.resolve(ctx, p, r); err != nil {
 		return nil, errors.Join(fmt.Errorf("root filesystem: %w", err), r.Release())
 	}
@@ -95,6 +101,7 @@ func (c *Cache) resolve(ctx context.Context, p *plan, r *Rootfs) error {
 		if err != nil {
 			return err
 		}
+		layer.Mapped = !r.IDs.IsZero()
 		r.Layers = append(r.Layers, layer)
 	}
 	switch {
