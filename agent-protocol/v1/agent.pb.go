@@ -914,7 +914,10 @@ type Layer struct {
 	// "erofs".
 	Filesystem string `protobuf:"bytes,2,opt,name=filesystem,proto3" json:"filesystem,omitempty"`
 	// Serial numbers of further disks of a multi-device image, in the order of the image's device table.
-	ExtraSerials  []string `protobuf:"bytes,3,rep,name=extra_serials,json=extraSerials,proto3" json:"extra_serials,omitempty"`
+	ExtraSerials []string `protobuf:"bytes,3,rep,name=extra_serials,json=extraSerials,proto3" json:"extra_serials,omitempty"`
+	// Whether its files' owners are mapped by spec's uidMappings and gidMappings: what belongs to root in the image belongs to the
+	// container's root. InvalidArgument if the container has no user namespace. Since 2.2.
+	IdMapped      bool `protobuf:"varint,4,opt,name=id_mapped,json=idMapped,proto3" json:"id_mapped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -970,6 +973,13 @@ func (x *Layer) GetExtraSerials() []string {
 	return nil
 }
 
+func (x *Layer) GetIdMapped() bool {
+	if x != nil {
+		return x.IdMapped
+	}
+	return false
+}
+
 type Mount struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Absolute path in the container.
@@ -984,7 +994,10 @@ type Mount struct {
 	//	*Mount_Shared
 	//	*Mount_Volume
 	//	*Mount_Scratch
-	Source        isMount_Source `protobuf_oneof:"source"`
+	Source isMount_Source `protobuf_oneof:"source"`
+	// The same of what is mounted, and not of further mounts in it. InvalidArgument for filesystem, and for shared: the host has mapped
+	// that where it is wanted. Since 2.2.
+	IdMapped      bool `protobuf:"varint,9,opt,name=id_mapped,json=idMapped,proto3" json:"id_mapped,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1092,6 +1105,13 @@ func (x *Mount) GetScratch() *ScratchVolume {
 		}
 	}
 	return nil
+}
+
+func (x *Mount) GetIdMapped() bool {
+	if x != nil {
+		return x.IdMapped
+	}
+	return false
 }
 
 type isMount_Source interface {
@@ -3775,13 +3795,14 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x17CreateContainerResponse\"a\n" +
 	"\x06Rootfs\x120\n" +
 	"\x06layers\x18\x01 \x03(\v2\x18.cloister.agent.v1.LayerR\x06layers\x12%\n" +
-	"\x0ewritable_bytes\x18\x02 \x01(\x04R\rwritableBytes\"d\n" +
+	"\x0ewritable_bytes\x18\x02 \x01(\x04R\rwritableBytes\"\x81\x01\n" +
 	"\x05Layer\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x1e\n" +
 	"\n" +
 	"filesystem\x18\x02 \x01(\tR\n" +
 	"filesystem\x12#\n" +
-	"\rextra_serials\x18\x03 \x03(\tR\fextraSerials\"\xab\x03\n" +
+	"\rextra_serials\x18\x03 \x03(\tR\fextraSerials\x12\x1b\n" +
+	"\tid_mapped\x18\x04 \x01(\bR\bidMapped\"\xc8\x03\n" +
 	"\x05Mount\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\aoptions\x18\x02 \x03(\tR\aoptions\x12D\n" +
@@ -3792,7 +3813,8 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x04file\x18\x05 \x01(\v2\x1b.cloister.agent.v1.FileCopyH\x00R\x04file\x127\n" +
 	"\x06shared\x18\x06 \x01(\v2\x1d.cloister.agent.v1.SharedPathH\x00R\x06shared\x126\n" +
 	"\x06volume\x18\a \x01(\v2\x1c.cloister.agent.v1.PodVolumeH\x00R\x06volume\x12<\n" +
-	"\ascratch\x18\b \x01(\v2 .cloister.agent.v1.ScratchVolumeH\x00R\ascratchB\b\n" +
+	"\ascratch\x18\b \x01(\v2 .cloister.agent.v1.ScratchVolumeH\x00R\ascratch\x12\x1b\n" +
+	"\tid_mapped\x18\t \x01(\bR\bidMappedB\b\n" +
 	"\x06source\"%\n" +
 	"\x0fGuestFilesystem\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\"\b\n" +

@@ -21,6 +21,7 @@ import (
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/agent/ocispec"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // Budgets of steps that wait for the kernel or run after the caller has given up.
@@ -129,13 +130,14 @@ func (c *container) create(ctx context.Context, spec *specs.Spec, stdio stdioSpe
 	undo = append(undo, func(context.Context) error { streams.forget(stdio.ids()); return nil })
 
 	undo = append(undo, func(ctx context.Context) error { _, err := c.m.cfg.Storage.Remove(ctx, c.id); return err })
-	if spec.Root.Path, err = c.m.cfg.Storage.MountRootfs(ctx, c.id, req.GetRootfs(), spec.Root.Readonly); err != nil {
+	ids := idmap.Of(spec.Linux.UIDMappings, spec.Linux.GIDMappings) // none without a user namespace
+	if spec.Root.Path, err = c.m.cfg.Storage.MountRootfs(ctx, c.id, req.GetRootfs(), spec.Root.Readonly, ids); err != nil {
 		return err
 	}
 	if spec.Mounts, err = c.m.cfg.Storage.PrepareMounts(ctx, c.id, req.GetMounts()); err != nil {
 		return err
 	}
-	if ocispec.OwnNamespace(spec.Linux, specs.UserNamespace) {
+	if !ids.IsZero() {
 		c.m.bindKernelFilesystems(spec)
 	}
 

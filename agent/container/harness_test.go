@@ -23,6 +23,7 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 func TestMain(m *testing.M) {
@@ -49,7 +50,7 @@ type testStorage struct {
 	removed []string
 }
 
-func (s *testStorage) MountRootfs(_ context.Context, id string, _ *agentv1.Rootfs, _ bool) (string, error) {
+func (s *testStorage) MountRootfs(_ context.Context, id string, _ *agentv1.Rootfs, _ bool, _ idmap.Map) (string, error) {
 	root := filepath.Join(s.dir, id)
 	for _, d := range []string{"bin", "proc", "dev", "tmp", "sys"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/containerd/cgroups/v3/cgroup2/stats"
@@ -19,12 +20,13 @@ import (
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/agent/ocispec"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // Storage is what containers need of the guest's storage (package agent/storage).
 type Storage interface {
-	// MountRootfs mounts a container's root filesystem and says where.
-	MountRootfs(ctx context.Context, containerID string, r *agentv1.Rootfs, readonly bool) (string, error)
+	// MountRootfs mounts a container's root filesystem and says where. ids is the map of the container's user namespace, if it has one.
+	MountRootfs(ctx context.Context, containerID string, r *agentv1.Rootfs, readonly bool, ids idmap.Map) (string, error)
 	// PrepareMounts turns the mounts of a request into mounts with sources in the guest.
 	PrepareMounts(ctx context.Context, containerID string, mounts []*agentv1.Mount) ([]specs.Mount, error)
 	// Remove undoes both and tells which disks are free now. It may be called for a container that it does not know.
@@ -186,6 +188,10 @@ func (m *Manager) build(ctx context.Context, c *container, g *ocispec.Guest, in 
 	spec, err := g.Container(c.id, in, stdio.terminal)
 	if err != nil {
 		return err
+	}
+	mapped := slices.IndexFunc(req.GetMounts(), (*agentv1.Mount).GetIdMapped)
+	if mapped >= 0 && !ocispec.OwnNamespace(spec.Linux, specs.UserNamespace) {
+		return refused("mount %d is id-mapped, and the container has no user namespace", mapped+1)
 	}
 	return c.create(ctx, spec, stdio, req)
 }

@@ -30,6 +30,7 @@ import (
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/agent/container"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 func TestMain(m *testing.M) {
@@ -97,7 +98,7 @@ func (f fakeStorage) PrepareMounts(context.Context, string, []*agentv1.Mount) ([
 func (f fakeStorage) Remove(_ context.Context, id string) ([]string, error) {
 	return []string{"serial"}, os.RemoveAll(filepath.Join(f.dir, id))
 }
-func (f fakeStorage) MountRootfs(_ context.Context, id string, _ *agentv1.Rootfs, _ bool) (string, error) {
+func (f fakeStorage) MountRootfs(_ context.Context, id string, _ *agentv1.Rootfs, _ bool, _ idmap.Map) (string, error) {
 	root := filepath.Join(f.dir, id)
 	for _, d := range []string{"bin", "proc", "dev"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {

@@ -55,6 +55,9 @@ func checkMounts(mounts []*agentv1.Mount) error {
 	copies := 0
 	for i, m := range mounts {
 		err := checkDestination(m.GetDestination())
+		if m.GetIdMapped() && (m.GetFilesystem() != nil || m.GetShared() != nil) {
+			err = errors.Join(err, fmt.Errorf("it is not a mount that can have its ids mapped here: %w", errdefs.ErrInvalidArgument))
+		}
 		switch source := m.GetSource().(type) {
 		case *agentv1.Mount_Filesystem:
 			err = errors.Join(err, checkOptions(source.Filesystem.GetType(), m.GetOptions()))
@@ -146,6 +149,9 @@ func (s *Store) prepare(ctx context.Context, c *container, index int, m *agentv1
 		out.Options = readOnly(out.Options)
 	case *agentv1.Mount_Scratch:
 		out.Source, err = s.bindScratch(ctx, c, index, source.Scratch)
+	}
+	if m.GetIdMapped() {
+		out.Options = append(out.Options, "idmap") // libcontainer takes the map of the container's user namespace
 	}
 	return out, err
 }

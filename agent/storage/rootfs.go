@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/containerd/errdefs"
@@ -14,6 +15,7 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // readonlyBytes limits the writable layer of a read-only root: only mount points are made in it.
@@ -22,8 +24,10 @@ const readonlyBytes = 32 << 20
 // MountRootfs mounts a container's root file system and returns its path. It waits for the layers' disks until ctx ends.
 //
 // The mount is writable also for a readonly root, within narrow limits, so that mount points can be made in it;
-// libcontainer makes it read-only when they are. If MountRootfs fails nothing of it is left.
-func (s *Store) MountRootfs(ctx context.Context, containerID string, r *agentv1.Rootfs, readonly bool) (path string, err error) {
+// libcontainer makes it read-only when they are. Layers that ask for it have their files' owners mapped by ids, the map of the
+// container's user namespace. If MountRootfs fails nothing of it is left.
+func (s *Store) MountRootfs(ctx context.Context, containerID string, r *agentv1.Rootfs, readonly bool, ids idmap.Map) (path string,
+	err error) {
 	layers := r.GetLayers()
 	if len(layers) > wire.MaxLayers {
 		return "", fmt.Errorf("root file system of %d layers, the limit is %d: %w", len(layers), wire.MaxLayers, errdefs.ErrInvalidArgument)
@@ -36,6 +40,9 @@ func (s *Store) MountRootfs(ctx context.Context, containerID string, r *agentv1.
 		}
 		if first[l.GetSerial()] {
 			return "", fmt.Errorf("root file system has the layer %s twice: %w", l.GetSerial(), errdefs.ErrInvalidArgument)
+		}
+		if l.GetIdMapped() && ids.IsZero() {
+			return "", fmt.Errorf("layer %s is id-mapped, and the container has no user namespace: %w", l.GetSerial(), errdefs.ErrInvalidArgument)
 		}
 		first[l.GetSerial()] = true
 	}
@@ -51,7 +58,7 @@ func (s *Store) MountRootfs(ctx context.Context, containerID string, r *agentv1.
 		return "", fmt.Errorf("root file system of container %s: %w", containerID, errdefs.ErrAlreadyExists)
 	}
 	keep := len(c.done)
-	path, writable, err := s.mountRootfs(ctx, c, serials, r.GetWritableBytes(), readonly)
+	path, writable, err := s.mountRootfs(ctx, c, layers, serials, r.GetWritableBytes(), readonly, ids)
 	if err != nil {
 		return "", s.rollback(c, keep, fmt.Errorf("root file system of container %s: %w", containerID, err))
 	}
@@ -61,8 +68,8 @@ func (s *Store) MountRootfs(ctx context.Context, containerID string, r *agentv1.
 }
 
 // mountRootfs returns the root and the place of its writable layer.
-func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]string, writable uint64, readonly bool) (root, rw string,
-	err error) {
+func (s *Store) mountRootfs(ctx context.Context, c *container, layers []*agentv1.Layer, serials [][]string, writable uint64,
+	readonly bool, ids idmap.Map) (root, rw string, err error) {
 	if err := s.directory(c); err != nil {
 		return "", "", err
 	}
@@ -85,25 +92,14 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 		return root, root, nil
 	}
 
-	disks, err := s.newDisks()
+	lowers, err := s.lowers(ctx, c, layers, serials, ids)
 	if err != nil {
 		return "", "", err
 	}
-	defer disks.close()
-	var options []option
-	var top string
-	for i, serial := range serials {
-		im, err := s.acquireImage(ctx, disks, serial)
-		if err != nil {
-			return "", "", fmt.Errorf("layer %d of %d: %w", i+1, len(serials), err)
-		}
-		c.done = append(c.done, step{image: im})
-		if i == 0 {
-			top = im.path
-		}
-		options = append(options, option{"lowerdir+", im.path})
+	options := make([]option, 0, len(lowers))
+	for _, path := range lowers {
+		options = append(options, option{"lowerdir+", path})
 	}
-
 	if rw, err = s.writableLayer(ctx, c, size, writable, readonly); err != nil {
 		return "", "", err
 	}
@@ -115,7 +111,7 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 	}
 	// The root directory's owner and mode come from the upper layer: make them the image's.
 	var stat unix.Stat_t
-	if err := unix.Lstat(top, &stat); err != nil {
+	if err := unix.Lstat(lowers[0], &stat); err != nil {
 		return "", "", fmt.Errorf("look at the topmost layer: %w", err)
 	}
 	if err := unix.Lchown(upper, int(stat.Uid), int(stat.Gid)); err != nil {
@@ -132,6 +128,38 @@ func (s *Store) mountRootfs(ctx context.Context, c *container, serials [][]strin
 	}
 	c.done = append(c.done, step{mount: root})
 	return root, rw, nil
+}
+
+// lowers mounts the layers and returns where, topmost first.
+func (s *Store) lowers(ctx context.Context, c *container, layers []*agentv1.Layer, serials [][]string, ids idmap.Map) ([]string, error) {
+	var namespace *os.File
+	if slices.ContainsFunc(layers, (*agentv1.Layer).GetIdMapped) {
+		var err error
+		if namespace, err = ids.Open(); err != nil {
+			return nil, err
+		}
+		defer namespace.Close()
+	}
+	disks, err := s.newDisks()
+	if err != nil {
+		return nil, err
+	}
+	defer disks.close()
+	paths := make([]string, len(layers))
+	for i, layer := range layers {
+		im, err := s.acquireImage(ctx, disks, serials[i])
+		if err == nil {
+			c.done = append(c.done, step{image: im})
+			paths[i] = im.path
+			if layer.GetIdMapped() {
+				paths[i], err = c.mapIDs(im.path, fmt.Sprintf("m%d", i), namespace)
+			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("layer %d of %d: %w", i+1, len(layers), err)
+		}
+	}
+	return paths, nil
 }
 
 // writableLayer makes the directory that the writable layer goes to: on the scratch disk, or in memory.

@@ -18,6 +18,7 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 func layers(serials ...string) *agentv1.Rootfs {
@@ -41,9 +42,9 @@ func TestRootfs(t *testing.T) {
 	disks.add(t, "top", map[string]string{"etc/a": "top"})
 	ctx := t.Context()
 
-	one, err := s.MountRootfs(ctx, "one", layers("top", "base"), false)
+	one, err := s.MountRootfs(ctx, "one", layers("top", "base"), false, idmap.Map{})
 	require.NoError(t, err)
-	two, err := s.MountRootfs(ctx, "two", layers("base"), true)
+	two, err := s.MountRootfs(ctx, "two", layers("base"), true, idmap.Map{})
 	require.NoError(t, err)
 	require.Equal(t, 2, disks.found, "a layer is mounted once")
 	require.Equal(t, "top", read(t, one, "etc/a"))
@@ -57,7 +58,7 @@ func TestRootfs(t *testing.T) {
 	require.NoError(t, os.Mkdir(filepath.Join(two, "mountpoint"), 0o755))
 	require.Equal(t, "base", read(t, two, "etc/a"))
 
-	_, err = s.MountRootfs(ctx, "one", layers("base"), false)
+	_, err = s.MountRootfs(ctx, "one", layers("base"), false, idmap.Map{})
 	require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
 
 	released, err := s.Remove(ctx, "one")
@@ -71,9 +72,50 @@ func TestRootfs(t *testing.T) {
 	require.Empty(t, released)
 }
 
+func TestRootfsOfUserNamespace(t *testing.T) {
+	s, disks := newStore(t)
+	disks.add(t, "base", map[string]string{"etc/a": "base", "etc/b": "base"})
+	disks.add(t, "top", map[string]string{"etc/c": "top"})
+	ctx := t.Context()
+	r := layers("top", "base")
+	r.Layers[1].IdMapped = true
+	_, err := s.MountRootfs(ctx, "c", r, false, idmap.Map{})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "the container has no user namespace")
+	_, err = s.MountRootfs(ctx, "c", r, false, idmap.Map{UIDs: "0:1:x", GIDs: "0:1:1"})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+
+	owner := func(path ...string) [2]uint32 {
+		var st unix.Stat_t
+		require.NoError(t, unix.Lstat(filepath.Join(path...), &st))
+		return [2]uint32{st.Uid, st.Gid}
+	}
+	ids := idmap.Map{UIDs: "0:1000:65536", GIDs: "0:2000:65536"}
+	root, err := s.MountRootfs(ctx, "c", r, false, ids)
+	require.NoError(t, err)
+	require.Equal(t, [2]uint32{1000, 2000}, owner(root, "etc/a"))
+	require.Equal(t, [2]uint32{0, 0}, owner(root, "etc/c"), "this layer was not to be mapped")
+	// What is copied up keeps its owner.
+	require.NoError(t, os.Chmod(filepath.Join(root, "etc/a"), 0o600))
+	require.Equal(t, [2]uint32{1000, 2000}, owner(root, "etc/a"))
+
+	r.Layers[0].IdMapped = true
+	both, err := s.MountRootfs(ctx, "both", r, false, ids)
+	require.NoError(t, err)
+	require.Equal(t, [2]uint32{1000, 2000}, owner(both))
+	// Others see the layer as it is.
+	plain, err := s.MountRootfs(ctx, "plain", layers("base"), false, idmap.Map{})
+	require.NoError(t, err)
+	require.Equal(t, [2]uint32{0, 0}, owner(plain, "etc/a"))
+	require.Equal(t, 2, disks.found, "a layer is mounted from its disk once")
+	for _, id := range []string{"c", "both", "plain"} {
+		_, err := s.Remove(ctx, id)
+		require.NoError(t, err)
+	}
+}
+
 func TestRootfsWithoutLayers(t *testing.T) {
 	s, _ := newStore(t)
-	path, err := s.MountRootfs(t.Context(), "c", &agentv1.Rootfs{WritableBytes: 1 << 20}, false)
+	path, err := s.MountRootfs(t.Context(), "c", &agentv1.Rootfs{WritableBytes: 1 << 20}, false, idmap.Map{})
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(path, "x"), make([]byte, 1<<19), 0o644))
 	require.ErrorIs(t, os.WriteFile(filepath.Join(path, "y"), make([]byte, 1<<20), 0o644), unix.ENOSPC, "writable_bytes is a limit")
@@ -86,7 +128,7 @@ func TestWritableLayerHasALimit(t *testing.T) {
 	disks.add(t, "base", map[string]string{"a": "a"})
 	r := layers("base")
 	r.WritableBytes = 1 << 20
-	path, err := s.MountRootfs(t.Context(), "c", r, false)
+	path, err := s.MountRootfs(t.Context(), "c", r, false, idmap.Map{})
 	require.NoError(t, err)
 	require.ErrorIs(t, os.WriteFile(filepath.Join(path, "y"), make([]byte, 2<<20), 0o644), unix.ENOSPC)
 	_, err = s.Remove(t.Context(), "c")
@@ -101,7 +143,7 @@ func TestManyLayers(t *testing.T) {
 		disks.add(t, serial, map[string]string{serial: serial, "all": serial})
 		serials = append(serials, serial)
 	}
-	path, err := s.MountRootfs(t.Context(), "c", layers(serials...), false)
+	path, err := s.MountRootfs(t.Context(), "c", layers(serials...), false, idmap.Map{})
 	require.NoError(t, err)
 	require.Equal(t, "layer0", read(t, path, "all"), "the first layer is the topmost")
 	require.Equal(t, "layer199", read(t, path, "layer199"))
@@ -116,12 +158,12 @@ func TestFailureLeavesNothing(t *testing.T) {
 	disks.files["rubbish"] = filepath.Join(t.TempDir(), "rubbish")
 	require.NoError(t, os.WriteFile(disks.files["rubbish"], make([]byte, 1<<16), 0o600))
 
-	_, err := s.MountRootfs(t.Context(), "c", layers("base", "missing"), false)
+	_, err := s.MountRootfs(t.Context(), "c", layers("base", "missing"), false, idmap.Map{})
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.ErrorContains(t, err, "missing")
 	require.ErrorContains(t, err, "layer 2 of 2")
 
-	_, err = s.MountRootfs(t.Context(), "c", layers("base", "rubbish"), false)
+	_, err = s.MountRootfs(t.Context(), "c", layers("base", "rubbish"), false, idmap.Map{})
 	var mountErr *MountError
 	require.ErrorAs(t, err, &mountErr)
 	require.Equal(t, "erofs", mountErr.Type)
@@ -129,7 +171,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 	require.ErrorContains(t, err, disks.files["rubbish"])
 	t.Log(err)
 
-	path, err := s.MountRootfs(t.Context(), "c", layers("base"), false)
+	path, err := s.MountRootfs(t.Context(), "c", layers("base"), false, idmap.Map{})
 	require.NoError(t, err)
 	require.Equal(t, "a", read(t, path, "a"))
 	_, err = s.Remove(t.Context(), "c")
@@ -139,7 +181,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 func TestRemoveOfBusyCanBeRepeated(t *testing.T) {
 	s, disks := newStore(t)
 	disks.add(t, "base", map[string]string{"a": "a"})
-	path, err := s.MountRootfs(t.Context(), "c", layers("base"), false)
+	path, err := s.MountRootfs(t.Context(), "c", layers("base"), false, idmap.Map{})
 	require.NoError(t, err)
 	f, err := os.Open(filepath.Join(path, "a"))
 	require.NoError(t, err)
@@ -162,7 +204,7 @@ func TestConcurrentUse(t *testing.T) {
 		wg.Go(func() {
 			id := fmt.Sprintf("c%d", i)
 			for range 5 {
-				path, err := s.MountRootfs(t.Context(), id, layers("top", "base"), false)
+				path, err := s.MountRootfs(t.Context(), id, layers("top", "base"), false, idmap.Map{})
 				if err != nil {
 					t.Error(err)
 					return
@@ -210,7 +252,7 @@ func TestRootfsRefusals(t *testing.T) {
 		"id":      {"../c", layers("a")},
 		"no id":   {"", layers("a")},
 	} {
-		_, err := s.MountRootfs(t.Context(), tc.id, tc.r, false)
+		_, err := s.MountRootfs(t.Context(), tc.id, tc.r, false, idmap.Map{})
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, name)
 	}
 }
@@ -218,7 +260,7 @@ func TestRootfsRefusals(t *testing.T) {
 func TestGate(t *testing.T) {
 	s, _ := newStore(t)
 	s.After(func(context.Context) error { return errdefs.ErrUnavailable })
-	_, err := s.MountRootfs(t.Context(), "c", &agentv1.Rootfs{}, false)
+	_, err := s.MountRootfs(t.Context(), "c", &agentv1.Rootfs{}, false, idmap.Map{})
 	require.ErrorIs(t, err, errdefs.ErrUnavailable)
 }
 
@@ -246,11 +288,11 @@ func TestFurtherDisks(t *testing.T) {
 
 	r := layers("meta")
 	r.Layers[0].ExtraSerials = []string{"data"}
-	path, err := s.MountRootfs(t.Context(), "c", r, false)
+	path, err := s.MountRootfs(t.Context(), "c", r, false, idmap.Map{})
 	require.NoError(t, err)
 	require.Equal(t, content, read(t, path, "file"))
 
-	_, err = s.MountRootfs(t.Context(), "other", layers("meta"), false)
+	_, err = s.MountRootfs(t.Context(), "other", layers("meta"), false, idmap.Map{})
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument, "the same image with other disks")
 	require.ErrorContains(t, err, "data")
 

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // loopDisk gives the Store a disk of so many bytes, a sparse file behind a loop device.
@@ -183,7 +184,7 @@ func TestWritableLayerOnTheScratchDisk(t *testing.T) {
 	root := func(id string, limit uint64, readonly bool) string {
 		path, err := s.MountRootfs(t.Context(), id, &agentv1.Rootfs{
 			Layers: []*agentv1.Layer{{Serial: "layer", Filesystem: "erofs"}}, WritableBytes: limit,
-		}, readonly)
+		}, readonly, idmap.Map{})
 		require.NoError(t, err)
 		return path
 	}
