@@ -256,6 +256,10 @@ func (c *Container) resolveRootfs(ctx context.Context, mounts []*types.Mount) (*
 			log.G(ctx).WithError(err).Warn("release layer images")
 		}
 	})
+	if ids := ocispec.IDs(c.spec); !root.IDs.IsZero() && root.IDs != ids {
+		return nil, fmt.Errorf("the snapshot is made for %s, and the container's user namespace has %s: %w", root.IDs, ids,
+			errdefs.ErrInvalidArgument)
+	}
 	return root, nil
 }
 

@@ -59,6 +59,7 @@ func (m Map) Open() (namespace *os.File, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("make a user namespace with %s: %w", m, err)
 	}
+	defer p.Release() // what it keeps open; end waits
 	if pidfd < 0 {
 		return nil, errors.Join(fmt.Errorf("the kernel has no process descriptors: %w", errdefs.ErrFailedPrecondition), p.Kill())
 	}

@@ -27,6 +27,8 @@ func TestOpen(t *testing.T) {
 	}
 	dir := t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
+	before, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
 	for range 50 { // the process may be stopped already when it is killed, or not
 		namespace, err := Map{"0:1000:10,20:3000:5", "0:2000:10"}.Open()
 		require.NoError(t, err)
@@ -41,6 +43,9 @@ func TestOpen(t *testing.T) {
 		require.EqualValues(t, 2000, st.Gid)
 		require.NoError(t, unix.Close(tree))
 	}
+	after, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	require.Len(t, after, len(before), "a descriptor is left")
 	children, err := filepath.Glob("/proc/self/task/*/children")
 	require.NoError(t, err)
 	for _, path := range children {

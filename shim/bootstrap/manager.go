@@ -136,13 +136,12 @@ func guestFeatures() *features.Features {
 		Hooks:         []string{"prestart", "createRuntime", "poststart", "poststop"},
 		MountOptions:  slices.Sorted(slices.Values(append([]string{"bind", "rbind"}, wire.MountOptions...))),
 		Linux: &features.Linux{
-			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "user", "uts"},
-			Cgroup:     &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no},
-			Seccomp:    &features.Seccomp{Enabled: &yes},
-			Apparmor:   &features.Apparmor{Enabled: &no},
-			Selinux:    &features.Selinux{Enabled: &no},
-			// Without it pods with hostUsers: false are refused before they come here.
-			MountExtensions: &features.MountExtensions{IDMap: &features.IDMap{Enabled: &no}},
+			Namespaces:      []string{"cgroup", "ipc", "mount", "network", "pid", "user", "uts"},
+			Cgroup:          &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no},
+			Seccomp:         &features.Seccomp{Enabled: &yes},
+			Apparmor:        &features.Apparmor{Enabled: &no},
+			Selinux:         &features.Selinux{Enabled: &no},
+			MountExtensions: &features.MountExtensions{IDMap: &features.IDMap{Enabled: &yes}},
 		},
 	}
 }

@@ -77,7 +77,7 @@ func TestInfo(t *testing.T) {
 	require.NoError(t, json.Unmarshal(info.GetFeatures().GetValue(), &f))
 	require.Contains(t, f.Linux.Namespaces, "network")
 	require.Subset(t, f.MountOptions, []string{"bind", "ro", "rro", "rslave"})
-	require.False(t, *f.Linux.MountExtensions.IDMap.Enabled)
+	require.True(t, *f.Linux.MountExtensions.IDMap.Enabled)
 
 	info, err = m.Info(t.Context(), strings.NewReader(""))
 	require.NoError(t, err)

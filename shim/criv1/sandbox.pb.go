@@ -423,6 +423,7 @@ type NamespaceOption struct {
 	Network       NamespaceMode          `protobuf:"varint,1,opt,name=network,proto3,enum=cloister.criv1.NamespaceMode" json:"network,omitempty"`
 	Pid           NamespaceMode          `protobuf:"varint,2,opt,name=pid,proto3,enum=cloister.criv1.NamespaceMode" json:"pid,omitempty"`
 	Ipc           NamespaceMode          `protobuf:"varint,3,opt,name=ipc,proto3,enum=cloister.criv1.NamespaceMode" json:"ipc,omitempty"`
+	UsernsOptions *UserNamespace         `protobuf:"bytes,5,opt,name=userns_options,json=usernsOptions,proto3" json:"userns_options,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -478,6 +479,135 @@ func (x *NamespaceOption) GetIpc() NamespaceMode {
 	return NamespaceMode_POD
 }
 
+func (x *NamespaceOption) GetUsernsOptions() *UserNamespace {
+	if x != nil {
+		return x.UsernsOptions
+	}
+	return nil
+}
+
+// UserNamespace maps the users of the pod's containers.
+type UserNamespace struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mode          NamespaceMode          `protobuf:"varint,1,opt,name=mode,proto3,enum=cloister.criv1.NamespaceMode" json:"mode,omitempty"`
+	Uids          []*IDMapping           `protobuf:"bytes,2,rep,name=uids,proto3" json:"uids,omitempty"`
+	Gids          []*IDMapping           `protobuf:"bytes,3,rep,name=gids,proto3" json:"gids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UserNamespace) Reset() {
+	*x = UserNamespace{}
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UserNamespace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UserNamespace) ProtoMessage() {}
+
+func (x *UserNamespace) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UserNamespace.ProtoReflect.Descriptor instead.
+func (*UserNamespace) Descriptor() ([]byte, []int) {
+	return file_shim_criv1_sandbox_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *UserNamespace) GetMode() NamespaceMode {
+	if x != nil {
+		return x.Mode
+	}
+	return NamespaceMode_POD
+}
+
+func (x *UserNamespace) GetUids() []*IDMapping {
+	if x != nil {
+		return x.Uids
+	}
+	return nil
+}
+
+func (x *UserNamespace) GetGids() []*IDMapping {
+	if x != nil {
+		return x.Gids
+	}
+	return nil
+}
+
+// IDMapping is a range of ids.
+type IDMapping struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	HostId        uint32                 `protobuf:"varint,1,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
+	ContainerId   uint32                 `protobuf:"varint,2,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	Length        uint32                 `protobuf:"varint,3,opt,name=length,proto3" json:"length,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IDMapping) Reset() {
+	*x = IDMapping{}
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IDMapping) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IDMapping) ProtoMessage() {}
+
+func (x *IDMapping) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IDMapping.ProtoReflect.Descriptor instead.
+func (*IDMapping) Descriptor() ([]byte, []int) {
+	return file_shim_criv1_sandbox_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *IDMapping) GetHostId() uint32 {
+	if x != nil {
+		return x.HostId
+	}
+	return 0
+}
+
+func (x *IDMapping) GetContainerId() uint32 {
+	if x != nil {
+		return x.ContainerId
+	}
+	return 0
+}
+
+func (x *IDMapping) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
 // LinuxContainerResources are limits.
 type LinuxContainerResources struct {
 	state                  protoimpl.MessageState `protogen:"open.v1"`
@@ -497,7 +627,7 @@ type LinuxContainerResources struct {
 
 func (x *LinuxContainerResources) Reset() {
 	*x = LinuxContainerResources{}
-	mi := &file_shim_criv1_sandbox_proto_msgTypes[6]
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -509,7 +639,7 @@ func (x *LinuxContainerResources) String() string {
 func (*LinuxContainerResources) ProtoMessage() {}
 
 func (x *LinuxContainerResources) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_criv1_sandbox_proto_msgTypes[6]
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -522,7 +652,7 @@ func (x *LinuxContainerResources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LinuxContainerResources.ProtoReflect.Descriptor instead.
 func (*LinuxContainerResources) Descriptor() ([]byte, []int) {
-	return file_shim_criv1_sandbox_proto_rawDescGZIP(), []int{6}
+	return file_shim_criv1_sandbox_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LinuxContainerResources) GetCpuPeriod() int64 {
@@ -606,7 +736,7 @@ type HugepageLimit struct {
 
 func (x *HugepageLimit) Reset() {
 	*x = HugepageLimit{}
-	mi := &file_shim_criv1_sandbox_proto_msgTypes[7]
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -618,7 +748,7 @@ func (x *HugepageLimit) String() string {
 func (*HugepageLimit) ProtoMessage() {}
 
 func (x *HugepageLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_criv1_sandbox_proto_msgTypes[7]
+	mi := &file_shim_criv1_sandbox_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -631,7 +761,7 @@ func (x *HugepageLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HugepageLimit.ProtoReflect.Descriptor instead.
 func (*HugepageLimit) Descriptor() ([]byte, []int) {
-	return file_shim_criv1_sandbox_proto_rawDescGZIP(), []int{7}
+	return file_shim_criv1_sandbox_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HugepageLimit) GetPageSize() string {
@@ -686,11 +816,20 @@ const file_shim_criv1_sandbox_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"k\n" +
 	"\x1bLinuxSandboxSecurityContext\x12L\n" +
-	"\x11namespace_options\x18\x01 \x01(\v2\x1f.cloister.criv1.NamespaceOptionR\x10namespaceOptions\"\xac\x01\n" +
+	"\x11namespace_options\x18\x01 \x01(\v2\x1f.cloister.criv1.NamespaceOptionR\x10namespaceOptions\"\xf2\x01\n" +
 	"\x0fNamespaceOption\x127\n" +
 	"\anetwork\x18\x01 \x01(\x0e2\x1d.cloister.criv1.NamespaceModeR\anetwork\x12/\n" +
 	"\x03pid\x18\x02 \x01(\x0e2\x1d.cloister.criv1.NamespaceModeR\x03pid\x12/\n" +
-	"\x03ipc\x18\x03 \x01(\x0e2\x1d.cloister.criv1.NamespaceModeR\x03ipc\"\x9d\x04\n" +
+	"\x03ipc\x18\x03 \x01(\x0e2\x1d.cloister.criv1.NamespaceModeR\x03ipc\x12D\n" +
+	"\x0euserns_options\x18\x05 \x01(\v2\x1d.cloister.criv1.UserNamespaceR\rusernsOptions\"\xa0\x01\n" +
+	"\rUserNamespace\x121\n" +
+	"\x04mode\x18\x01 \x01(\x0e2\x1d.cloister.criv1.NamespaceModeR\x04mode\x12-\n" +
+	"\x04uids\x18\x02 \x03(\v2\x19.cloister.criv1.IDMappingR\x04uids\x12-\n" +
+	"\x04gids\x18\x03 \x03(\v2\x19.cloister.criv1.IDMappingR\x04gids\"_\n" +
+	"\tIDMapping\x12\x17\n" +
+	"\ahost_id\x18\x01 \x01(\rR\x06hostId\x12!\n" +
+	"\fcontainer_id\x18\x02 \x01(\rR\vcontainerId\x12\x16\n" +
+	"\x06length\x18\x03 \x01(\rR\x06length\"\x9d\x04\n" +
 	"\x17LinuxContainerResources\x12\x1d\n" +
 	"\n" +
 	"cpu_period\x18\x01 \x01(\x03R\tcpuPeriod\x12\x1b\n" +
@@ -733,7 +872,7 @@ func file_shim_criv1_sandbox_proto_rawDescGZIP() []byte {
 }
 
 var file_shim_criv1_sandbox_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_shim_criv1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_shim_criv1_sandbox_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_shim_criv1_sandbox_proto_goTypes = []any{
 	(NamespaceMode)(0),                  // 0: cloister.criv1.NamespaceMode
 	(*PodSandboxConfig)(nil),            // 1: cloister.criv1.PodSandboxConfig
@@ -742,34 +881,40 @@ var file_shim_criv1_sandbox_proto_goTypes = []any{
 	(*LinuxPodSandboxConfig)(nil),       // 4: cloister.criv1.LinuxPodSandboxConfig
 	(*LinuxSandboxSecurityContext)(nil), // 5: cloister.criv1.LinuxSandboxSecurityContext
 	(*NamespaceOption)(nil),             // 6: cloister.criv1.NamespaceOption
-	(*LinuxContainerResources)(nil),     // 7: cloister.criv1.LinuxContainerResources
-	(*HugepageLimit)(nil),               // 8: cloister.criv1.HugepageLimit
-	nil,                                 // 9: cloister.criv1.PodSandboxConfig.LabelsEntry
-	nil,                                 // 10: cloister.criv1.PodSandboxConfig.AnnotationsEntry
-	nil,                                 // 11: cloister.criv1.LinuxPodSandboxConfig.SysctlsEntry
-	nil,                                 // 12: cloister.criv1.LinuxContainerResources.UnifiedEntry
+	(*UserNamespace)(nil),               // 7: cloister.criv1.UserNamespace
+	(*IDMapping)(nil),                   // 8: cloister.criv1.IDMapping
+	(*LinuxContainerResources)(nil),     // 9: cloister.criv1.LinuxContainerResources
+	(*HugepageLimit)(nil),               // 10: cloister.criv1.HugepageLimit
+	nil,                                 // 11: cloister.criv1.PodSandboxConfig.LabelsEntry
+	nil,                                 // 12: cloister.criv1.PodSandboxConfig.AnnotationsEntry
+	nil,                                 // 13: cloister.criv1.LinuxPodSandboxConfig.SysctlsEntry
+	nil,                                 // 14: cloister.criv1.LinuxContainerResources.UnifiedEntry
 }
 var file_shim_criv1_sandbox_proto_depIdxs = []int32{
 	2,  // 0: cloister.criv1.PodSandboxConfig.metadata:type_name -> cloister.criv1.PodSandboxMetadata
 	3,  // 1: cloister.criv1.PodSandboxConfig.dns_config:type_name -> cloister.criv1.DNSConfig
-	9,  // 2: cloister.criv1.PodSandboxConfig.labels:type_name -> cloister.criv1.PodSandboxConfig.LabelsEntry
-	10, // 3: cloister.criv1.PodSandboxConfig.annotations:type_name -> cloister.criv1.PodSandboxConfig.AnnotationsEntry
+	11, // 2: cloister.criv1.PodSandboxConfig.labels:type_name -> cloister.criv1.PodSandboxConfig.LabelsEntry
+	12, // 3: cloister.criv1.PodSandboxConfig.annotations:type_name -> cloister.criv1.PodSandboxConfig.AnnotationsEntry
 	4,  // 4: cloister.criv1.PodSandboxConfig.linux:type_name -> cloister.criv1.LinuxPodSandboxConfig
 	5,  // 5: cloister.criv1.LinuxPodSandboxConfig.security_context:type_name -> cloister.criv1.LinuxSandboxSecurityContext
-	11, // 6: cloister.criv1.LinuxPodSandboxConfig.sysctls:type_name -> cloister.criv1.LinuxPodSandboxConfig.SysctlsEntry
-	7,  // 7: cloister.criv1.LinuxPodSandboxConfig.overhead:type_name -> cloister.criv1.LinuxContainerResources
-	7,  // 8: cloister.criv1.LinuxPodSandboxConfig.resources:type_name -> cloister.criv1.LinuxContainerResources
+	13, // 6: cloister.criv1.LinuxPodSandboxConfig.sysctls:type_name -> cloister.criv1.LinuxPodSandboxConfig.SysctlsEntry
+	9,  // 7: cloister.criv1.LinuxPodSandboxConfig.overhead:type_name -> cloister.criv1.LinuxContainerResources
+	9,  // 8: cloister.criv1.LinuxPodSandboxConfig.resources:type_name -> cloister.criv1.LinuxContainerResources
 	6,  // 9: cloister.criv1.LinuxSandboxSecurityContext.namespace_options:type_name -> cloister.criv1.NamespaceOption
 	0,  // 10: cloister.criv1.NamespaceOption.network:type_name -> cloister.criv1.NamespaceMode
 	0,  // 11: cloister.criv1.NamespaceOption.pid:type_name -> cloister.criv1.NamespaceMode
 	0,  // 12: cloister.criv1.NamespaceOption.ipc:type_name -> cloister.criv1.NamespaceMode
-	8,  // 13: cloister.criv1.LinuxContainerResources.hugepage_limits:type_name -> cloister.criv1.HugepageLimit
-	12, // 14: cloister.criv1.LinuxContainerResources.unified:type_name -> cloister.criv1.LinuxContainerResources.UnifiedEntry
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	7,  // 13: cloister.criv1.NamespaceOption.userns_options:type_name -> cloister.criv1.UserNamespace
+	0,  // 14: cloister.criv1.UserNamespace.mode:type_name -> cloister.criv1.NamespaceMode
+	8,  // 15: cloister.criv1.UserNamespace.uids:type_name -> cloister.criv1.IDMapping
+	8,  // 16: cloister.criv1.UserNamespace.gids:type_name -> cloister.criv1.IDMapping
+	10, // 17: cloister.criv1.LinuxContainerResources.hugepage_limits:type_name -> cloister.criv1.HugepageLimit
+	14, // 18: cloister.criv1.LinuxContainerResources.unified:type_name -> cloister.criv1.LinuxContainerResources.UnifiedEntry
+	19, // [19:19] is the sub-list for method output_type
+	19, // [19:19] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_shim_criv1_sandbox_proto_init() }
@@ -783,7 +928,7 @@ func file_shim_criv1_sandbox_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shim_criv1_sandbox_proto_rawDesc), len(file_shim_criv1_sandbox_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

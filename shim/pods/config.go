@@ -97,6 +97,9 @@ func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPat
 		return vc.PodConfig{}, err
 	}
 	namespaces := c.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	if err := checkUsers(namespaces.GetUsernsOptions()); err != nil {
+		return vc.PodConfig{}, err
+	}
 	p := r.base(config, merged)
 	p.Hostname = c.GetHostname()
 	p.DNS = vc.DNS{
@@ -118,6 +121,29 @@ func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPat
 		p.Network, p.NetNSPath = vc.NetworkPath, netnsPath
 	}
 	return p, nil
+}
+
+// checkUsers looks at the user namespace of a pod. Its containers bring their maps with them; what containerd would refuse of theirs,
+// and what no snapshot can be made for, is told before the VM is made.
+func checkUsers(u *criv1.UserNamespace) error {
+	fault := ""
+	switch mode := u.GetMode(); {
+	case u == nil, mode == criv1.NamespaceMode_NODE && len(u.GetUids())+len(u.GetGids()) == 0:
+	case mode == criv1.NamespaceMode_NODE:
+		fault = "the host's users are asked for (NODE), and a map as well"
+	case mode != criv1.NamespaceMode_POD:
+		fault = fmt.Sprintf("the mode is %s, and only POD and NODE are possible", mode)
+	case len(u.GetUids()) != 1 || len(u.GetGids()) != 1:
+		fault = fmt.Sprintf("there are %d ranges of users and %d of groups, and each has to be one", len(u.GetUids()), len(u.GetGids()))
+	case u.GetUids()[0].GetContainerId() != 0 || u.GetGids()[0].GetContainerId() != 0:
+		fault = "the container's root (0) is not mapped"
+	case u.GetUids()[0].GetLength() == 0 || u.GetGids()[0].GetLength() == 0:
+		fault = "a range is empty"
+	}
+	if fault == "" {
+		return nil
+	}
+	return fmt.Errorf("user namespace of the pod (hostUsers: false): %s: %w", fault, errdefs.ErrInvalidArgument)
 }
 
 // defaultSysctls are what containerd's CRI plugin gives pods of runc by itself (enable_unprivileged_ports, enable_unprivileged_icmp,

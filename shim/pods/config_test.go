@@ -164,3 +164,35 @@ func TestOptions(t *testing.T) {
 	_, err := Options(t.Context(), &anypb.Any{TypeUrl: "containerd.runc.v1.Options", Value: []byte{0xff}}, kept)
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
+
+func TestUserNamespaces(t *testing.T) {
+	line := func(container, length uint32) []*criv1.IDMapping {
+		return []*criv1.IDMapping{{HostId: 1000, ContainerId: container, Length: length}}
+	}
+	const pod, node = criv1.NamespaceMode_POD, criv1.NamespaceMode_NODE
+	for _, tc := range []struct {
+		users *criv1.UserNamespace
+		says  string // why it is refused
+	}{
+		{nil, ""},
+		{&criv1.UserNamespace{Mode: node}, ""},
+		{&criv1.UserNamespace{Mode: pod, Uids: line(0, 65536), Gids: line(0, 65536)}, ""},
+		{&criv1.UserNamespace{Mode: node, Uids: line(0, 65536)}, "and a map as well"},
+		{&criv1.UserNamespace{Mode: criv1.NamespaceMode_CONTAINER}, "CONTAINER"},
+		{&criv1.UserNamespace{Mode: criv1.NamespaceMode_TARGET, Uids: line(0, 1), Gids: line(0, 1)}, "TARGET"},
+		{&criv1.UserNamespace{Mode: pod}, "0 ranges of users"},
+		{&criv1.UserNamespace{Mode: pod, Uids: append(line(0, 1), line(1, 1)...), Gids: line(0, 1)}, "2 ranges of users and 1 of groups"},
+		{&criv1.UserNamespace{Mode: pod, Uids: line(0, 1), Gids: line(1, 1)}, "root (0) is not mapped"},
+		{&criv1.UserNamespace{Mode: pod, Uids: line(0, 0), Gids: line(0, 1)}, "empty"},
+	} {
+		_, err := FromCRI(t.Context(), request(), &criv1.PodSandboxConfig{Linux: &criv1.LinuxPodSandboxConfig{
+			SecurityContext: &criv1.LinuxSandboxSecurityContext{NamespaceOptions: &criv1.NamespaceOption{UsernsOptions: tc.users}},
+		}}, "", nil)
+		if tc.says == "" {
+			require.NoError(t, err)
+			continue
+		}
+		require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
+		require.ErrorContains(t, err, tc.says)
+	}
+}

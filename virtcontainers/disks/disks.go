@@ -72,7 +72,7 @@ func (s *Set) Attach(ctx context.Context, root *rootfs.Rootfs, limit uint64, und
 		if err != nil {
 			return nil, err
 		}
-		layer := &agentv1.Layer{Filesystem: l.Filesystem, Serial: serial}
+		layer := &agentv1.Layer{Filesystem: l.Filesystem, Serial: serial, IdMapped: l.Mapped}
 		for _, extra := range l.Extra {
 			serial, err := plug(extra, extra)
 			if err != nil {

@@ -132,6 +132,7 @@ func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.C
 	if err != nil || g == nil {
 		return nil, err
 	}
+	g.IdMapped = !m.IDs.IsZero() && m.Kind != ImageVolume // which is made in the user namespace
 	return []*agentv1.Mount{g}, nil
 }
 

@@ -19,7 +19,9 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
 	"github.com/cloister-project/cloister/virtcontainers/refusal"
+	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
 func TestConfidentialMounts(t *testing.T) {
@@ -59,6 +61,16 @@ func TestConfidentialMounts(t *testing.T) {
 	for _, m := range mounts {
 		require.NotContains(t, m.String(), k.pod, "no path of the host goes to the guest")
 		require.Nil(t, m.GetShared())
+	}
+
+	require.False(t, mounts[1].GetIdMapped())
+	line := []specs.LinuxIDMapping{{HostID: 1000, Size: 65536}}
+	for _, m := range []Mount{{Kind: Copied, Destination: "/s", Source: secret, Volume: volumes.Parse(secret)},
+		{Kind: Scratch, Destination: "/e", Source: empty, Volume: volumes.Parse(empty)}, {Kind: PodFile, Destination: "/etc/hosts", Source: hosts}} {
+		m.IDs = idmap.Of(line, line)
+		made, err := set.Attach(t.Context(), []Mount{m}, func(func(context.Context)) {})
+		require.NoError(t, err)
+		require.True(t, made[0].GetIdMapped(), m.Destination)
 	}
 
 	_, err = attach(t, set, bind(filepath.Join(secret, "none"), "/n"), bind("/srv", "/srv"))

@@ -11,6 +11,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
+	"github.com/cloister-project/cloister/virtcontainers/ocispec"
 	"github.com/cloister-project/cloister/virtcontainers/volumes"
 )
 
@@ -55,6 +57,8 @@ type Mount struct {
 	Volume volumes.Path
 	// OrLive says that the VM shares what the host has, so that what cannot be brought in another way may be shared.
 	OrLive bool
+	// IDs is the map of the container's user namespace, if what is mounted shall be seen under its ids.
+	IDs idmap.Map
 	// ReadonlyRoot says of an ImageVolume that the container's root filesystem is read-only.
 	ReadonlyRoot bool
 	// Reason is why a mount is Refused.
@@ -85,6 +89,7 @@ var guestFilesystems = []string{"proc", "sysfs", "tmpfs", "devpts", "mqueue", "c
 // shares the pod's ipc namespace. It touches nothing.
 func Plan(spec *specs.Spec, s Sharing, own bool) []Mount {
 	readonly := spec.Root != nil && spec.Root.Readonly
+	ids := ocispec.IDs(spec)
 	shm := own && spec.Linux != nil && slices.ContainsFunc(spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
 		return ns.Type == specs.IPCNamespace && ns.Path != ""
 	})
@@ -97,7 +102,7 @@ func Plan(spec *specs.Spec, s Sharing, own bool) []Mount {
 			all = append(all, Mount{Kind: PodShm, Destination: podShm, Options: []string{"nosuid", "noexec", "nodev", "rw"}})
 			continue
 		}
-		planned := Classify(m, s)
+		planned := Classify(m, s).mapped(m, ids)
 		planned.ReadonlyRoot = planned.Kind == ImageVolume && readonly
 		all = append(all, planned)
 	}
@@ -110,7 +115,7 @@ func Plan(spec *specs.Spec, s Sharing, own bool) []Mount {
 	}
 	for _, destination := range podFiles {
 		if !taken[destination] {
-			all = append(all, Mount{Kind: PodFile, Destination: destination, Options: []string{"rprivate", access}})
+			all = append(all, Mount{Kind: PodFile, Destination: destination, Options: []string{"rprivate", access}, IDs: ids})
 		}
 	}
 	return all
@@ -153,6 +158,29 @@ func Classify(m specs.Mount, s Sharing) Mount {
 		return out.apart(s)
 	}
 	return out
+}
+
+// mapped adds under which ids the container sees what is mounted: those of its user namespace, or the host's.
+func (m Mount) mapped(from specs.Mount, ids idmap.Map) Mount {
+	own := idmap.Of(from.UIDMappings, from.GIDMappings)
+	if own.IsZero() && slices.Contains(from.Options, "idmap") {
+		own = ids
+		if ids.IsZero() {
+			return m.refuse(fmt.Sprintf("mount of %s at %s, option idmap: the container has no user namespace whose ids could be meant",
+				m.Source, m.Destination))
+		}
+	}
+	switch {
+	case own.IsZero() || m.Kind == Refused:
+		return m
+	case m.Kind == GuestFilesystem || m.Kind == CgroupView:
+		return m.refuse(fmt.Sprintf("mount of %s at %s: leave uidMappings and gidMappings out: they are of volumes only", m.Source, m.Destination))
+	case own != ids:
+		return m.refuse(fmt.Sprintf("mount of %s at %s: its ids are mapped by %s, and only the map of the container's user namespace can be had (%s)",
+			m.Source, m.Destination, own, ids))
+	}
+	m.IDs = own
+	return m
 }
 
 // live classifies a bind mount for a VM that can share what the host has. Volumes that are the pod's own are better off in the
@@ -230,6 +258,6 @@ func malformed(m specs.Mount) string {
 // guestOptions leaves out the words that only say where a mount comes from.
 func guestOptions(options []string) []string {
 	return slices.DeleteFunc(slices.Clone(options), func(o string) bool {
-		return o == "bind" || o == "rbind" || o == "loop"
+		return o == "bind" || o == "rbind" || o == "loop" || o == "idmap"
 	})
 }

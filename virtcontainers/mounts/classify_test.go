@@ -15,6 +15,7 @@ import (
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/hypervisor"
+	"github.com/cloister-project/cloister/internal/idmap"
 	"github.com/cloister-project/cloister/tee"
 )
 
@@ -194,5 +195,46 @@ func TestPlanAddsThePodsFiles(t *testing.T) {
 			require.Equal(t, c.want, got)
 			require.Equal(t, []specs.Mount{shm, hosts}, spec.Mounts, "the caller's specification must not change")
 		})
+	}
+}
+
+func TestPlanOfUserNamespace(t *testing.T) {
+	line := []specs.LinuxIDMapping{{HostID: 1000, Size: 65536}}
+	other := []specs.LinuxIDMapping{{HostID: 7, Size: 65536}}
+	ids := idmap.Of(line, line)
+	withIDs := func(m specs.Mount, uids, gids []specs.LinuxIDMapping) specs.Mount {
+		m.UIDMappings, m.GIDMappings = uids, gids
+		return m
+	}
+	users := &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.UserNamespace}}, UIDMappings: line, GIDMappings: line}
+	hosts := bind("/var/lib/kubelet/hosts", "/etc/hosts")
+	for _, tc := range []struct {
+		name  string
+		linux *specs.Linux
+		mount specs.Mount
+		want  idmap.Map
+		says  string // why it is refused
+	}{
+		{"mapped", users, withIDs(bind("/srv", "/d"), line, line), ids, ""},
+		{"pod file", users, withIDs(hosts, line, line), ids, ""},
+		{"by option", users, bind("/srv", "/d", "ro", "idmap"), ids, ""},
+		{"not mapped", users, bind("/srv", "/d"), idmap.Map{}, ""},
+		{"other ids", users, withIDs(bind("/srv", "/d"), other, line), idmap.Map{}, "uids 0:7:65536"},
+		{"users only", users, withIDs(bind("/srv", "/d"), line, nil), idmap.Map{}, "container's user namespace"},
+		{"no user namespace", &specs.Linux{UIDMappings: line, GIDMappings: line}, withIDs(bind("/srv", "/d"), line, line), idmap.Map{},
+			"container's user namespace"},
+		{"no user namespace, by option", nil, bind("/srv", "/d", "idmap"), idmap.Map{}, "no user namespace"},
+		{"filesystem", users, withIDs(specs.Mount{Type: "tmpfs", Source: "tmpfs", Destination: "/d"}, line, line), idmap.Map{}, "volumes only"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			m := Plan(&specs.Spec{Linux: tc.linux, Mounts: []specs.Mount{tc.mount}}, shares, false)[0]
+			require.Equal(t, tc.want, m.IDs)
+			require.NotContains(t, m.Options, "idmap", "the guest is told in another way")
+			require.Equal(t, tc.says == "", m.Kind != Refused)
+			require.Contains(t, m.Reason, tc.says)
+		})
+	}
+	for _, m := range Plan(&specs.Spec{Linux: users}, shares, true) {
+		require.Equal(t, ids, m.IDs, "the pod's files")
 	}
 }

@@ -28,7 +28,7 @@ func (s *Set) live(ctx context.Context, m Mount, undo func(step func(context.Con
 	if err != nil {
 		return nil, fmt.Errorf("share %s with the guest: %w", m.Source, err)
 	}
-	place, err := sh.Add(ctx, m.Source, access(m.Options))
+	place, err := sh.Add(ctx, m.Source, access(m.Options), m.IDs)
 	if err != nil {
 		return nil, fmt.Errorf("share %s with the guest: %w", m.Source, err)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
 	"github.com/cloister-project/cloister/virtcontainers/refusal"
 )
 
@@ -78,6 +79,16 @@ func Container(spec *specs.Spec, alone bool) ([]byte, error) {
 			len(b), wire.MaxSpec, errdefs.ErrInvalidArgument)
 	}
 	return b, nil
+}
+
+// IDs returns the map of a container's user namespace; none if it has none.
+func IDs(spec *specs.Spec) idmap.Map {
+	if spec.Linux == nil || !slices.ContainsFunc(spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+		return ns.Type == specs.UserNamespace
+	}) {
+		return idmap.Map{}
+	}
+	return idmap.Of(spec.Linux.UIDMappings, spec.Linux.GIDMappings)
 }
 
 // Process returns a process's specification for the guest, in JSON.

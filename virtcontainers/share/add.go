@@ -14,6 +14,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 const maxShares = 4096 // at a time
@@ -23,6 +25,8 @@ type entry struct {
 	*object
 	name   string
 	access Access
+	// ids is the map by which it is shared. Other maps of one object are other objects in the guest.
+	ids idmap.Map
 	// fixed says that the host itself has it read-only.
 	fixed bool
 	users int
@@ -55,25 +59,26 @@ type Inside struct {
 // Add shares a directory or regular file of the host, with what is mounted below. It appears below the root of the filesystem, at
 // once. What is shared already, under whatever path, alone or as a part of something, has the place that it has, so that it is one
 // object in the guest; see the package comment for what is not. Links in hostPath are followed. A path that the host replaces later
-// (by a rename over it) stays what it was.
+// (by a rename over it) stays what it was. With ids, the map of a user namespace of the guest's, what belongs to root on the host
+// belongs to the root of that namespace in the guest, and the other way round; mounts below stay as they are.
 //
-// Errors: errdefs.ErrNotFound if the path does not exist, errdefs.ErrNotImplemented for sockets and devices,
-// errdefs.ErrUnavailable if virtiofsd has ended.
-func (s *Share) Add(ctx context.Context, hostPath string, access Access) (Place, error) {
+// Errors: errdefs.ErrNotFound if the path does not exist, errdefs.ErrNotImplemented for sockets and devices, and for ids where the
+// file system has no such mounts, errdefs.ErrUnavailable if virtiofsd has ended.
+func (s *Share) Add(ctx context.Context, hostPath string, access Access, ids idmap.Map) (Place, error) {
 	if !filepath.IsAbs(hostPath) {
 		return Place{}, fmt.Errorf("share %q: not an absolute path: %w", hostPath, errdefs.ErrInvalidArgument)
 	}
 	if err := s.Err(); err != nil {
 		return Place{}, fmt.Errorf("share %s: %w", hostPath, err)
 	}
-	place, err := s.add(ctx, hostPath, access)
+	place, err := s.add(ctx, hostPath, access, ids)
 	if err != nil {
 		return Place{}, fmt.Errorf("share %s: %w", hostPath, err)
 	}
 	return place, nil
 }
 
-func (s *Share) add(ctx context.Context, hostPath string, access Access) (Place, error) {
+func (s *Share) add(ctx context.Context, hostPath string, access Access, ids idmap.Map) (Place, error) {
 	fd, err := open(hostPath)
 	if err != nil {
 		return Place{}, err
@@ -95,7 +100,10 @@ func (s *Share) add(ctx context.Context, hostPath string, access Access) (Place,
 		return Place{}, err
 	}
 	defer unix.Close(tree) // removes the copy unless it is attached
-	wanted := &entry{object: &o, access: access, fixed: fs.Flags&unix.ST_RDONLY != 0}
+	if err := mapIDs(tree, ids); err != nil {
+		return Place{}, err
+	}
+	wanted := &entry{object: &o, access: access, ids: ids, fixed: fs.Flags&unix.ST_RDONLY != 0}
 	var place Place
 	err = s.ns.do(ctx, func() (err error) {
 		place, err = s.place(tree, wanted)
@@ -130,6 +138,9 @@ func (s *Share) find(wanted *entry) (*entry, string, error) {
 		path  string
 	)
 	for _, e := range s.entries {
+		if e.ids != wanted.ids {
+			continue
+		}
 		if e.same(wanted.object) {
 			if ok, err := s.allow(e, wanted.access); ok || err != nil {
 				return e, "", err
@@ -162,6 +173,9 @@ func (s *Share) attach(tree int, wanted *entry) error {
 	}
 	s.entries[wanted.name] = wanted
 	for _, e := range s.entries {
+		if e.ids != wanted.ids {
+			continue
+		}
 		for _, path := range e.within(wanted.object) {
 			if !e.foundAt(s.ns.served, wanted.name+"/"+path) {
 				continue

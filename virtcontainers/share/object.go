@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // Access says what the guest may do with what is shared.
@@ -219,6 +220,28 @@ func restrictTree(tree int, access Access) error {
 	}
 	if err != nil {
 		return fmt.Errorf("mount_setattr (needs Linux 5.12): %w", err)
+	}
+	return nil
+}
+
+// mapIDs makes the topmost mount of a tree show owners as a user namespace with the map has them.
+func mapIDs(tree int, ids idmap.Map) error {
+	if ids.IsZero() {
+		return nil
+	}
+	namespace, err := ids.Open()
+	if err != nil {
+		return err
+	}
+	defer namespace.Close()
+	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH,
+		&unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(namespace.Fd())})
+	switch {
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EPERM):
+		return fmt.Errorf("its owners cannot be mapped for a user namespace (hostUsers: false): its file system or this kernel cannot do that, "+
+			"or they are mapped already: %w: %w", err, errdefs.ErrNotImplemented)
+	case err != nil:
+		return fmt.Errorf("mount_setattr: %w", err)
 	}
 	return nil
 }

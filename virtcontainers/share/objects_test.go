@@ -7,14 +7,17 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // add returns the place of a path, which the test's end takes out again.
 func add(t *testing.T, s *Share, path string, access Access) Place {
 	t.Helper()
-	p, err := s.Add(t.Context(), path, access)
+	p, err := s.Add(t.Context(), path, access, idmap.Map{})
 	must(t, err)
 	return p
 }
@@ -145,6 +148,60 @@ func parts(t *testing.T, s *Share) {
 		remove(t, s, whole, c, d, hidden)
 		require.Empty(t, s.entries)
 	})
+}
+
+// mappedOwners: what is asked for under the ids of a user namespace is an object of its own, of which parts are parts.
+func mappedOwners(t *testing.T, s *Share) {
+	host := directories(t, "dir/part", "dir/below")
+	mount(t, "tmpfs", filepath.Join(host, "dir/below"), "tmpfs", 0)
+	ids := idmap.Map{UIDs: "0:1000:65536", GIDs: "0:2000:65536"}
+	under := func(path string, access Access) Place {
+		p, err := s.Add(t.Context(), filepath.Join(host, path), access, ids)
+		must(t, err)
+		return p
+	}
+	owner := func(p Place, path string) (owner [2]uint32) {
+		must(t, s.ns.do(t.Context(), func() error {
+			var st unix.Stat_t
+			err := unix.Fstatat(s.ns.served, filepath.Join(p.Name, p.Path, path), &st, 0)
+			owner = [2]uint32{st.Uid, st.Gid}
+			return err
+		}))
+		return owner
+	}
+	plain, mapped := add(t, s, filepath.Join(host, "dir"), Writable), under("dir", ReadOnly)
+	require.NotEqual(t, plain.Name, mapped.Name)
+	require.Equal(t, [2]uint32{0, 0}, owner(plain, ""))
+	require.Equal(t, [2]uint32{1000, 2000}, owner(mapped, ""))
+	require.Equal(t, [2]uint32{0, 0}, owner(mapped, "below"), "not recursively")
+	part := under("dir/part", ReadOnly)
+	require.Equal(t, [2]string{mapped.Name, "part"}, [2]string{part.Name, part.Path})
+	require.Equal(t, mapped, under("dir", Writable), "it becomes writable, and stays mapped")
+	require.ErrorIs(t, create(t, s, mapped, "part/f"), unix.EOVERFLOW, "root is nobody there")
+	must(t, s.ns.do(t.Context(), func() error { // as virtiofsd does for the guest's users
+		unix.SetfsgidRetGid(2000)
+		unix.SetfsuidRetUid(1000)
+		return nil
+	}))
+	err := create(t, s, part, "f")
+	must(t, s.ns.do(t.Context(), func() error {
+		unix.SetfsuidRetUid(0)
+		unix.SetfsgidRetGid(0)
+		return nil
+	}))
+	require.NoError(t, err)
+	require.Equal(t, [2]uint32{1000, 2000}, owner(part, "f"))
+	var st unix.Stat_t
+	must(t, unix.Stat(filepath.Join(host, "dir/part/f"), &st))
+	require.Equal(t, [2]uint32{0, 0}, [2]uint32{st.Uid, st.Gid}, "on the host it belongs to root")
+	remove(t, s, plain, mapped, mapped, part)
+	require.Empty(t, s.entries)
+
+	_, err = s.Add(t.Context(), "/proc/self/task", Writable, ids)
+	require.ErrorIs(t, err, errdefs.ErrNotImplemented)
+	require.ErrorContains(t, err, "hostUsers")
+	_, err = s.Add(t.Context(), host, Writable, idmap.Map{UIDs: "0:0:0", GIDs: "0:0:0"})
+	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
 
 // submounts: mounts below are told, and what has other mounts in it is another object.

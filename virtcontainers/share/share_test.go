@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 func TestMain(m *testing.M) {
@@ -211,7 +212,7 @@ func TestShare(t *testing.T) {
 		require.NoError(t, s.Err())
 		require.FileExists(t, filepath.Join(probes, only(t, probes)))
 		host := t.TempDir()
-		place, err := s.Add(ctx, host, Writable)
+		place, err := s.Add(ctx, host, Writable, idmap.Map{})
 		must(t, err)
 		require.True(t, wire.ValidID(place.Name))
 		require.NoError(t, s.Remove(ctx, place))
@@ -219,24 +220,25 @@ func TestShare(t *testing.T) {
 		t.Run("objects", func(t *testing.T) { objects(t, s) })
 		t.Run("parts", func(t *testing.T) { parts(t, s) })
 		t.Run("submounts", func(t *testing.T) { submounts(t, s) })
+		t.Run("mapped owners", func(t *testing.T) { mappedOwners(t, s) })
 
 		for path, kind := range map[string]error{
 			"/nonexistent": errdefs.ErrNotFound, host + "/../../nonexistent/x": errdefs.ErrNotFound,
 			"relative": errdefs.ErrInvalidArgument, "/dev/null": errdefs.ErrNotImplemented, s.Socket(): errdefs.ErrNotImplemented,
 		} {
-			_, err := s.Add(ctx, path, Writable)
+			_, err := s.Add(ctx, path, Writable, idmap.Map{})
 			require.ErrorIs(t, err, kind, path)
 		}
 		cancelled, cancel := context.WithCancel(ctx)
 		cancel()
-		_, _ = s.Add(cancelled, host, Writable) // either way nothing leaks
+		_, _ = s.Add(cancelled, host, Writable, idmap.Map{}) // either way nothing leaks
 		process := fmt.Sprintf("/proc/%d", s.PID())
 		require.DirExists(t, process)
 		must(t, s.Close(ctx))
 		must(t, s.Close(ctx))
 		<-s.Done()
 		require.ErrorIs(t, s.Err(), errdefs.ErrUnavailable)
-		_, err = s.Add(ctx, host, Writable)
+		_, err = s.Add(ctx, host, Writable, idmap.Map{})
 		require.ErrorIs(t, err, errdefs.ErrUnavailable)
 		require.NoDirExists(t, process)
 		require.NoFileExists(t, s.Socket())
@@ -294,7 +296,7 @@ func child(dir string) {
 		fmt.Println(err)
 		os.Exit(1)
 	}
-	if _, err := s.Add(context.Background(), "/etc", ReadOnly); err != nil {
+	if _, err := s.Add(context.Background(), "/etc", ReadOnly, idmap.Map{}); err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}

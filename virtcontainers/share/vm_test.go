@@ -19,6 +19,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 // vm is a guest that mounts the share.
@@ -157,7 +159,7 @@ func TestInGuest(t *testing.T) {
 			return string(b)
 		}
 		put("before", "from the host")
-		whole, err := s.Add(ctx, host, Writable)
+		whole, err := s.Add(ctx, host, Writable, idmap.Map{})
 		must(t, err)
 		first := whole.Name
 		v := startVM(t, s.Socket())
@@ -207,7 +209,7 @@ func TestInGuest(t *testing.T) {
 		t.Run("added while it runs", func(t *testing.T) {
 			second := t.TempDir()
 			must(t, os.WriteFile(filepath.Join(second, "f"), []byte("second"), 0o644))
-			place, err := s.Add(ctx, second, ReadOnly)
+			place, err := s.Add(ctx, second, ReadOnly, idmap.Map{})
 			must(t, err)
 			name := place.Name
 			require.Equal(t, "second", v.do(t, "read", name+"/f"))
@@ -215,11 +217,11 @@ func TestInGuest(t *testing.T) {
 			require.ErrorContains(t, err, "read-only")
 			_, err = v.try(t, "rm", name+"/f")
 			require.ErrorContains(t, err, "read-only")
-			again, err := s.Add(ctx, second, Writable)
+			again, err := s.Add(ctx, second, Writable, idmap.Map{})
 			must(t, err)
 			require.Equal(t, name, again.Name)
 			v.do(t, "write", name+"/f", "writable now")
-			file, err := s.Add(ctx, filepath.Join(second, "f"), Writable)
+			file, err := s.Add(ctx, filepath.Join(second, "f"), Writable, idmap.Map{})
 			must(t, err)
 			require.Equal(t, [2]string{name, "f"}, [2]string{file.Name, file.Path})
 			require.ElementsMatch(t, []string{first, name}, strings.Fields(v.do(t, "ls", "")))
@@ -237,7 +239,7 @@ func TestInGuest(t *testing.T) {
 			defer func() { must(t, unix.Unmount(third, unix.MNT_DETACH)) }()
 			must(t, unix.Mount("", third, "", unix.MS_SHARED, ""))
 			must(t, os.Mkdir(filepath.Join(third, "sub"), 0o755))
-			place, err := s.Add(ctx, third, Writable)
+			place, err := s.Add(ctx, third, Writable, idmap.Map{})
 			must(t, err)
 			name := place.Name
 			require.Empty(t, v.do(t, "ls", name+"/sub"))
