@@ -4,6 +4,7 @@ package share
 
 import (
 	"bufio"
+	"errors"
 	"bytes"
 	"context"
 	"encoding/hex"
@@ -269,28 +270,43 @@ func TestInGuest(t *testing.T) {
 	})
 }
 
-// worker reads a file of /proc of the process that serves the guest: a descendant of virtiofsd as it was started.
-func worker(t *testing.T, pid int, file string) string {
+// worker reads a file of /proc of the process that serves the guest: a descendant of virtiofsd as it was started. While that
+// starts, it has others that end.
+func worker(t *testing.T, virtiofsd int, file string) string {
 	t.Helper()
 	for {
-		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-		must(t, err)
-		next := 0
-		for _, task := range tasks {
-			b, err := os.ReadFile(task)
-			must(t, err)
-			if fields := strings.Fields(string(b)); len(fields) > 0 {
-				next, err = strconv.Atoi(fields[0])
-				must(t, err)
+		pid, err := lastDescendant(virtiofsd)
+		if err == nil {
+			var b []byte
+			if b, err = os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file)); err == nil {
+				return string(b)
 			}
 		}
-		if next == 0 {
-			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, file))
-			must(t, err)
-			return string(b)
+		if !errors.Is(err, unix.ESRCH) && !errors.Is(err, os.ErrNotExist) || unix.Kill(virtiofsd, 0) != nil {
+			require.NoError(t, err)
 		}
-		pid = next
 	}
+}
+
+func lastDescendant(pid int) (int, error) {
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil {
+		return 0, err
+	}
+	for _, task := range tasks {
+		b, err := os.ReadFile(task)
+		if err != nil {
+			return 0, err
+		}
+		if fields := strings.Fields(string(b)); len(fields) > 0 {
+			next, err := strconv.Atoi(fields[0])
+			if err != nil {
+				return 0, err
+			}
+			return lastDescendant(next)
+		}
+	}
+	return pid, nil
 }
 
 // A killed shim takes virtiofsd along, with a VM connected or not.
