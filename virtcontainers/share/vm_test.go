@@ -4,10 +4,10 @@ package share
 
 import (
 	"bufio"
-	"errors"
 	"bytes"
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"os"
