@@ -119,8 +119,7 @@ disabled_plugins = [
         disable_pause_image_pull = true
 {{- end}}
 
-{{- /* Before 2.4 a sandboxer of the runtime's own takes no options but runc's; the node's configuration is the shim's default. */ -}}
-{{- if not (and $.Containerd (eq .Sandboxer "shim"))}}
+{{- if or .ConfigPath .Options}}
         [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{{.Name}}.options]
 {{- if .ConfigPath}}
           ConfigPath = '{{.ConfigPath}}'
@@ -203,15 +202,17 @@ type handler struct {
 	dropIn string
 }
 
-// handlers lists Cloister's handlers. Those without a dropIn share the node's cloister.toml, each other one has its own.
+// handlers lists Cloister's handlers. Those without a ConfigPath share the node's cloister.toml, which the shim finds by its
+// environment; each other one has its own. Handlers with options are for some pods only: containerd's CRI takes them for runc's where a
+// pod has a user namespace and, before 2.4, where the handler has a sandboxer of its own.
 func (n *Node) handlers() []handler {
 	own := func(name, dropIn string) handler {
 		return handler{Name: name, Sandboxer: "shim", Snapshotter: "overlayfs", ConfigPath: n.handlerConfig(name), dropIn: dropIn}
 	}
 	return []handler{
-		{Name: HandlerCloister, Sandboxer: "shim", Snapshotter: "overlayfs", ConfigPath: n.CloisterConfig},
-		{Name: HandlerErofs, Sandboxer: "shim", Snapshotter: "erofs", ConfigPath: n.CloisterConfig},
-		{Name: HandlerClassic, Sandboxer: "podsandbox", Snapshotter: "overlayfs", ConfigPath: n.CloisterConfig},
+		{Name: HandlerCloister, Sandboxer: "shim", Snapshotter: "overlayfs"},
+		{Name: HandlerErofs, Sandboxer: "shim", Snapshotter: "erofs"},
+		{Name: HandlerClassic, Sandboxer: "podsandbox", Snapshotter: "overlayfs"},
 		// As configs/containerd-config.toml has it.
 		{Name: HandlerOptions, Sandboxer: "shim", Snapshotter: "overlayfs", Options: []string{
 			"tee.platform = 'sample'",

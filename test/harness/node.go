@@ -48,7 +48,7 @@ type Node struct {
 	Dir string
 	// Root and State are containerd's directories, Socket its gRPC address.
 	Root, State, Socket string
-	// CloisterConfig is the ConfigPath of Cloister's handlers; CloisterState and LayerCache what it sets there.
+	// CloisterConfig is the configuration of Cloister's handlers that have none of their own; CloisterState and LayerCache what it sets there.
 	CloisterConfig, CloisterState, LayerCache string
 	// Handlers are those that it serves; all, if empty.
 	Handlers []string
