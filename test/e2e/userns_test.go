@@ -33,6 +33,7 @@ func TestUserNamespaces(t *testing.T) {
 	for _, handler := range handlers {
 		t.Run(handler, func(t *testing.T) { saw[handler] = useUsers(t, n, handler) })
 	}
+	assert.Contains(t, saw[harness.HandlerRunc], "/bin/busybox 0:0\n")
 	for _, handler := range handlers[1:] {
 		assert.Equal(t, strings.Split(saw[harness.HandlerRunc], "\n"), strings.Split(saw[handler], "\n"), handler)
 	}
@@ -84,6 +85,13 @@ grep Cap[EB] /proc/self/status`
 		},
 	})
 	other := output(t, as, "id; echo x > /host/user/mine && stat -c '%n %u:%g' /host/user/mine; cat /empty/made; echo x 2>&1 > /host/root/mine; true")
+	shares := func(c *runtimeapi.ContainerConfig) {
+		withUsers(c.Linux.SecurityContext.NamespaceOptions)
+		c.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_POD
+	}
+	runContainer(t, pod, harness.ContainerSpec{Script: idle + "; : of-the-first", Change: shares})
+	second := runContainer(t, pod, harness.ContainerSpec{Change: shares})
+	other += output(t, second, "ps -o args | grep -c of-the-firs[t]; readlink /proc/self/ns/pid | cut -c 1-4")
 	for path, owner := range map[string]uint32{"root/made": 7, "user/mine": 1000} {
 		var st unix.Stat_t
 		require.NoError(t, unix.Stat(filepath.Join(host, path), &st))
@@ -97,9 +105,10 @@ func checkUsersRefused(t *testing.T, n *harness.Node) {
 	for says, users := range map[string]*runtimeapi.UserNamespace{
 		"not mapped":    {Uids: []*runtimeapi.IDMapping{{HostId: 1, ContainerId: 1, Length: 9}}, Gids: usersOfPod},
 		"CONTAINER":     {Mode: runtimeapi.NamespaceMode_CONTAINER},
-		"ranges of use": {},
+		"TARGET":        {Mode: runtimeapi.NamespaceMode_TARGET},
+		"only one uid":  {}, // containerd's own words
 	} {
-		pod, err := n.CRI().RunPod(testContext(t), harness.PodSpec{Change: func(c *runtimeapi.PodSandboxConfig) {
+		pod, err := n.CRI().RunPod(testContext(t), harness.PodSpec{Handler: harness.HandlerCloister, Change: func(c *runtimeapi.PodSandboxConfig) {
 			c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = users
 		}})
 		if err == nil {
