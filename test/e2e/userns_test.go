@@ -103,10 +103,10 @@ grep Cap[EB] /proc/self/status`
 
 func checkUsersRefused(t *testing.T, n *harness.Node) {
 	for says, users := range map[string]*runtimeapi.UserNamespace{
-		"not mapped":    {Uids: []*runtimeapi.IDMapping{{HostId: 1, ContainerId: 1, Length: 9}}, Gids: usersOfPod},
-		"CONTAINER":     {Mode: runtimeapi.NamespaceMode_CONTAINER},
-		"TARGET":        {Mode: runtimeapi.NamespaceMode_TARGET},
-		"only one uid":  {}, // containerd's own words
+		"not mapped":   {Uids: []*runtimeapi.IDMapping{{HostId: 1, ContainerId: 1, Length: 9}}, Gids: usersOfPod},
+		"CONTAINER":    {Mode: runtimeapi.NamespaceMode_CONTAINER},
+		"TARGET":       {Mode: runtimeapi.NamespaceMode_TARGET},
+		"only one uid": {}, // containerd's own words
 	} {
 		pod, err := n.CRI().RunPod(testContext(t), harness.PodSpec{Handler: harness.HandlerCloister, Change: func(c *runtimeapi.PodSandboxConfig) {
 			c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = users
