@@ -99,7 +99,7 @@ func (m *Manager) reserve(id string) (*container, *ocispec.Guest, error) {
 	c := newContainer(m, id)
 	m.containers[id] = c
 	g := *m.guest
-	g.IPC, g.UTS, g.PID = nsPath(m.pod.ipc), nsPath(m.pod.uts), nsPath(m.pod.pid)
+	g.IPC, g.UTS = nsPath(m.pod.ipc), nsPath(m.pod.uts)
 	return c, &g, nil
 }
 
@@ -185,13 +185,26 @@ func (m *Manager) build(ctx context.Context, c *container, g *ocispec.Guest, in 
 		defer ns.Close() // libcontainer has joined it then
 		g.PID = nsPath(ns)
 	}
+	ids := idsOf(in)
+	users, processes, err := m.join(ctx, ids, g.PID == "" && !ocispec.OwnPID(in))
+	if err != nil {
+		return err
+	}
+	if processes != nil {
+		g.PID = nsPath(processes)
+	}
 	spec, err := g.Container(c.id, in, stdio.terminal)
 	if err != nil {
 		return err
 	}
 	mapped := slices.IndexFunc(req.GetMounts(), (*agentv1.Mount).GetIdMapped)
-	if mapped >= 0 && !ocispec.OwnNamespace(spec.Linux, specs.UserNamespace) {
+	if mapped >= 0 && ids.IsZero() {
 		return refused("mount %d is id-mapped, and the container has no user namespace", mapped+1)
+	}
+	for i, ns := range spec.Linux.Namespaces {
+		if ns.Type == specs.UserNamespace {
+			spec.Linux.Namespaces[i].Path = nsPath(users)
+		}
 	}
 	return c.create(ctx, spec, stdio, req)
 }

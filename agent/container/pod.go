@@ -4,7 +4,6 @@ package container
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cloister-project/cloister/agent/ocispec"
+	"github.com/cloister-project/cloister/internal/idmap"
 )
 
 const (
@@ -29,10 +29,20 @@ const (
 
 // pod holds what containers share: the namespaces, each pinned by an open file. The agent itself stays outside of them.
 type pod struct {
-	ipc, uts, pid *os.File
-	mqueue        string // where the IPC namespace's message queues are mounted
-	pause         *libcontainer.Container
-	pauseDone     chan struct{}
+	ipc, uts *os.File
+	mqueue   string // where the IPC namespace's message queues are mounted
+	// sharedPID says that there may be a pid namespace, which join makes.
+	sharedPID bool
+
+	// turn is held (one element) by join, which is the only one to use what follows before close.
+	turn chan struct{}
+	// gone is closed when the pod ends.
+	gone      chan struct{}
+	users     map[idmap.Map]*os.File
+	pid       *os.File
+	pidIDs    idmap.Map
+	pause     *libcontainer.Container
+	pauseDone chan struct{}
 }
 
 // nsPath names a pinned namespace for libcontainer, which opens it in a child of this process.
@@ -44,7 +54,7 @@ func nsPath(f *os.File) string {
 }
 
 // ConfigurePod makes the namespaces that containers share. It runs setup on a thread inside of them, where it sets the
-// hostname and the sysctls. With sharedPID there is a pid namespace too, with a pause process as its init.
+// hostname and the sysctls. With sharedPID there is a pid namespace too, with a pause process as its init, when a container asks for it.
 // It must be called once, before the first container; after an error it may be tried again.
 func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func() error) (err error) {
 	m.mu.Lock()
@@ -58,7 +68,10 @@ func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func()
 	}
 	m.configuring = true
 	m.mu.Unlock()
-	p := &pod{mqueue: filepath.Join(m.cfg.StateDir, "mqueue")}
+	p := &pod{
+		mqueue: filepath.Join(m.cfg.StateDir, "mqueue"), sharedPID: sharedPID,
+		turn: make(chan struct{}, 1), gone: make(chan struct{}), users: map[idmap.Map]*os.File{},
+	}
 	defer func() {
 		if err != nil {
 			p.close()
@@ -70,11 +83,6 @@ func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func()
 	}()
 	if err := p.unshare(setup); err != nil {
 		return err
-	}
-	if sharedPID {
-		if err := p.startPause(filepath.Join(m.cfg.StateDir, "pod"), m.cfg.Cgroup+pauseSuffix); err != nil {
-			return fmt.Errorf("start the pause process of the pod's pid namespace: %w", err)
-		}
 	}
 	return ctx.Err()
 }
@@ -115,7 +123,14 @@ func (p *pod) unshare(setup func() error) error {
 
 // startPause runs the agent's executable as a container with an empty root and no rights: a container in the pod's pid
 // namespace sees it as PID 1 and must not find a way through it (/proc/1/root) into the guest.
-func (p *pod) startPause(stateDir, cgroup string) error {
+//
+// users is the user namespace that the pid namespace shall belong to; nil for the guest's own.
+func (p *pod) startPause(stateDir, cgroup string, users *os.File) (err error) {
+	defer func() {
+		if err != nil {
+			p.stopPause()
+		}
+	}()
 	exe, err := os.Executable()
 	if err != nil {
 		return err
@@ -137,6 +152,14 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 		Capabilities:    &specs.LinuxCapabilities{},
 		NoNewPrivileges: true,
 	}
+	namespaces := []specs.LinuxNamespace{
+		{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.PIDNamespace},
+		{Type: specs.IPCNamespace, Path: nsPath(p.ipc)}, {Type: specs.UTSNamespace, Path: nsPath(p.uts)},
+	}
+	if users != nil {
+		namespaces = append(namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: nsPath(users)})
+		process.User = specs.User{} // its root: others may not be mapped
+	}
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{CgroupName: pauseID, Spec: &specs.Spec{
 		Version: specs.Version,
 		Process: process,
@@ -150,10 +173,7 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 		Linux: &specs.Linux{
 			CgroupsPath: cgroup,
 			Resources:   &specs.LinuxResources{Devices: ocispec.DeviceRules(nil)},
-			Namespaces: []specs.LinuxNamespace{
-				{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.PIDNamespace},
-				{Type: specs.IPCNamespace, Path: nsPath(p.ipc)}, {Type: specs.UTSNamespace, Path: nsPath(p.uts)},
-			},
+			Namespaces:  namespaces,
 		},
 	}})
 	if err != nil {
@@ -164,14 +184,14 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 	}
 	ready, stdout, err := newPipe(true, 0, 0)
 	if err != nil {
-		return errors.Join(err, p.pause.Destroy())
+		return err
 	}
 	defer ready.Close()
 	defer stdout.Close()
 	lp := ocispec.LibcontainerProcess(process)
 	lp.Init, lp.Stdout = true, stdout
 	if err := p.pause.Run(lp); err != nil {
-		return errors.Join(err, p.pause.Destroy())
+		return err
 	}
 	done := make(chan struct{})
 	p.pauseDone = done
@@ -192,12 +212,25 @@ func (p *pod) startPause(stateDir, cgroup string) error {
 	return err
 }
 
-// close undoes ConfigurePod.
-func (p *pod) close() {
+// stopPause takes back as much of startPause as there is.
+func (p *pod) stopPause() {
 	if p.pauseDone != nil {
 		_ = p.pause.Signal(unix.SIGKILL)
 		<-p.pauseDone
+	}
+	if p.pause != nil {
 		_ = p.pause.Destroy()
+	}
+	p.pause, p.pauseDone = nil, nil
+}
+
+// close undoes ConfigurePod and join.
+func (p *pod) close() {
+	close(p.gone)
+	p.turn <- struct{}{} // for good
+	p.stopPause()
+	for _, f := range p.users {
+		_ = f.Close()
 	}
 	for _, f := range []*os.File{p.ipc, p.uts, p.pid} {
 		if f != nil {

@@ -61,6 +61,11 @@ func OwnNamespace(l *specs.Linux, t specs.LinuxNamespaceType) bool {
 	return slices.ContainsFunc(l.Namespaces, func(n specs.LinuxNamespace) bool { return n.Type == t && n.Path == "" })
 }
 
+// OwnPID reports whether a specification of the host's, not checked yet, asks for a pid namespace of the container's own.
+func OwnPID(in *specs.Spec) bool {
+	return in.Linux != nil && OwnNamespace(in.Linux, specs.PIDNamespace)
+}
+
 // JoinsPID reports whether a specification of the host's, not checked yet, joins a pid namespace that exists.
 func JoinsPID(in *specs.Spec) bool {
 	return in.Linux != nil && slices.ContainsFunc(in.Linux.Namespaces, func(n specs.LinuxNamespace) bool {

@@ -89,9 +89,16 @@ grep Cap[EB] /proc/self/status`
 		withUsers(c.Linux.SecurityContext.NamespaceOptions)
 		c.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_POD
 	}
-	runContainer(t, pod, harness.ContainerSpec{Script: idle + "; : of-the-first", Change: shares})
+	first := runContainer(t, pod, harness.ContainerSpec{Script: idle + "; : of-the-first", Change: shares})
 	second := runContainer(t, pod, harness.ContainerSpec{Change: shares})
 	other += output(t, second, "ps -o args | grep -c of-the-firs[t]; readlink /proc/self/ns/pid | cut -c 1-4")
+	assert.Equal(t, output(t, first, "readlink /proc/self/ns/user"), output(t, second, "readlink /proc/self/ns/user"), "it is the pod's")
+	debugger := runContainer(t, pod, harness.ContainerSpec{Change: func(config *runtimeapi.ContainerConfig) {
+		withUsers(config.Linux.SecurityContext.NamespaceOptions)
+		config.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_TARGET
+		config.Linux.SecurityContext.NamespaceOptions.TargetId = c.ID
+	}})
+	other += output(t, debugger, "cat /proc/1/root/secret/key")
 	for path, owner := range map[string]uint32{"root/made": 7, "user/mine": 1000} {
 		var st unix.Stat_t
 		require.NoError(t, unix.Stat(filepath.Join(host, path), &st))
