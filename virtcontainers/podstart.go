@@ -353,7 +353,7 @@ func (p *Pod) makeStateDir(r *running) error {
 	}
 	root, err := standin.OpenRoot(p.stateDir)
 	if err != nil {
-		return err
+		return fmt.Errorf("state directory (state.dir): %w", err)
 	}
 	r.standInRoot = root
 	p.cleanup.add(func(context.Context) { _ = root.Close() })

@@ -190,8 +190,8 @@ func (m *Manager) build(ctx context.Context, c *container, g *ocispec.Guest, in 
 	if err != nil {
 		return err
 	}
-	if processes != nil {
-		g.PID = nsPath(processes)
+	if processes != "" {
+		g.PID = processes
 	}
 	spec, err := g.Container(c.id, in, stdio.terminal)
 	if err != nil {
@@ -203,7 +203,7 @@ func (m *Manager) build(ctx context.Context, c *container, g *ocispec.Guest, in 
 	}
 	for i, ns := range spec.Linux.Namespaces {
 		if ns.Type == specs.UserNamespace {
-			spec.Linux.Namespaces[i].Path = nsPath(users)
+			spec.Linux.Namespaces[i].Path = users
 		}
 	}
 	return c.create(ctx, spec, stdio, req)

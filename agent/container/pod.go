@@ -38,7 +38,7 @@ type pod struct {
 	turn chan struct{}
 	// gone is closed when the pod ends.
 	gone      chan struct{}
-	users     map[idmap.Map]*os.File
+	users     map[idmap.Map]userNamespace
 	pid       *os.File
 	pidIDs    idmap.Map
 	pause     *libcontainer.Container
@@ -70,7 +70,7 @@ func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func()
 	m.mu.Unlock()
 	p := &pod{
 		mqueue: filepath.Join(m.cfg.StateDir, "mqueue"), sharedPID: sharedPID,
-		turn: make(chan struct{}, 1), gone: make(chan struct{}), users: map[idmap.Map]*os.File{},
+		turn: make(chan struct{}, 1), gone: make(chan struct{}), users: map[idmap.Map]userNamespace{},
 	}
 	defer func() {
 		if err != nil {
@@ -124,8 +124,8 @@ func (p *pod) unshare(setup func() error) error {
 // startPause runs the agent's executable as a container with an empty root and no rights: a container in the pod's pid
 // namespace sees it as PID 1 and must not find a way through it (/proc/1/root) into the guest.
 //
-// users is the user namespace that the pid namespace shall belong to; nil for the guest's own.
-func (p *pod) startPause(stateDir, cgroup string, users *os.File) (err error) {
+// users is a path of the user namespace that the pid namespace shall belong to; empty for the guest's own.
+func (p *pod) startPause(stateDir, cgroup, users string) (err error) {
 	defer func() {
 		if err != nil {
 			p.stopPause()
@@ -156,8 +156,8 @@ func (p *pod) startPause(stateDir, cgroup string, users *os.File) (err error) {
 		{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.PIDNamespace},
 		{Type: specs.IPCNamespace, Path: nsPath(p.ipc)}, {Type: specs.UTSNamespace, Path: nsPath(p.uts)},
 	}
-	if users != nil {
-		namespaces = append(namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: nsPath(users)})
+	if users != "" {
+		namespaces = append(namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: users})
 		process.User = specs.User{} // its root: others may not be mapped
 	}
 	config, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{CgroupName: pauseID, Spec: &specs.Spec{
@@ -229,8 +229,9 @@ func (p *pod) close() {
 	close(p.gone)
 	p.turn <- struct{}{} // for good
 	p.stopPause()
-	for _, f := range p.users {
-		_ = f.Close()
+	for _, u := range p.users {
+		_ = u.file.Close()
+		_ = os.Remove(u.path)
 	}
 	for _, f := range []*os.File{p.ipc, p.uts, p.pid} {
 		if f != nil {
