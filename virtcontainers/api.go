@@ -52,8 +52,6 @@ type PodConfig struct {
 	OwnFiles bool
 	// Sysctls of the pod.
 	Sysctls map[string]string
-	// SharePID gives the pod a pid namespace that containers can join.
-	SharePID bool
 	// ShmBytes is the size of the pod's /dev/shm; 0 means 64 MiB.
 	ShmBytes uint64
 	// Resources are the pod's limits, for sizing the VM; may be nil.

@@ -296,13 +296,12 @@ func (p *Pod) sandboxRequest(n *network.Network) *agentv1.ConfigureSandboxReques
 		scratch = vmplan.ScratchSerial
 	}
 	return &agentv1.ConfigureSandboxRequest{
-		ScratchSerial:      scratch,
-		SandboxId:          p.cfg.ID,
-		Hostname:           p.cfg.Hostname,
-		Sysctls:            p.cfg.Sysctls,
-		Network:            guestNetwork(n),
-		SharedPidNamespace: p.cfg.SharePID,
-		ShmBytes:           p.cfg.ShmBytes,
+		ScratchSerial: scratch,
+		SandboxId:     p.cfg.ID,
+		Hostname:      p.cfg.Hostname,
+		Sysctls:       p.cfg.Sysctls,
+		Network:       guestNetwork(n),
+		ShmBytes:      p.cfg.ShmBytes,
 	}
 }
 

@@ -297,8 +297,6 @@ type ConfigureSandboxRequest struct {
 	// Sysctls of the pod: net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.* only.
 	Sysctls map[string]string `protobuf:"bytes,3,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Network *Network          `protobuf:"bytes,4,opt,name=network,proto3" json:"network,omitempty"`
-	// Whether containers that join the pod's pid namespace get one; a pause process then is its init.
-	SharedPidNamespace bool `protobuf:"varint,5,opt,name=shared_pid_namespace,json=sharedPidNamespace,proto3" json:"shared_pid_namespace,omitempty"`
 	// Size limit of the pod's /dev/shm in bytes; 0 means 64 MiB.
 	ShmBytes uint64 `protobuf:"varint,6,opt,name=shm_bytes,json=shmBytes,proto3" json:"shm_bytes,omitempty"`
 	// Serial number of the scratch disk, whose content the guest makes anew: writable layers and scratch volumes are on it.
@@ -364,13 +362,6 @@ func (x *ConfigureSandboxRequest) GetNetwork() *Network {
 		return x.Network
 	}
 	return nil
-}
-
-func (x *ConfigureSandboxRequest) GetSharedPidNamespace() bool {
-	if x != nil {
-		return x.SharedPidNamespace
-	}
-	return false
 }
 
 func (x *ConfigureSandboxRequest) GetShmBytes() uint64 {
@@ -3743,19 +3734,18 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x05error\x18\x04 \x01(\tR\x05error\x12\x1d\n" +
 	"\n" +
 	"unix_nanos\x18\x05 \x01(\x03R\tunixNanos\x12\x14\n" +
-	"\x05token\x18\x06 \x01(\fR\x05token\"\x8f\x03\n" +
+	"\x05token\x18\x06 \x01(\fR\x05token\"\xe3\x02\n" +
 	"\x17ConfigureSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1a\n" +
 	"\bhostname\x18\x02 \x01(\tR\bhostname\x12Q\n" +
 	"\asysctls\x18\x03 \x03(\v27.cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntryR\asysctls\x124\n" +
-	"\anetwork\x18\x04 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\x120\n" +
-	"\x14shared_pid_namespace\x18\x05 \x01(\bR\x12sharedPidNamespace\x12\x1b\n" +
+	"\anetwork\x18\x04 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\x12\x1b\n" +
 	"\tshm_bytes\x18\x06 \x01(\x04R\bshmBytes\x12%\n" +
 	"\x0escratch_serial\x18\a \x01(\tR\rscratchSerial\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x1a\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01J\x04\b\x05\x10\x06\"\x1a\n" +
 	"\x18ConfigureSandboxResponse\"\xb7\x01\n" +
 	"\aNetwork\x12<\n" +
 	"\n" +

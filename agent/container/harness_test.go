@@ -154,8 +154,8 @@ func newBench(t *testing.T, sharedPID bool) *bench {
 		b.m.Close(ctx)
 		require.NoError(t, os.RemoveAll(dir))
 	})
-	require.NoError(t, b.m.ConfigurePod(context.Background(), sharedPID, func() error { return unix.Sethostname([]byte("the-pod")) }))
-	_, _, err = b.m.join(t.Context(), idmap.Map{}, true)
+	require.NoError(t, b.m.ConfigurePod(context.Background(), func() error { return unix.Sethostname([]byte("the-pod")) }))
+	_, _, err = b.m.join(t.Context(), idmap.Map{}, sharedPID)
 	if err != nil && strings.Contains(err.Error(), "linked statically") {
 		t.Skip("the pause process needs a static binary, see doc.go")
 	}

@@ -204,11 +204,9 @@ func TestSharedPIDNamespace(t *testing.T) {
 	b.remove("a")
 }
 
-func TestNoSharedPIDNamespace(t *testing.T) {
+func TestConfigurePodTwice(t *testing.T) {
 	b := newBench(t, false)
-	err := b.create("a", testSpec(script("true"), sharePID(true)), nil)
-	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
-	require.True(t, errdefs.IsFailedPrecondition(b.m.ConfigurePod(ctx(t), false, nil)))
+	require.True(t, errdefs.IsFailedPrecondition(b.m.ConfigurePod(ctx(t), nil)))
 }
 
 func TestPropertiesOfAProcess(t *testing.T) {

@@ -31,8 +31,6 @@ const (
 type pod struct {
 	ipc, uts *os.File
 	mqueue   string // where the IPC namespace's message queues are mounted
-	// sharedPID says that there may be a pid namespace, which join makes.
-	sharedPID bool
 
 	// turn is held (one element) by join, which is the only one to use what follows before close.
 	turn chan struct{}
@@ -54,9 +52,9 @@ func nsPath(f *os.File) string {
 }
 
 // ConfigurePod makes the namespaces that containers share. It runs setup on a thread inside of them, where it sets the
-// hostname and the sysctls. With sharedPID there is a pid namespace too, with a pause process as its init, when a container asks for it.
+// hostname and the sysctls. The pid namespace, with a pause process as its init, is made for the first container that asks for it.
 // It must be called once, before the first container; after an error it may be tried again.
-func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func() error) (err error) {
+func (m *Manager) ConfigurePod(ctx context.Context, setup func() error) (err error) {
 	m.mu.Lock()
 	if m.closed {
 		m.mu.Unlock()
@@ -69,8 +67,8 @@ func (m *Manager) ConfigurePod(ctx context.Context, sharedPID bool, setup func()
 	m.configuring = true
 	m.mu.Unlock()
 	p := &pod{
-		mqueue: filepath.Join(m.cfg.StateDir, "mqueue"), sharedPID: sharedPID,
-		turn: make(chan struct{}, 1), gone: make(chan struct{}), users: map[idmap.Map]userNamespace{},
+		mqueue: filepath.Join(m.cfg.StateDir, "mqueue"),
+		turn:   make(chan struct{}, 1), gone: make(chan struct{}), users: map[idmap.Map]userNamespace{},
 	}
 	defer func() {
 		if err != nil {

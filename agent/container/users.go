@@ -29,7 +29,6 @@ func (m *Manager) join(ctx context.Context, ids idmap.Map, pid bool) (users, pro
 	m.mu.Lock()
 	p := m.pod
 	m.mu.Unlock()
-	pid = pid && p.sharedPID
 	if ids.IsZero() && !pid {
 		return "", "", nil
 	}

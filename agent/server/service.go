@@ -85,7 +85,7 @@ func (s *service) ConfigureSandbox(ctx context.Context, r *agentv1.ConfigureSand
 			return nil, err
 		}
 	}
-	err := s.manager.ConfigurePod(ctx, r.GetSharedPidNamespace(), func() error {
+	err := s.manager.ConfigurePod(ctx, func() error {
 		if err := setHostname(); err != nil {
 			return err
 		}

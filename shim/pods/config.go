@@ -107,7 +107,6 @@ func FromCRI(ctx context.Context, r Request, c *criv1.PodSandboxConfig, netnsPat
 	}
 	p.OwnFiles = true
 	p.Sysctls = withDefaultSysctls(c.GetLinux().GetSysctls())
-	p.SharePID = namespaces.GetPid() == criv1.NamespaceMode_POD
 	p.HostPID = namespaces.GetPid() == criv1.NamespaceMode_NODE
 	p.HostIPC = namespaces.GetIpc() == criv1.NamespaceMode_NODE
 	p.Resources = Resources(c.GetLinux().GetResources())
@@ -195,8 +194,6 @@ func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.P
 		}
 	}
 	if mode == ModePause {
-		// The specification is the same whether containers will share the pod's processes or not.
-		p.SharePID = true
 		if p.Resources, err = annotatedResources(spec.Annotations); err != nil {
 			return vc.PodConfig{}, err
 		}

@@ -59,14 +59,12 @@ func TestFromSpecModes(t *testing.T) {
 	require.Equal(t, spec.Linux.Resources, single.Resources)
 	require.Equal(t, "/a/b", single.CgroupsPath)
 	require.Equal(t, "h", single.Hostname)
-	require.False(t, single.SharePID)
 	require.NotNil(t, single.Config)
 
 	pause, err := FromSpec(t.Context(), request(), ModePause, spec)
 	require.NoError(t, err)
 	require.Nil(t, pause.Hooks)
 	require.Nil(t, pause.Only)
-	require.True(t, pause.SharePID)
 	require.Equal(t, int64(1<<30), *pause.Resources.Memory.Limit)
 	require.Equal(t, int64(200000), *pause.Resources.CPU.Quota)
 	require.Equal(t, uint64(100000), *pause.Resources.CPU.Period)
@@ -91,7 +89,6 @@ func TestConfigOfOptionsAndAnnotations(t *testing.T) {
 	require.Equal(t, 3, p.Config.Sizing.DefaultVCPUs, "not in annotations.allowed")
 	require.Equal(t, 777, p.Config.Sizing.DefaultMemoryMiB)
 	require.Equal(t, vc.NetworkNew, p.Network)
-	require.True(t, p.SharePID, "POD is CRI's default")
 	require.Nil(t, p.Resources)
 	require.Empty(t, p.CgroupsPath)
 

@@ -95,7 +95,6 @@ func TestLife(t *testing.T) {
 	require.Equal(t, "web", cfg.Hostname)
 	require.Equal(t, vc.NetworkPath, cfg.Network)
 	require.Equal(t, "/run/netns/x", cfg.NetNSPath)
-	require.False(t, cfg.SharePID)
 	require.Equal(t, []string{"10.0.0.10"}, cfg.DNS.Servers)
 	require.Equal(t, "/kubepods/pod1", cfg.CgroupParent)
 	require.Equal(t, int64(1<<30), *cfg.Resources.Memory.Limit)

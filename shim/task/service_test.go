@@ -225,7 +225,6 @@ func TestPauseContainer(t *testing.T) {
 	f := newFixture(t)
 	f.create("p", pause("p"))
 	f.start("p", "")
-	require.True(t, f.pods.Last().Config.SharePID)
 	f.create("a", member("p"))
 	f.create("b", member("p"))
 	f.start("a", "")
