@@ -42,11 +42,12 @@
 // # Namespaces
 //
 // Every container is in the guest's network namespace, which is the pod's, and has mount and cgroup namespaces of its
-// own. IPC, UTS and pid are its own or the pod's. The pod's are made by ConfigurePod and kept by open files; the pid
-// namespace has a pause process without rights in an empty root as its init. A container may join another one's pid namespace
-// instead (pid_target), which nothing keeps open: when the other's init ends, the kernel kills all in it. User namespaces are
-// always the container's own, with the mapping that the host asks for; storage must give it a root filesystem that this mapping
-// can use.
+// own. IPC, UTS and pid are its own or the pod's. The pod's are kept by open files: IPC and UTS from ConfigurePod on, pid from
+// the first container on that asks for it, with a pause process without rights in an empty root as its init. A container may
+// join another one's pid namespace instead (pid_target), which nothing keeps open: when the other's init ends, the kernel kills
+// all in it. Containers with the same map share a user namespace, which is made for the first of them (users.go); the kernel
+// mounts /proc only for the user namespace that a pid namespace belongs to. The network is the guest's, so that capabilities of a
+// user namespace mean nothing to it.
 //
 // # Trust
 //
@@ -58,6 +59,7 @@
 // # Locks
 //
 //   - Manager.mu: the map of containers and the pod. Never held over a system call.
+//   - pod.turn: making the namespaces that containers share; held over the start of a process, waited for with a context.
 //   - container.lane: one operation at a time that changes a container (create, start, pause, update, delete); held over
 //     libcontainer's slow calls, waited for with a context. Signals, waits, resizes, statistics and execs do not take it.
 //   - container.mu: the states of a container and its processes. Never held over a system call.
