@@ -78,7 +78,7 @@ func TestDropInsOverrideInOrder(t *testing.T) {
 	assert.Equal(t, 8, c.Sizing.MaxVCPUs)
 	assert.Equal(t, 2, c.Sizing.HotplugPorts)
 	assert.Equal(t, []string{"b=2", "c"}, c.Hypervisor.KernelParams)
-	assert.Equal(t, 512, c.Sizing.DefaultMemoryMiB, "keys that no file has keep their defaults")
+	assert.Equal(t, 2048, c.Sizing.DefaultMemoryMiB, "keys that no file has keep their defaults")
 	assert.Equal(t, origin{filepath.Join(dir, "config.d/20-b.toml"), 1}, c.origins["sizing.default_vcpus"])
 	assert.Equal(t, origin{filepath.Join(dir, "config.d/10-a.toml"), 1}, c.origins["sizing.hotplug_ports"])
 	assert.Equal(t, origin{path, 3}, c.origins["sizing.max_vcpus"])
@@ -137,6 +137,8 @@ func TestBadValues(t *testing.T) {
 		{"annotation pattern", "annotations.allowed = ['*']", "annotations.allowed", 1, "not an annotation", "io.cloister.sizing.vcpus"},
 		{"default above maximum", "sizing.default_vcpus = 4\nsizing.max_vcpus = 2", "sizing.default_vcpus", 1, "more than sizing.max_vcpus = 2",
 			"lower"},
+		{"default memory above maximum", "sizing.default_memory_mib = 1024\nsizing.max_memory_mib = 600", "sizing.default_memory_mib", 1,
+			"more than sizing.max_memory_mib = 600", "raise"},
 		{"overhead above maximum", "sizing.max_memory_mib = 600\nsizing.overhead_memory_mib = 601", "sizing.overhead_memory_mib", 2, "601",
 			"lower"},
 		{"cache in state", "rootfs.cache_dir = '/run/cloister/x'", "rootfs.cache_dir", 1, "inside", "reboot"},

@@ -110,7 +110,7 @@ func TestApplyAnnotations(t *testing.T) {
 	got, err = some.ApplyAnnotations(pod)
 	require.NoError(t, err)
 	assert.Equal(t, 4, got.Sizing.DefaultVCPUs)
-	assert.Equal(t, 512, got.Sizing.DefaultMemoryMiB)
+	assert.Equal(t, 2048, got.Sizing.DefaultMemoryMiB)
 	assert.Equal(t, []string{"a", "quiet", "loglevel=3"}, got.Hypervisor.KernelParams)
 	assert.Equal(t, 7*time.Second, got.Timeouts.Boot)
 	assert.Equal(t, none.Hypervisor.Kernel, got.Hypervisor.Kernel)

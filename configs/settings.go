@@ -210,7 +210,8 @@ func crossCheck(c *Config) Faults {
 		fs = append(fs, c.Fault("sizing.default_vcpus",
 			fmt.Sprintf("%d is more than sizing.max_vcpus = %d", s.DefaultVCPUs, s.MaxVCPUs), "lower it, or raise the maximum"))
 	}
-	if s := c.Sizing; s.MaxMemoryMiB > 0 && s.DefaultMemoryMiB > s.MaxMemoryMiB {
+	// A maximum below the built-in default is the default (vmplan.SizeVM).
+	if s := c.Sizing; s.MaxMemoryMiB > 0 && s.DefaultMemoryMiB > s.MaxMemoryMiB && c.origins["sizing.default_memory_mib"].file != builtIn {
 		fs = append(fs, c.Fault("sizing.default_memory_mib",
 			fmt.Sprintf("%d is more than sizing.max_memory_mib = %d", s.DefaultMemoryMiB, s.MaxMemoryMiB), "lower it, or raise the maximum"))
 	}
