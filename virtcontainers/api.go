@@ -64,8 +64,10 @@ type PodConfig struct {
 	Hooks       *specs.Hooks
 	Annotations map[string]string
 	// Only is the specification of the pod's only container, where the pod is made for it alone: what is refused in it is
-	// refused before the VM starts. Nil where containers come later.
-	Only *specs.Spec
+	// refused before the VM starts. Nil where containers come later. OnlyRootfs is its root filesystem, as in ContainerConfig; nil
+	// where it is not known yet.
+	Only       *specs.Spec
+	OnlyRootfs []*types.Mount
 
 	// OnOOM is called when the OOM killer struck in a container, before the Wait of a process that it killed returns.
 	// It must not block. May be nil.
@@ -117,7 +119,7 @@ type ContainerConfig struct {
 	Bundle string
 	// Spec as containerd wrote it for the host. Nothing of it reaches the guest before the allow-list.
 	Spec *specs.Spec
-	// Rootfs as in CreateTaskRequest.
+	// Rootfs as in CreateTaskRequest. Without mounts it is the directory of the specification's root.
 	Rootfs []*types.Mount
 	Stdio  Stdio
 	IO     ProcessIO

@@ -5,6 +5,7 @@ package virtcontainers
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -245,9 +246,22 @@ func (c *Container) createInGuest(ctx context.Context, g *guest.Client, req *age
 	return err
 }
 
+// rootfsOf returns the mounts of a container's root filesystem: those of the request or, if it has none, the directory of the
+// specification's root, which is relative to the bundle.
+func rootfsOf(spec *specs.Spec, bundle string, mounts []*types.Mount) []*types.Mount {
+	if len(mounts) > 0 || spec.Root == nil || spec.Root.Path == "" {
+		return mounts
+	}
+	path := spec.Root.Path
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(bundle, path)
+	}
+	return rootfs.Directory(filepath.Clean(path))
+}
+
 // resolveRootfs makes images of the snapshotter's mounts.
 func (c *Container) resolveRootfs(ctx context.Context, mounts []*types.Mount) (*rootfs.Rootfs, error) {
-	root, err := c.pod.rootfs.Resolve(ctx, mounts)
+	root, err := c.pod.rootfs.Resolve(ctx, rootfsOf(c.spec, c.bundle, mounts))
 	if err != nil {
 		return nil, err
 	}

@@ -108,6 +108,9 @@ func checkPod(cfg PodConfig, vm vmplan.Pod) (*vmplan.Plan, error) {
 	if cfg.Only != nil {
 		_, err := planContainer(cfg.Only, cfg, vmplan.SharingOf(cfg.Config), nil)
 		more, other := refusal.Reasons(err)
+		if other == nil && cfg.OnlyRootfs != nil {
+			other = rootfs.Check(rootfsOf(cfg.Only, cfg.Bundle, cfg.OnlyRootfs))
+		}
 		if other != nil {
 			return nil, other
 		}

@@ -159,7 +159,11 @@ func (g *Guest) namespaces(in *specs.Linux) ([]specs.LinuxNamespace, error) {
 			out = append(out, specs.LinuxNamespace{Type: shared.t})
 			continue
 		}
-		// Missing means "the host's" in a runtime spec. The widest that a container gets is the pod's.
+		// Missing means "the host's" in a runtime spec, which is the guest here. Its processes are the agent, and no container sees
+		// it: the widest is the pod's.
+		if !ok && shared.t != specs.PIDNamespace {
+			continue
+		}
 		if shared.path == "" {
 			return nil, fmt.Errorf("the container asks for the pod's %s namespace, and the pod has none: %w",
 				shared.t, errdefs.ErrFailedPrecondition)

@@ -181,12 +181,19 @@ func TestContainerSpecKeepsAndDrops(t *testing.T) {
 
 func TestNamespaces(t *testing.T) {
 	g := testGuest()
-	// Nothing named: the pod's everything.
+	// Nothing named: the guest's own, but for its processes.
 	l, err := g.namespaces(&specs.Linux{})
 	require.NoError(t, err)
 	require.Equal(t, []specs.LinuxNamespace{
+		{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace}, {Type: specs.PIDNamespace, Path: "/ns/pid"},
+	}, l)
+	l, err = g.namespaces(&specs.Linux{Namespaces: []specs.LinuxNamespace{
+		{Type: specs.IPCNamespace, Path: "x"}, {Type: specs.UTSNamespace, Path: "x"}, {Type: specs.PIDNamespace},
+	}})
+	require.NoError(t, err)
+	require.Equal(t, []specs.LinuxNamespace{
 		{Type: specs.MountNamespace}, {Type: specs.CgroupNamespace},
-		{Type: specs.IPCNamespace, Path: "/ns/ipc"}, {Type: specs.UTSNamespace, Path: "/ns/uts"}, {Type: specs.PIDNamespace, Path: "/ns/pid"},
+		{Type: specs.IPCNamespace, Path: "/ns/ipc"}, {Type: specs.UTSNamespace, Path: "/ns/uts"}, {Type: specs.PIDNamespace},
 	}, l)
 	g.PID = ""
 	_, err = g.namespaces(&specs.Linux{})

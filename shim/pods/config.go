@@ -8,6 +8,7 @@ import (
 	"maps"
 	"strconv"
 
+	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -35,6 +36,8 @@ const (
 // Request is what is common to all ways of asking for a pod.
 type Request struct {
 	ID, Namespace, Bundle string
+	// Rootfs is that of a container which is alone in its pod.
+	Rootfs []*types.Mount
 	// Options are the runtime's; nil for the node's defaults.
 	Options *anypb.Any
 	OnOOM   func(containerID string)
@@ -168,8 +171,9 @@ func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.P
 	}
 	p := r.base(config, spec.Annotations)
 	p.Hostname = spec.Hostname
-	// What it has no namespace for, a specification wants of the host.
-	p.Network, p.HostPID, p.HostIPC = vc.NetworkHost, true, true
+	// What it has no namespace for, a specification wants of the host. Of a lone container it is the guest's that is meant, but for the
+	// network: who leaves that out (ctr run --net-host, nerdctl run --net host) would find nothing in a guest's.
+	p.Network, p.HostPID, p.HostIPC = vc.NetworkHost, mode == ModePause, mode == ModePause
 	if l := spec.Linux; l != nil {
 		p.Sysctls = l.Sysctl
 		if mode == ModeSingle {
@@ -198,7 +202,7 @@ func FromSpec(ctx context.Context, r Request, mode Mode, spec *specs.Spec) (vc.P
 			return vc.PodConfig{}, err
 		}
 	} else {
-		p.Hooks, p.Only = spec.Hooks, spec
+		p.Hooks, p.Only, p.OnlyRootfs = spec.Hooks, spec, append([]*types.Mount{}, r.Rootfs...)
 	}
 	return p, nil
 }

@@ -39,6 +39,10 @@ func TestFromSpecNetwork(t *testing.T) {
 	p, err := FromSpec(t.Context(), request(), ModeSingle, &specs.Spec{})
 	require.NoError(t, err)
 	require.Equal(t, vc.NetworkHost, p.Network)
+	require.False(t, p.HostPID || p.HostIPC, "of a lone container the guest's are meant")
+	p, err = FromSpec(t.Context(), request(), ModePause, &specs.Spec{})
+	require.NoError(t, err)
+	require.True(t, p.HostPID && p.HostIPC)
 }
 
 func TestFromSpecModes(t *testing.T) {

@@ -144,7 +144,7 @@ func (s *Service) makePod(ctx context.Context, t *task, r *taskapi.CreateTaskReq
 		return nil, err
 	}
 	cfg, err := pods.FromSpec(ctx, pods.Request{
-		ID: t.id, Namespace: s.Namespace, Bundle: t.bundle, Options: options, OnOOM: s.OnOOM,
+		ID: t.id, Namespace: s.Namespace, Bundle: t.bundle, Rootfs: r.GetRootfs(), Options: options, OnOOM: s.OnOOM,
 	}, mode, spec)
 	if err != nil {
 		return nil, err

@@ -7,13 +7,16 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -41,6 +44,43 @@ func TestCtr(t *testing.T) {
 		assert.Equal(t, "little", succeed(t, cmd))
 	})
 	t.Run("detached", func(t *testing.T) { checkCtrDetached(t, n) })
+	t.Run("root and namespaces that are not its own", func(t *testing.T) { checkCtrHost(t, n) })
+}
+
+// checkCtrHost runs a container whose root is a directory of the host, and whose specification leaves namespaces out.
+func checkCtrHost(t *testing.T, n *harness.Node) {
+	ctx := testContext(t)
+	root := filepath.Join(t.TempDir(), "root")
+	for _, dir := range []string{"bin", "etc", "proc", "dev", "sys", "run", "tmp"} {
+		require.NoError(t, os.MkdirAll(filepath.Join(root, dir), 0o755))
+	}
+	busybox, err := os.ReadFile(n.Artifacts().Busybox)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(root, "bin/busybox"), busybox, 0o755))
+	require.NoError(t, os.Symlink("busybox", filepath.Join(root, "bin/sh")))
+	require.NoError(t, os.WriteFile(filepath.Join(root, "etc/theirs"), []byte("x"), 0o640))
+	require.NoError(t, os.Chown(filepath.Join(root, "etc/theirs"), 7, 8))
+
+	const id = "of-the-host"
+	removeAfter(t, n, id)
+	succeed(t, n.Ctr(ctx, "container", "create", "--runtime", runtimeName, "--runtime-config-path", n.CloisterConfig, "--rootfs",
+		"--hostname", "of-the-pod", root, id, "/bin/sh", "-c", `PATH=/bin; b=busybox
+$b stat -c %u:%g:%a /etc/theirs; echo x > /etc/made; $b cat /etc/made; $b hostname; $b ps -o args | $b grep -c [s]leep
+$b ps -o args | $b grep agent; $b kill -9 1; echo alive`))
+	changeSpec(t, n, id, func(s *specs.Spec) {
+		s.Linux.Namespaces = slices.DeleteFunc(s.Linux.Namespaces, func(ns specs.LinuxNamespace) bool {
+			return ns.Type == specs.PIDNamespace || ns.Type == specs.IPCNamespace || ns.Type == specs.UTSNamespace
+		})
+	})
+	said := succeed(t, n.Ctr(ctx, "task", "start", id))
+	assert.Equal(t, "7:8:640\nx\n(none)\n0\nalive", said, "neither the pod's name nor the agent")
+	assert.NoFileExists(t, filepath.Join(root, "etc/made"), "it is a copy")
+
+	started := time.Now()
+	missing := run(t, n.Ctr(ctx, ctrRun(n, "--rm", "--net-host", harness.BusyboxImage, "net-host", "true")...))
+	assert.NotZero(t, missing.status)
+	requireContains(t, missing.stderr, "network")
+	t.Logf("refused after %s", time.Since(started))
 }
 
 // checkCtrBulk sends 20 MiB through a container's stdin and gets them back on stdout, its words on stderr, its status.

@@ -49,10 +49,22 @@ func TestHooks(t *testing.T) {
 	removeAfter(t, n, id)
 	succeed(t, n.Ctr(ctx, "container", "create", "--runtime", runtimeName, "--runtime-config-path", n.CloisterConfig,
 		harness.BusyboxImage, id, "sh", "-c", idle))
-	addHooks(t, n, id, &specs.Hooks{
-		CreateRuntime: []specs.Hook{hook("createRuntime", 0)},
-		Poststart:     []specs.Hook{hook("failing", 3), hook("poststart", 0)},
-		Poststop:      []specs.Hook{hook("poststop", 0)},
+	refused := &specs.Hooks{
+		CreateRuntime:   []specs.Hook{hook("createRuntime", 0)},
+		CreateContainer: []specs.Hook{hook("createContainer", 0)}, StartContainer: []specs.Hook{hook("startContainer", 0)},
+	}
+	changeSpec(t, n, id, func(s *specs.Spec) { s.Hooks = refused })
+	failed := run(t, n.Ctr(ctx, "task", "start", "-d", "--null-io", id))
+	assert.NotZero(t, failed.status)
+	requireContains(t, failed.stderr, "createContainer", "startContainer")
+	assert.NoFileExists(t, filepath.Join(dir, "words"), "none has run")
+
+	changeSpec(t, n, id, func(s *specs.Spec) {
+		s.Hooks = &specs.Hooks{
+			CreateRuntime: []specs.Hook{hook("createRuntime", 0)},
+			Poststart:     []specs.Hook{hook("failing", 3), hook("poststart", 0)},
+			Poststop:      []specs.Hook{hook("poststop", 0)},
+		}
 	})
 	succeed(t, n.Ctr(ctx, "task", "start", "-d", "--null-io", id))
 	assert.Equal(t, "createRuntime\nfailing\npoststart\n", words(), "all have run when the start is answered")
@@ -78,8 +90,8 @@ func TestHooks(t *testing.T) {
 	assert.Equal(t, specs.StateStopped, state("poststop").Status)
 }
 
-// addHooks puts hooks into the specification of a container that has no task yet; ctr has no option for them.
-func addHooks(t *testing.T, n *harness.Node, id string, hooks *specs.Hooks) {
+// changeSpec changes the specification of a container that has no task yet, where ctr has no option for it.
+func changeSpec(t *testing.T, n *harness.Node, id string, change func(*specs.Spec)) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+n.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	require.NoError(t, err)
@@ -91,7 +103,7 @@ func addHooks(t *testing.T, n *harness.Node, id string, hooks *specs.Hooks) {
 	container := got.GetContainer()
 	var spec specs.Spec
 	require.NoError(t, json.Unmarshal(container.GetSpec().GetValue(), &spec))
-	spec.Hooks = hooks
+	change(&spec)
 	container.Spec.Value, err = json.Marshal(&spec)
 	require.NoError(t, err)
 	_, err = client.Update(ctx, &containers.UpdateContainerRequest{

@@ -72,8 +72,7 @@ type mount struct {
 // parseMounts understands a whole request. It looks at no file.
 func parseMounts(request []*types.Mount) (*plan, error) {
 	if len(request) == 0 {
-		return nil, fmt.Errorf("the request has no mounts; a root filesystem must come from a snapshotter "+
-			"(a directory of the host, as with ctr run --rootfs, is not supported): %w", errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("the request has no mounts: %w", errdefs.ErrInvalidArgument)
 	}
 	if len(request) > maxMounts {
 		return nil, fmt.Errorf("%d mounts are more than %d: %w", len(request), maxMounts, errdefs.ErrInvalidArgument)

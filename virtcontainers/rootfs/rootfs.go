@@ -80,6 +80,20 @@ func (r *Rootfs) Release() error {
 	return errors.Join(errs...)
 }
 
+// Directory is the mounts of a root filesystem that a directory of the host has (`ctr run --rootfs`), without a snapshotter: it is
+// copied into an image of the container's own.
+func Directory(path string) []*types.Mount {
+	return []*types.Mount{{Type: "bind", Source: path, Options: []string{"rbind", "rw"}}}
+}
+
+// Check returns the error that Resolve would return for the words of the mounts. It looks at no file.
+func Check(mounts []*types.Mount) error {
+	if _, err := parseMounts(mounts); err != nil {
+		return fmt.Errorf("root filesystem: %w", err)
+	}
+	return nil
+}
+
 // Resolve turns the mounts of a CreateTaskRequest into images. It returns errdefs.ErrInvalidArgument for mounts that make no
 // sense, errdefs.ErrNotImplemented for those it does not know, errdefs.ErrNotFound for directories and images that are missing.
 // If ctx ends, the build of an image goes on only while others wait for it.
