@@ -117,7 +117,7 @@ func (s *System) SetClock(unixNanos int64) error {
 	return nil
 }
 
-// SetHostname sets the hostname of the guest, which pods share. errdefs.ErrInvalidArgument for what is not a hostname
+// SetHostname sets the hostname of the thread's uts namespace. errdefs.ErrInvalidArgument for what is not a hostname
 // of 1 to 64 letters, digits, dots, dashes and underscores.
 func (s *System) SetHostname(name string) error {
 	if err := checkHostname(name); err != nil {

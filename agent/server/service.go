@@ -59,16 +59,6 @@ func (s *service) ConfigureSandbox(ctx context.Context, r *agentv1.ConfigureSand
 	if !wire.ValidID(r.GetSandboxId()) {
 		return nil, fmt.Errorf("sandbox id %q is not valid: %w", r.GetSandboxId(), errdefs.ErrInvalidArgument)
 	}
-	setHostname := func() error {
-		if r.GetHostname() == "" {
-			return nil
-		}
-		return s.cfg.System.SetHostname(r.GetHostname())
-	}
-	// Twice: here for containers with a UTS namespace of their own, which starts as a copy, below for the pod's.
-	if err := setHostname(); err != nil {
-		return nil, err
-	}
 	// First, since it is made in the background while the rest goes on.
 	if err := s.cfg.Storage.SetupScratch(r.GetScratchSerial()); err != nil {
 		return nil, err
@@ -86,8 +76,11 @@ func (s *service) ConfigureSandbox(ctx context.Context, r *agentv1.ConfigureSand
 		}
 	}
 	err := s.manager.ConfigurePod(ctx, func() error {
-		if err := setHostname(); err != nil {
-			return err
+		// The pod's alone: the guest's own uts namespace is that of containers which name none, and keeps its name.
+		if r.GetHostname() != "" {
+			if err := s.cfg.System.SetHostname(r.GetHostname()); err != nil {
+				return err
+			}
 		}
 		return s.cfg.System.SetSysctls(r.GetSysctls())
 	})
