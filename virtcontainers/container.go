@@ -31,6 +31,8 @@ type Container struct {
 	spec   *specs.Spec
 	pod    *Pod
 	init   *Process
+	// terminationLog is the host's file for what the container says of its end; empty if it has none or writes to that itself.
+	terminationLog string
 
 	// cleanup takes back what the container holds on the host: disks, shares, layer images. Once the container is made,
 	// release runs it.
@@ -164,7 +166,7 @@ func (p *Pod) createContainer(ctx context.Context, cfg ContainerConfig) (_ *Cont
 		return nil, err
 	}
 	c := &Container{
-		id: cfg.ID, bundle: cfg.Bundle, spec: cfg.Spec, pod: p,
+		id: cfg.ID, bundle: cfg.Bundle, spec: cfg.Spec, pod: p, terminationLog: plan.terminationLog(),
 		extra:   map[string]*Process{},
 		cleanup: undo{budget: p.cfg.Config.Timeouts.Cleanup},
 	}

@@ -147,6 +147,9 @@ func (p *Process) watch(ctx context.Context) {
 		return
 	}
 	p.container.noteOOM(resp.GetOomKills())
+	if p.execID == "" {
+		p.container.saveTermination(ctx, resp.GetTerminationMessage())
+	}
 	exit := Exit{Status: min(resp.GetExitStatus(), maxExitStatus), At: exitTime(resp.GetExitedAt(), p.container.pod.created)}
 	p.finish(exit, resp.GetStdoutBytes(), resp.GetStderrBytes())
 }

@@ -1233,11 +1233,13 @@ type FileCopy struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Content []byte                 `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"`
 	// Permission bits.
-	Mode          uint32 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"`
-	Uid           uint32 `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
-	Gid           uint32 `protobuf:"varint,4,opt,name=gid,proto3" json:"gid,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Mode uint32 `protobuf:"varint,2,opt,name=mode,proto3" json:"mode,omitempty"`
+	Uid  uint32 `protobuf:"varint,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Gid  uint32 `protobuf:"varint,4,opt,name=gid,proto3" json:"gid,omitempty"`
+	// What the container writes to it is told with the exit of its init. Of one container at most one file. Since 2.2.
+	TerminationLog bool `protobuf:"varint,5,opt,name=termination_log,json=terminationLog,proto3" json:"termination_log,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *FileCopy) Reset() {
@@ -1296,6 +1298,13 @@ func (x *FileCopy) GetGid() uint32 {
 		return x.Gid
 	}
 	return 0
+}
+
+func (x *FileCopy) GetTerminationLog() bool {
+	if x != nil {
+		return x.TerminationLog
+	}
+	return false
 }
 
 // SharedPath is a live directory or file of the host, on a virtio-fs mount made by MountShared.
@@ -2081,9 +2090,11 @@ type WaitProcessResponse struct {
 	StdoutBytes uint64 `protobuf:"varint,3,opt,name=stdout_bytes,json=stdoutBytes,proto3" json:"stdout_bytes,omitempty"`
 	StderrBytes uint64 `protobuf:"varint,4,opt,name=stderr_bytes,json=stderrBytes,proto3" json:"stderr_bytes,omitempty"`
 	// How often the kernel's OOM killer struck in the container up to now (cgroup v2 memory.events oom_kill).
-	OomKills      uint64 `protobuf:"varint,5,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	OomKills uint64 `protobuf:"varint,5,opt,name=oom_kills,json=oomKills,proto3" json:"oom_kills,omitempty"`
+	// With the exit of a container's init: the end of its termination_log, at most 4096 bytes. Since 2.2.
+	TerminationMessage []byte `protobuf:"bytes,6,opt,name=termination_message,json=terminationMessage,proto3" json:"termination_message,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *WaitProcessResponse) Reset() {
@@ -2149,6 +2160,13 @@ func (x *WaitProcessResponse) GetOomKills() uint64 {
 		return x.OomKills
 	}
 	return 0
+}
+
+func (x *WaitProcessResponse) GetTerminationMessage() []byte {
+	if x != nil {
+		return x.TerminationMessage
+	}
+	return nil
 }
 
 type SignalProcessRequest struct {
@@ -3808,12 +3826,13 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x06source\"%\n" +
 	"\x0fGuestFilesystem\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\"\b\n" +
-	"\x06PodShm\"\\\n" +
+	"\x06PodShm\"\x85\x01\n" +
 	"\bFileCopy\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\fR\acontent\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\rR\x04mode\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\rR\x03uid\x12\x10\n" +
-	"\x03gid\x18\x04 \x01(\rR\x03gid\"z\n" +
+	"\x03gid\x18\x04 \x01(\rR\x03gid\x12'\n" +
+	"\x0ftermination_log\x18\x05 \x01(\bR\x0eterminationLog\"z\n" +
 	"\n" +
 	"SharedPath\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
@@ -3869,14 +3888,15 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"P\n" +
 	"\x12WaitProcessRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\xd2\x01\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\x83\x02\n" +
 	"\x13WaitProcessResponse\x12\x1f\n" +
 	"\vexit_status\x18\x01 \x01(\rR\n" +
 	"exitStatus\x127\n" +
 	"\texited_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bexitedAt\x12!\n" +
 	"\fstdout_bytes\x18\x03 \x01(\x04R\vstdoutBytes\x12!\n" +
 	"\fstderr_bytes\x18\x04 \x01(\x04R\vstderrBytes\x12\x1b\n" +
-	"\toom_kills\x18\x05 \x01(\x04R\boomKills\"|\n" +
+	"\toom_kills\x18\x05 \x01(\x04R\boomKills\x12/\n" +
+	"\x13termination_message\x18\x06 \x01(\fR\x12terminationMessage\"|\n" +
 	"\x14SignalProcessRequest\x12!\n" +
 	"\fcontainer_id\x18\x01 \x01(\tR\vcontainerId\x12\x17\n" +
 	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x16\n" +

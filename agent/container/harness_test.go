@@ -69,6 +69,8 @@ func (s *testStorage) MountRootfs(_ context.Context, id string, _ *agentv1.Rootf
 	return root, os.WriteFile(filepath.Join(root, "bin/busybox"), in, 0o755)
 }
 
+func (s *testStorage) TerminationMessage(string) ([]byte, error) { return nil, nil }
+
 func (s *testStorage) PrepareMounts(context.Context, string, []*agentv1.Mount) ([]specs.Mount, error) {
 	if s.fail != nil {
 		return nil, s.fail

@@ -29,6 +29,8 @@ type Storage interface {
 	MountRootfs(ctx context.Context, containerID string, r *agentv1.Rootfs, readonly bool, ids idmap.Map) (string, error)
 	// PrepareMounts turns the mounts of a request into mounts with sources in the guest.
 	PrepareMounts(ctx context.Context, containerID string, mounts []*agentv1.Mount) ([]specs.Mount, error)
+	// TerminationMessage returns what the container says of its end, in a file among its mounts.
+	TerminationMessage(containerID string) ([]byte, error)
 	// Remove undoes both and tells which disks are free now. It may be called for a container that it does not know.
 	Remove(ctx context.Context, containerID string) ([]string, error)
 }

@@ -51,6 +51,7 @@ type process struct {
 		at             time.Time
 		stdout, stderr uint64
 		oomKills       uint64
+		message        []byte
 	}
 	done chan struct{}
 	// gone is closed when the kernel's process has been reaped.
@@ -202,8 +203,14 @@ func (p *process) waitExit() {
 		c.killRest()
 	}
 	stdout, stderr := p.io.exited()
+	var message []byte
+	if p == c.init {
+		if message, err = c.m.cfg.Storage.TerminationMessage(c.id); err != nil {
+			log.L.WithError(err).WithField("container", c.id).Warn("what the container says of its end is not known")
+		}
+	}
 	c.mu.Lock()
-	p.exit.at, p.exit.stdout, p.exit.stderr = at, stdout, stderr
+	p.exit.at, p.exit.stdout, p.exit.stderr, p.exit.message = at, stdout, stderr, message
 	c.mu.Unlock()
 	p.finish(status)
 }
@@ -258,6 +265,8 @@ func (p *process) exitResponse() *agentv1.WaitProcessResponse {
 		StdoutBytes: p.exit.stdout,
 		StderrBytes: p.exit.stderr,
 		OomKills:    p.exit.oomKills,
+
+		TerminationMessage: p.exit.message,
 	}
 }
 

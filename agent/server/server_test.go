@@ -92,6 +92,8 @@ func (f fakeStorage) MountShared(_ context.Context, tag string) error {
 func (f fakeStorage) PutVolume(_ context.Context, r *agentv1.PutVolumeRequest) error {
 	return fmt.Errorf("volume %s: %w", r.GetName(), errdefs.ErrInvalidArgument)
 }
+func (f fakeStorage) TerminationMessage(string) ([]byte, error) { return nil, nil }
+
 func (f fakeStorage) PrepareMounts(context.Context, string, []*agentv1.Mount) ([]specs.Mount, error) {
 	return []specs.Mount{{Destination: "/proc", Type: "proc", Source: "proc"}, {Destination: "/dev", Type: "tmpfs", Source: "tmpfs"}}, nil
 }

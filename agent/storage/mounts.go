@@ -52,7 +52,7 @@ func checkMounts(mounts []*agentv1.Mount) error {
 	if len(mounts) > wire.MaxMounts {
 		return fmt.Errorf("%d mounts, the limit is %d: %w", len(mounts), wire.MaxMounts, errdefs.ErrInvalidArgument)
 	}
-	copies := 0
+	copies, terminationLogs := 0, 0
 	for i, m := range mounts {
 		err := checkDestination(m.GetDestination())
 		if m.GetIdMapped() && (m.GetFilesystem() != nil || m.GetShared() != nil) {
@@ -63,6 +63,11 @@ func checkMounts(mounts []*agentv1.Mount) error {
 			err = errors.Join(err, checkOptions(source.Filesystem.GetType(), m.GetOptions()))
 		case *agentv1.Mount_File:
 			copies += len(source.File.GetContent())
+			if source.File.GetTerminationLog() {
+				if terminationLogs++; terminationLogs > 1 {
+					err = errors.Join(err, fmt.Errorf("it is the second termination log: %w", errdefs.ErrInvalidArgument))
+				}
+			}
 			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()), checkFile(source.File))
 		case *agentv1.Mount_PodShm:
 			err = errors.Join(err, checkOptions(bindMount, m.GetOptions()))
@@ -140,6 +145,11 @@ func (s *Store) prepare(ctx context.Context, c *container, index int, m *agentv1
 		out.Source = s.shmPath()
 	case *agentv1.Mount_File:
 		out.Source, err = s.copyFile(c, index, source.File)
+		if err == nil && source.File.GetTerminationLog() {
+			s.mu.Lock()
+			c.terminationLog = out.Source
+			s.mu.Unlock()
+		}
 	case *agentv1.Mount_Shared:
 		out.Source, err = s.bindShared(c, index, source.Shared)
 		// A bind mount with flags of its own forgets those of its source.

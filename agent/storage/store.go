@@ -142,8 +142,8 @@ type container struct {
 	gone             bool
 	rootfs, prepared bool
 	dir              string
-	// writable is where the writable layer is; Store.mu guards it.
-	writable string
+	// writable is where the writable layer is, terminationLog where that file is; Store.mu guards them.
+	writable, terminationLog string
 	// done lists what Remove takes back, the last first.
 	done []step
 }

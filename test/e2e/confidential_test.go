@@ -204,10 +204,17 @@ m=$(cat $d/mode 2>/dev/null) && p=$(cat $d/pair 2>/dev/null) || continue
 	}
 	assert.Equal(t, "old", output(t, one, "cat /one"), "a single file stays as it is")
 
-	output(t, one, "[ ! -s /dev/termination-log ] && echo ended > /dev/termination-log")
-	left, err := os.ReadFile(termination)
+	message := func() string {
+		b, err := os.ReadFile(termination)
+		require.NoError(t, err)
+		return string(b)
+	}
+	output(t, one, "[ ! -s /dev/termination-log ] && echo because > /dev/termination-log")
+	assert.Equal(t, "of an earlier container", message(), "it comes with the exit")
+	require.NoError(t, one.Stop(testContext(t), 0))
+	_, err = one.Wait(testContext(t))
 	require.NoError(t, err)
-	assert.Equal(t, "of an earlier container", string(left), "what is written there stays in the VM")
+	assert.Equal(t, "because\n", message())
 }
 
 // checkScratchVolumes: an emptyDir is the guest's own, and its containers'.

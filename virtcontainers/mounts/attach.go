@@ -122,8 +122,7 @@ func (s *Set) attach(ctx context.Context, m Mount, undo func(step func(context.C
 	case Scratch:
 		g.Source, err = s.scratch(m)
 	case TerminationLog:
-		log.G(ctx).Infof("what the container writes to %s stays in the VM: its termination message is empty", m.Destination)
-		g.Source, err = file(emptyCopy(m))
+		g.Source, err = file(terminationLog(m))
 	case ImageVolume:
 		g, err = imageVolume(m, g)
 	default:

@@ -155,14 +155,38 @@ func emptyImageVolume(m Mount) (*unix.Stat_t, error) {
 	return nil, nil
 }
 
-// emptyCopy is a file with the mode and owner of the host's, and nothing in it.
-func emptyCopy(m Mount) (*agentv1.FileCopy, error) {
+// terminationLog is a file with the mode and owner of the host's, and nothing in it. What the container writes to it comes back with
+// its exit.
+func terminationLog(m Mount) (*agentv1.FileCopy, error) {
 	file, err := readFileCopy(m)
 	if err != nil {
 		return nil, err
 	}
-	file.Content = nil
+	file.Content, file.TerminationLog = nil, true
 	return file, nil
+}
+
+// SaveTermination writes what a container said of its end to the host's file of its termination log, which is the kubelet's.
+func SaveTermination(path string, message []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("termination log: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return fmt.Errorf("termination log: %w", err)
+	case !info.Mode().IsRegular():
+		return fmt.Errorf("termination log %s is not a regular file: %w", path, errdefs.ErrFailedPrecondition)
+	}
+	if err := f.Truncate(0); err != nil {
+		return fmt.Errorf("termination log: %w", err)
+	}
+	if _, err := f.Write(message); err != nil {
+		return fmt.Errorf("termination log: %w", err)
+	}
+	return nil
 }
 
 // readFileCopy reads a small file of the host.
