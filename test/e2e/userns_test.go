@@ -68,7 +68,8 @@ func useUsers(t *testing.T, n *harness.Node, handler string) string {
 		Change: func(c *runtimeapi.ContainerConfig) { withUsers(c.Linux.SecurityContext.NamespaceOptions) },
 	})
 	script := `cat /proc/self/uid_map /proc/self/gid_map; id -u
-cd /; stat -c '%n %u:%g' /bin /bin/busybox /etc/hosts /etc/resolv.conf /secret/key /empty /host /host/root /host/user /unmapped /unmapped/user
+cd /; stat -c '%n %u:%g' /bin /bin/busybox /etc/hosts /etc/resolv.conf /secret/key /empty
+stat -c '%n %u:%g' /host /host/root /host/user /unmapped /unmapped/user
 echo x > /root/made && echo x > /empty/made && echo x > /host/root/made && chown 7:8 /root/made /host/root/made
 stat -c '%n %u:%g' /root/made /empty/made /host/root/made
 echo x 2>&1 > /unmapped/root/other
@@ -84,7 +85,8 @@ grep Cap[EB] /proc/self/status`
 			c.Linux.SecurityContext.RunAsGroup = &runtimeapi.Int64Value{Value: 1000}
 		},
 	})
-	other := output(t, as, "id; echo x > /host/user/mine && stat -c '%n %u:%g' /host/user/mine; cat /empty/made; echo x 2>&1 > /host/root/mine; true")
+	other := output(t, as, "id; echo x > /host/user/mine && stat -c '%n %u:%g' /host/user/mine; cat /empty/made; "+
+		"echo x 2>&1 > /host/root/mine; true")
 	shares := func(c *runtimeapi.ContainerConfig) {
 		withUsers(c.Linux.SecurityContext.NamespaceOptions)
 		c.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_POD
@@ -115,9 +117,12 @@ func checkUsersRefused(t *testing.T, n *harness.Node) {
 		"TARGET":       {Mode: runtimeapi.NamespaceMode_TARGET},
 		"only one uid": {}, // containerd's own words
 	} {
-		pod, err := n.CRI().RunPod(testContext(t), harness.PodSpec{Handler: harness.HandlerCloister, Change: func(c *runtimeapi.PodSandboxConfig) {
-			c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = users
-		}})
+		pod, err := n.CRI().RunPod(testContext(t), harness.PodSpec{
+			Handler: harness.HandlerCloister,
+			Change: func(c *runtimeapi.PodSandboxConfig) {
+				c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = users
+			},
+		})
 		if err == nil {
 			assert.NoError(t, pod.Remove(testContext(t)))
 		}

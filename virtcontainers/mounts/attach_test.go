@@ -65,8 +65,11 @@ func TestConfidentialMounts(t *testing.T) {
 
 	require.False(t, mounts[1].GetIdMapped())
 	line := []specs.LinuxIDMapping{{HostID: 1000, Size: 65536}}
-	for _, m := range []Mount{{Kind: Copied, Destination: "/s", Source: secret, Volume: volumes.Parse(secret)},
-		{Kind: Scratch, Destination: "/e", Source: empty, Volume: volumes.Parse(empty)}, {Kind: PodFile, Destination: "/etc/hosts", Source: hosts}} {
+	for _, m := range []Mount{
+		{Kind: Copied, Destination: "/s", Source: secret, Volume: volumes.Parse(secret)},
+		{Kind: Scratch, Destination: "/e", Source: empty, Volume: volumes.Parse(empty)},
+		{Kind: PodFile, Destination: "/etc/hosts", Source: hosts},
+	} {
 		m.IDs = idmap.Of(line, line)
 		made, err := set.Attach(t.Context(), []Mount{m}, func(func(context.Context)) {})
 		require.NoError(t, err)

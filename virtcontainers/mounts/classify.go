@@ -174,10 +174,11 @@ func (m Mount) mapped(from specs.Mount, ids idmap.Map) Mount {
 	case own.IsZero() || m.Kind == Refused:
 		return m
 	case m.Kind == GuestFilesystem || m.Kind == CgroupView:
-		return m.refuse(fmt.Sprintf("mount of %s at %s: leave uidMappings and gidMappings out: they are of volumes only", m.Source, m.Destination))
+		return m.refuse(fmt.Sprintf("mount of %s at %s: leave uidMappings and gidMappings out: they are of volumes only",
+			m.Source, m.Destination))
 	case own != ids:
-		return m.refuse(fmt.Sprintf("mount of %s at %s: its ids are mapped by %s, and only the map of the container's user namespace can be had (%s)",
-			m.Source, m.Destination, own, ids))
+		return m.refuse(fmt.Sprintf("mount of %s at %s: its ids are mapped by %s, and only the map of the container's user namespace "+
+			"can be had (%s)", m.Source, m.Destination, own, ids))
 	}
 	m.IDs = own
 	return m
