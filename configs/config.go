@@ -136,6 +136,8 @@ type Sizing struct {
 	DefaultMemoryMiB int
 	// OverheadMemoryMiB is added to the pod's own memory limits for the guest's kernel and agent.
 	OverheadMemoryMiB int
+	// GrowVCPUs and GrowMemoryMiB are how much more a pod can get while it runs; 0: nothing.
+	GrowVCPUs, GrowMemoryMiB int
 	// MaxVCPUs and MaxMemoryMiB bound a VM, hotplug included; 0: as much as the host has.
 	MaxVCPUs     int
 	MaxMemoryMiB int

@@ -175,6 +175,8 @@ func podSettings() []setting {
 		number("sizing.default_vcpus", func(c *Config) *int { return &c.Sizing.DefaultVCPUs }, 1, maxVCPUs),
 		number("sizing.default_memory_mib", func(c *Config) *int { return &c.Sizing.DefaultMemoryMiB }, 2*minGuestMiB, maxMemoryMiB),
 		number("sizing.overhead_memory_mib", func(c *Config) *int { return &c.Sizing.OverheadMemoryMiB }, minGuestMiB, maxMemoryMiB),
+		numberOrZero("sizing.grow_vcpus", func(c *Config) *int { return &c.Sizing.GrowVCPUs }, 1, maxVCPUs),
+		numberOrZero("sizing.grow_memory_mib", func(c *Config) *int { return &c.Sizing.GrowMemoryMiB }, minGuestMiB, maxMemoryMiB),
 		numberOrZero("sizing.max_vcpus", func(c *Config) *int { return &c.Sizing.MaxVCPUs }, 1, maxVCPUs),
 		numberOrZero("sizing.max_memory_mib", func(c *Config) *int { return &c.Sizing.MaxMemoryMiB }, 2*minGuestMiB, maxMemoryMiB),
 		number("sizing.hotplug_ports", func(c *Config) *int { return &c.Sizing.HotplugPorts }, 0, maxHotplugPorts),

@@ -2,6 +2,12 @@
 
 package hypervisor
 
+import (
+	"fmt"
+
+	"github.com/containerd/errdefs"
+)
+
 // Accelerator is what executes the guest's instructions.
 type Accelerator string
 
@@ -69,6 +75,14 @@ func (d Document) Arch() Architecture {
 	return d.Architecture
 }
 
+// CheckGrowth returns errdefs.ErrOutOfRange for more memory than the VM can have while it runs.
+func (d Document) CheckGrowth(memoryBytes uint64) error {
+	if most := max(d.Memory.Bytes, d.Memory.MaxBytes); memoryBytes > most {
+		return fmt.Errorf("%d MiB of memory: the VM can have %d MiB: %w", memoryBytes>>20, most>>20, errdefs.ErrOutOfRange)
+	}
+	return nil
+}
+
 // CPU of the VM.
 type CPU struct {
 	// Model as the hypervisor names it, "host" or "max" for example.
@@ -83,6 +97,9 @@ type Memory struct {
 	Bytes uint64 `json:"bytes"`
 	// Shared makes the memory mappable by vhost-user devices.
 	Shared bool `json:"shared"`
+	// MaxBytes is how much RAM there can be in the running VM (VM.Grow), a multiple of 2 MiB; 0: Bytes. What is not plugged in costs
+	// nothing. Only where Driver.Grows, with Shared, and not for a confidential VM.
+	MaxBytes uint64 `json:"max_bytes,omitempty"`
 	// Reporting lets the guest give memory that it does not use back to the host (virtio-balloon's free page reporting). Not for a
 	// confidential VM.
 	Reporting bool `json:"reporting,omitempty"`

@@ -23,6 +23,8 @@ type Driver interface {
 	Kind() string
 	// VsockKinds returns what can carry the guest's vsock, at least one.
 	VsockKinds() []VsockKind
+	// Grows reports whether a document can have Memory.MaxBytes.
+	Grows() bool
 	// DefaultCPU returns the CPU model of VMs for which nobody names another; empty where the VMM has no models. A
 	// confidential VM's platform may name its own.
 	DefaultCPU(Accelerator) string

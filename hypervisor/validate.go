@@ -52,6 +52,13 @@ func (d Document) Faults() Faults {
 	if d.Memory.Bytes < minMemory || d.Memory.Bytes%memoryStep != 0 {
 		f.Add("memory.bytes %d is less than %d MiB or no multiple of 2 MiB", d.Memory.Bytes, minMemory>>20)
 	}
+	switch m := d.Memory; {
+	case m.MaxBytes == 0:
+	case m.MaxBytes < m.Bytes || m.MaxBytes%memoryStep != 0:
+		f.Add("memory.max_bytes %d is less than memory.bytes or no multiple of 2 MiB", m.MaxBytes)
+	case !m.Shared:
+		f.Add("memory.max_bytes needs memory.shared")
+	}
 	if a := d.Arch(); a != ArchAMD64 && a != ArchS390X {
 		f.Add("architecture %q is neither %q nor %q", d.Architecture, ArchAMD64, ArchS390X)
 	}

@@ -47,6 +47,9 @@ func (d Document) ConfidentialFaults() (f Faults) {
 	if d.Memory.Reporting {
 		f.Add("memory.reporting: a confidential VM keeps its memory")
 	}
+	if d.Memory.MaxBytes != 0 {
+		f.Add("memory.max_bytes: a confidential VM does not grow: its launch is measured")
+	}
 	if d.SharedDirectories != 0 {
 		f.Add("shared_directories %d: a confidential VM has no shared directories, whose content the host can change at any time",
 			d.SharedDirectories)

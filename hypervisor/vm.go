@@ -61,6 +61,9 @@ type VM interface {
 	// AddSharedDirectory hot-plugs a virtio-fs device; errdefs.ErrResourceExhausted when the VM has Document.SharedDirectories
 	// already.
 	AddSharedDirectory(ctx context.Context, f SharedDirectory) error
+	// Grow gives the running VM so much RAM in all, if it has less, and waits until the guest has taken it. The VM keeps what the guest
+	// has taken before an error. errdefs.ErrOutOfRange: more than Document.Memory.MaxBytes, or than the guest took.
+	Grow(ctx context.Context, memoryBytes uint64) error
 	// Stop ends the VM: it waits for the guest to power off by itself until ctx ends, then kills the VMM. It returns
 	// when the VMM process is gone and reaped. Idempotent.
 	Stop(ctx context.Context) error

@@ -44,6 +44,8 @@ type Container struct {
 	mu       sync.Mutex
 	extra    map[string]*Process
 	oomKills uint64
+	// updated are the limits that Update gave the container; nil before the first.
+	updated *specs.LinuxResources
 	// standIn gives the container its process id on the host. It ends with the init; nil before the container is made.
 	standIn *standin.Thread
 }
@@ -382,23 +384,6 @@ func (c *Container) moveAll(from, to ProcessStatus) {
 	for _, p := range append(c.execs(), c.init) {
 		_ = p.move(from, to)
 	}
-}
-
-// Update changes the container's resource limits in the guest. errdefs.ErrOutOfRange: limits above what the VM has.
-func (c *Container) Update(ctx context.Context, r *specs.LinuxResources) error {
-	now, err := c.pod.ready()
-	if err != nil {
-		return err
-	}
-	// A limit that the VM cannot hold would be a lie.
-	if err := fits(now.document, c.pod.cfg.Config.Sizing, r); err != nil {
-		return fmt.Errorf("container %s: %w", c.id, err)
-	}
-	resources, err := ocispec.Resources(r)
-	if err != nil {
-		return err
-	}
-	return c.pod.agent().UpdateContainer(ctx, c.id, resources)
 }
 
 // Stats reads the container's cgroup in the guest; it works until Delete.

@@ -18,7 +18,6 @@ import (
 
 	"github.com/cloister-project/cloister/agent-protocol/wire"
 	"github.com/cloister-project/cloister/configs"
-	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/virtcontainers/hooks"
 	"github.com/cloister-project/cloister/virtcontainers/mounts"
 	"github.com/cloister-project/cloister/virtcontainers/refusal"
@@ -49,6 +48,10 @@ type Pod struct {
 	ending  chan struct{}
 	done    chan struct{}
 
+	// growing holds one element while the VM is made larger; grown is how large that made it, and belongs to whoever does it.
+	growing chan struct{}
+	grown   vmplan.Size
+
 	// mu guards what follows.
 	mu    sync.Mutex
 	state PodState
@@ -73,15 +76,15 @@ func NewPod(ctx context.Context, cfg PodConfig) (*Pod, error) {
 	}
 	life, endLife := context.WithCancel(context.WithoutCancel(ctx))
 	return &Pod{
-		cfg:        cfg,
-		created:    time.Now(),
-		stateDir:   plan.StateDir(),
-		rootfs:     cache,
-		plan:       plan,
-		sharing:    plan.Sharing(),
-		life:       life,
-		endLife:    endLife,
-		ending:     make(chan struct{}),
+		cfg:      cfg,
+		created:  time.Now(),
+		stateDir: plan.StateDir(),
+		rootfs:   cache,
+		plan:     plan,
+		sharing:  plan.Sharing(),
+		life:     life,
+		endLife:  endLife,
+		growing:  make(chan struct{}, 1), ending: make(chan struct{}),
 		done:       make(chan struct{}),
 		cleanup:    undo{budget: cfg.Config.Timeouts.Cleanup},
 		state:      PodCreated,
@@ -271,29 +274,14 @@ func (p *Pod) StorageUsage(ctx context.Context) (*StorageUsage, error) {
 	return p.agent().StorageUsage(ctx)
 }
 
-// Update changes the pod's limits. The VM's size is fixed at its start, so that limits within it are accepted (the
-// containers' own cgroups enforce them) and others refused.
-func (p *Pod) Update(_ context.Context, r *specs.LinuxResources) error {
+// Update changes the pod's limits: the VM grows where it has room for that. What is less than it has is accepted, the containers' own
+// cgroups enforce it. errdefs.ErrOutOfRange: more than there is room for.
+func (p *Pod) Update(ctx context.Context, r *specs.LinuxResources) error {
 	now, err := p.ready()
 	if err != nil {
 		return err
 	}
-	return fits(now.document, p.cfg.Config.Sizing, r)
-}
-
-// fits refuses limits that are more than the VM has: it does not grow. What is not stated does not count.
-func fits(doc *hypervisor.Document, cfg configs.Sizing, r *specs.LinuxResources) error {
-	want := vmplan.SizeVM(cfg, r)
-	switch {
-	case r == nil:
-	case r.CPU != nil && r.CPU.Quota != nil && *r.CPU.Quota > 0 && want.VCPUs > doc.CPU.Count:
-		return fmt.Errorf("a limit of %d CPUs: the VM was started with %d and does not grow; make the pod anew: %w",
-			want.VCPUs, doc.CPU.Count, errdefs.ErrOutOfRange)
-	case r.Memory != nil && r.Memory.Limit != nil && *r.Memory.Limit > 0 && want.MemoryBytes > doc.Memory.Bytes:
-		return fmt.Errorf("a limit of %d MiB needs a VM of %d MiB: it was started with %d MiB and does not grow; make the pod anew: %w",
-			*r.Memory.Limit>>20, want.MemoryBytes>>20, doc.Memory.Bytes>>20, errdefs.ErrOutOfRange)
-	}
-	return nil
+	return p.makeRoom(ctx, now, r)
 }
 
 // Done is closed when the pod has ended and everything that it held is released.

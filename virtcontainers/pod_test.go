@@ -15,6 +15,7 @@ import (
 	"github.com/cloister-project/cloister/configs"
 	"github.com/cloister-project/cloister/hypervisor"
 	"github.com/cloister-project/cloister/tee"
+	"github.com/cloister-project/cloister/virtcontainers/vmplan"
 )
 
 func TestNewPodRefusesTheHostsNamespacesAtOnce(t *testing.T) {
@@ -78,9 +79,10 @@ func TestStopDuringStart(t *testing.T) {
 	}
 }
 
-func TestFits(t *testing.T) {
+func TestNeeds(t *testing.T) {
 	doc := &hypervisor.Document{CPU: hypervisor.CPU{Count: 2}, Memory: hypervisor.Memory{Bytes: 400 << 20}}
-	cfg := configs.Sizing{DefaultVCPUs: 8, DefaultMemoryMiB: 4096, OverheadMemoryMiB: 256}
+	started := vmplan.Size{VCPUs: 2, MemoryBytes: 400 << 20}
+	cfg := configs.Sizing{DefaultVCPUs: 8, DefaultMemoryMiB: 4096, OverheadMemoryMiB: 256, MaxMemoryMiB: 401}
 	limits := func(memory, quota int64) *specs.LinuxResources {
 		period := uint64(100_000)
 		return &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory}, CPU: &specs.LinuxCPU{Quota: &quota, Period: &period}}
@@ -88,10 +90,20 @@ func TestFits(t *testing.T) {
 	for _, r := range []*specs.LinuxResources{
 		nil, {}, {Memory: &specs.LinuxMemory{}, CPU: &specs.LinuxCPU{}}, limits(0, 0), limits(-1, -1), limits(144<<20, 200_000),
 	} {
-		require.NoError(t, fits(doc, cfg, r), "what is not stated does not count")
+		size, err := needs(doc, started, cfg, r)
+		require.NoError(t, err, "what is not stated does not count")
+		require.Zero(t, size)
 	}
-	err := fits(doc, cfg, limits(145<<20, 0))
+	_, err := needs(doc, started, cfg, limits(145<<20, 0))
 	require.ErrorIs(t, err, errdefs.ErrOutOfRange)
-	require.ErrorContains(t, err, "a limit of 145 MiB needs a VM of 402 MiB: it was started with 400 MiB")
-	require.ErrorContains(t, fits(doc, cfg, limits(0, 200_001)), "a limit of 3 CPUs: the VM was started with 2")
+	require.ErrorContains(t, err, "a limit of 145 MiB needs a VM of 402 MiB: it was started with 400 MiB and can grow to 400 MiB")
+	_, err = needs(doc, started, cfg, limits(0, 200_001))
+	require.ErrorContains(t, err, "a limit of 3 CPUs: the VM was started with 2 and can grow to 2")
+
+	doc.CPU.Count, doc.Memory.MaxBytes = 3, 500<<20
+	size, err := needs(doc, started, cfg, limits(145<<20, 200_001))
+	require.NoError(t, err)
+	require.Equal(t, vmplan.Size{VCPUs: 3, MemoryBytes: 402 << 20}, size)
+	_, err = needs(doc, started, cfg, limits(0, 300_001))
+	require.ErrorContains(t, err, "can grow to 3")
 }

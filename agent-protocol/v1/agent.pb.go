@@ -3726,6 +3726,87 @@ func (*ShutdownResponse) Descriptor() ([]byte, []int) {
 	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
+type OnlineCPUsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many there are in all.
+	Count         uint32 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OnlineCPUsRequest) Reset() {
+	*x = OnlineCPUsRequest{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OnlineCPUsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OnlineCPUsRequest) ProtoMessage() {}
+
+func (x *OnlineCPUsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OnlineCPUsRequest.ProtoReflect.Descriptor instead.
+func (*OnlineCPUsRequest) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *OnlineCPUsRequest) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+type OnlineCPUsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OnlineCPUsResponse) Reset() {
+	*x = OnlineCPUsResponse{}
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OnlineCPUsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OnlineCPUsResponse) ProtoMessage() {}
+
+func (x *OnlineCPUsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_protocol_v1_agent_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OnlineCPUsResponse.ProtoReflect.Descriptor instead.
+func (*OnlineCPUsResponse) Descriptor() ([]byte, []int) {
+	return file_agent_protocol_v1_agent_proto_rawDescGZIP(), []int{64}
+}
+
 var File_agent_protocol_v1_agent_proto protoreflect.FileDescriptor
 
 const file_agent_protocol_v1_agent_proto_rawDesc = "" +
@@ -3981,7 +4062,10 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\anetwork\x18\x01 \x01(\v2\x1a.cloister.agent.v1.NetworkR\anetwork\"\x17\n" +
 	"\x15UpdateNetworkResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xf9\x0f\n" +
+	"\x10ShutdownResponse\")\n" +
+	"\x11OnlineCPUsRequest\x12\x14\n" +
+	"\x05count\x18\x01 \x01(\rR\x05count\"\x14\n" +
+	"\x12OnlineCPUsResponse2\xd4\x10\n" +
 	"\x05Agent\x12k\n" +
 	"\x10ConfigureSandbox\x12*.cloister.agent.v1.ConfigureSandboxRequest\x1a+.cloister.agent.v1.ConfigureSandboxResponse\x12h\n" +
 	"\x0fCreateContainer\x12).cloister.agent.v1.CreateContainerRequest\x1a*.cloister.agent.v1.CreateContainerResponse\x12b\n" +
@@ -4002,7 +4086,9 @@ const file_agent_protocol_v1_agent_proto_rawDesc = "" +
 	"\bSetClock\x12\".cloister.agent.v1.SetClockRequest\x1a#.cloister.agent.v1.SetClockResponse\x12\\\n" +
 	"\vMountShared\x12%.cloister.agent.v1.MountSharedRequest\x1a&.cloister.agent.v1.MountSharedResponse\x12V\n" +
 	"\tPutVolume\x12#.cloister.agent.v1.PutVolumeRequest\x1a$.cloister.agent.v1.PutVolumeResponse\x12_\n" +
-	"\fSandboxStats\x12&.cloister.agent.v1.SandboxStatsRequest\x1a'.cloister.agent.v1.SandboxStatsResponse\x12b\n" +
+	"\fSandboxStats\x12&.cloister.agent.v1.SandboxStatsRequest\x1a'.cloister.agent.v1.SandboxStatsResponse\x12Y\n" +
+	"\n" +
+	"OnlineCPUs\x12$.cloister.agent.v1.OnlineCPUsRequest\x1a%.cloister.agent.v1.OnlineCPUsResponse\x12b\n" +
 	"\rUpdateNetwork\x12'.cloister.agent.v1.UpdateNetworkRequest\x1a(.cloister.agent.v1.UpdateNetworkResponse\x12S\n" +
 	"\bShutdown\x12\".cloister.agent.v1.ShutdownRequest\x1a#.cloister.agent.v1.ShutdownResponseB@Z>github.com/cloister-project/cloister/agent-protocol/v1;agentv1b\x06proto3"
 
@@ -4018,7 +4104,7 @@ func file_agent_protocol_v1_agent_proto_rawDescGZIP() []byte {
 	return file_agent_protocol_v1_agent_proto_rawDescData
 }
 
-var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
+var file_agent_protocol_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
 var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*Hello)(nil),                    // 0: cloister.agent.v1.Hello
 	(*BootMark)(nil),                 // 1: cloister.agent.v1.BootMark
@@ -4083,14 +4169,16 @@ var file_agent_protocol_v1_agent_proto_goTypes = []any{
 	(*UpdateNetworkResponse)(nil),    // 60: cloister.agent.v1.UpdateNetworkResponse
 	(*ShutdownRequest)(nil),          // 61: cloister.agent.v1.ShutdownRequest
 	(*ShutdownResponse)(nil),         // 62: cloister.agent.v1.ShutdownResponse
-	nil,                              // 63: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
-	nil,                              // 64: cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry
-	nil,                              // 65: cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry
-	(*timestamppb.Timestamp)(nil),    // 66: google.protobuf.Timestamp
+	(*OnlineCPUsRequest)(nil),        // 63: cloister.agent.v1.OnlineCPUsRequest
+	(*OnlineCPUsResponse)(nil),       // 64: cloister.agent.v1.OnlineCPUsResponse
+	nil,                              // 65: cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	nil,                              // 66: cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry
+	nil,                              // 67: cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry
+	(*timestamppb.Timestamp)(nil),    // 68: google.protobuf.Timestamp
 }
 var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	1,  // 0: cloister.agent.v1.Hello.boot_timeline:type_name -> cloister.agent.v1.BootMark
-	63, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
+	65, // 1: cloister.agent.v1.ConfigureSandboxRequest.sysctls:type_name -> cloister.agent.v1.ConfigureSandboxRequest.SysctlsEntry
 	5,  // 2: cloister.agent.v1.ConfigureSandboxRequest.network:type_name -> cloister.agent.v1.Network
 	6,  // 3: cloister.agent.v1.Network.interfaces:type_name -> cloister.agent.v1.Interface
 	7,  // 4: cloister.agent.v1.Network.routes:type_name -> cloister.agent.v1.Route
@@ -4107,12 +4195,12 @@ var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	19, // 15: cloister.agent.v1.Mount.scratch:type_name -> cloister.agent.v1.ScratchVolume
 	22, // 16: cloister.agent.v1.PutVolumeRequest.files:type_name -> cloister.agent.v1.VolumeFile
 	23, // 17: cloister.agent.v1.CreateProcessRequest.stdio:type_name -> cloister.agent.v1.Stdio
-	66, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
+	68, // 18: cloister.agent.v1.WaitProcessResponse.exited_at:type_name -> google.protobuf.Timestamp
 	46, // 19: cloister.agent.v1.NextEventsResponse.events:type_name -> cloister.agent.v1.Event
 	47, // 20: cloister.agent.v1.Event.oom:type_name -> cloister.agent.v1.OOMKill
 	58, // 21: cloister.agent.v1.SandboxStatsResponse.scratch_disk:type_name -> cloister.agent.v1.Usage
-	64, // 22: cloister.agent.v1.SandboxStatsResponse.writable_layers:type_name -> cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry
-	65, // 23: cloister.agent.v1.SandboxStatsResponse.scratch_volumes:type_name -> cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry
+	66, // 22: cloister.agent.v1.SandboxStatsResponse.writable_layers:type_name -> cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry
+	67, // 23: cloister.agent.v1.SandboxStatsResponse.scratch_volumes:type_name -> cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry
 	5,  // 24: cloister.agent.v1.UpdateNetworkRequest.network:type_name -> cloister.agent.v1.Network
 	58, // 25: cloister.agent.v1.SandboxStatsResponse.WritableLayersEntry.value:type_name -> cloister.agent.v1.Usage
 	58, // 26: cloister.agent.v1.SandboxStatsResponse.ScratchVolumesEntry.value:type_name -> cloister.agent.v1.Usage
@@ -4135,31 +4223,33 @@ var file_agent_protocol_v1_agent_proto_depIdxs = []int32{
 	54, // 43: cloister.agent.v1.Agent.MountShared:input_type -> cloister.agent.v1.MountSharedRequest
 	20, // 44: cloister.agent.v1.Agent.PutVolume:input_type -> cloister.agent.v1.PutVolumeRequest
 	56, // 45: cloister.agent.v1.Agent.SandboxStats:input_type -> cloister.agent.v1.SandboxStatsRequest
-	59, // 46: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
-	61, // 47: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
-	4,  // 48: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
-	10, // 49: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
-	25, // 50: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
-	27, // 51: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
-	29, // 52: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
-	31, // 53: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
-	33, // 54: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
-	35, // 55: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
-	37, // 56: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
-	39, // 57: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
-	41, // 58: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
-	43, // 59: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
-	45, // 60: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
-	49, // 61: cloister.agent.v1.Agent.ForwardPort:output_type -> cloister.agent.v1.ForwardPortResponse
-	51, // 62: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
-	53, // 63: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
-	55, // 64: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
-	21, // 65: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
-	57, // 66: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
-	60, // 67: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
-	62, // 68: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
-	48, // [48:69] is the sub-list for method output_type
-	27, // [27:48] is the sub-list for method input_type
+	63, // 46: cloister.agent.v1.Agent.OnlineCPUs:input_type -> cloister.agent.v1.OnlineCPUsRequest
+	59, // 47: cloister.agent.v1.Agent.UpdateNetwork:input_type -> cloister.agent.v1.UpdateNetworkRequest
+	61, // 48: cloister.agent.v1.Agent.Shutdown:input_type -> cloister.agent.v1.ShutdownRequest
+	4,  // 49: cloister.agent.v1.Agent.ConfigureSandbox:output_type -> cloister.agent.v1.ConfigureSandboxResponse
+	10, // 50: cloister.agent.v1.Agent.CreateContainer:output_type -> cloister.agent.v1.CreateContainerResponse
+	25, // 51: cloister.agent.v1.Agent.CreateProcess:output_type -> cloister.agent.v1.CreateProcessResponse
+	27, // 52: cloister.agent.v1.Agent.StartProcess:output_type -> cloister.agent.v1.StartProcessResponse
+	29, // 53: cloister.agent.v1.Agent.WaitProcess:output_type -> cloister.agent.v1.WaitProcessResponse
+	31, // 54: cloister.agent.v1.Agent.SignalProcess:output_type -> cloister.agent.v1.SignalProcessResponse
+	33, // 55: cloister.agent.v1.Agent.ResizeTerminal:output_type -> cloister.agent.v1.ResizeTerminalResponse
+	35, // 56: cloister.agent.v1.Agent.DeleteProcess:output_type -> cloister.agent.v1.DeleteProcessResponse
+	37, // 57: cloister.agent.v1.Agent.PauseContainer:output_type -> cloister.agent.v1.PauseContainerResponse
+	39, // 58: cloister.agent.v1.Agent.ResumeContainer:output_type -> cloister.agent.v1.ResumeContainerResponse
+	41, // 59: cloister.agent.v1.Agent.UpdateContainer:output_type -> cloister.agent.v1.UpdateContainerResponse
+	43, // 60: cloister.agent.v1.Agent.ContainerStats:output_type -> cloister.agent.v1.ContainerStatsResponse
+	45, // 61: cloister.agent.v1.Agent.NextEvents:output_type -> cloister.agent.v1.NextEventsResponse
+	49, // 62: cloister.agent.v1.Agent.ForwardPort:output_type -> cloister.agent.v1.ForwardPortResponse
+	51, // 63: cloister.agent.v1.Agent.Ping:output_type -> cloister.agent.v1.PingResponse
+	53, // 64: cloister.agent.v1.Agent.SetClock:output_type -> cloister.agent.v1.SetClockResponse
+	55, // 65: cloister.agent.v1.Agent.MountShared:output_type -> cloister.agent.v1.MountSharedResponse
+	21, // 66: cloister.agent.v1.Agent.PutVolume:output_type -> cloister.agent.v1.PutVolumeResponse
+	57, // 67: cloister.agent.v1.Agent.SandboxStats:output_type -> cloister.agent.v1.SandboxStatsResponse
+	64, // 68: cloister.agent.v1.Agent.OnlineCPUs:output_type -> cloister.agent.v1.OnlineCPUsResponse
+	60, // 69: cloister.agent.v1.Agent.UpdateNetwork:output_type -> cloister.agent.v1.UpdateNetworkResponse
+	62, // 70: cloister.agent.v1.Agent.Shutdown:output_type -> cloister.agent.v1.ShutdownResponse
+	49, // [49:71] is the sub-list for method output_type
+	27, // [27:49] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -4187,7 +4277,7 @@ func file_agent_protocol_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_protocol_v1_agent_proto_rawDesc), len(file_agent_protocol_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   66,
+			NumMessages:   68,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,6 +27,7 @@ type AgentService interface {
 	MountShared(context.Context, *MountSharedRequest) (*MountSharedResponse, error)
 	PutVolume(context.Context, *PutVolumeRequest) (*PutVolumeResponse, error)
 	SandboxStats(context.Context, *SandboxStatsRequest) (*SandboxStatsResponse, error)
+	OnlineCPUs(context.Context, *OnlineCPUsRequest) (*OnlineCPUsResponse, error)
 	UpdateNetwork(context.Context, *UpdateNetworkRequest) (*UpdateNetworkResponse, error)
 	Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error)
 }
@@ -166,6 +167,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.SandboxStats(ctx, &req)
+			},
+			"OnlineCPUs": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req OnlineCPUsRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.OnlineCPUs(ctx, &req)
 			},
 			"UpdateNetwork": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req UpdateNetworkRequest
@@ -342,6 +350,14 @@ func (c *agentClient) PutVolume(ctx context.Context, req *PutVolumeRequest) (*Pu
 func (c *agentClient) SandboxStats(ctx context.Context, req *SandboxStatsRequest) (*SandboxStatsResponse, error) {
 	var resp SandboxStatsResponse
 	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "SandboxStats", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) OnlineCPUs(ctx context.Context, req *OnlineCPUsRequest) (*OnlineCPUsResponse, error) {
+	var resp OnlineCPUsResponse
+	if err := c.client.Call(ctx, "cloister.agent.v1.Agent", "OnlineCPUs", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -60,6 +60,8 @@ const (
 	// MaxFileCopy bounds one copied file, MaxFileCopies the sum of a container's.
 	MaxFileCopy   = 1 << 20
 	MaxFileCopies = 2 << 20
+	// MaxCPUs bounds the CPUs of a guest.
+	MaxCPUs = 8192
 	// MaxTerminationMessage bounds what is told of a container's termination log: as much as the kubelet reads.
 	MaxTerminationMessage = 4096
 	// A pod's volumes that are copied: their number, and of each the files, their names' length and the sum of their sizes.

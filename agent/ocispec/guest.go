@@ -18,8 +18,8 @@ type Guest struct {
 	// empty for one that there is not.
 	IPC, UTS, PID string
 
-	// cpus is the number of the highest online CPU plus one.
-	cpus int
+	// cpus returns the number of the highest online CPU plus one; more come when the host plugs them in.
+	cpus func() int
 	// nrOpen is fs.nr_open, the ceiling of RLIMIT_NOFILE.
 	nrOpen uint64
 	// device finds a character device of the guest by its path.
@@ -29,7 +29,7 @@ type Guest struct {
 // Inspect reads what the allow-list needs from the running guest. The pod's part, Cgroup and the namespaces, is the
 // caller's to fill in.
 func Inspect() *Guest {
-	g := &Guest{cpus: onlineCPUs(), device: statDevice}
+	g := &Guest{cpus: onlineCPUs, device: statDevice}
 	if raw, err := os.ReadFile("/proc/sys/fs/nr_open"); err == nil {
 		g.nrOpen, _ = strconv.ParseUint(strings.TrimSpace(string(raw)), 10, 64)
 	}

@@ -17,7 +17,7 @@ import (
 
 func testGuest() *Guest {
 	return &Guest{
-		Cgroup: "/pod", IPC: "/ns/ipc", UTS: "/ns/uts", PID: "/ns/pid", cpus: 2, nrOpen: 1 << 20,
+		Cgroup: "/pod", IPC: "/ns/ipc", UTS: "/ns/uts", PID: "/ns/pid", cpus: func() int { return 2 }, nrOpen: 1 << 20,
 		device: func(path string) (int64, int64, bool) { return 10, 229, path == "/dev/fuse" },
 	}
 }

@@ -127,7 +127,7 @@ func (g *Guest) hasCPUs(list string) bool {
 		}
 		lo, err1 := strconv.Atoi(first)
 		hi, err2 := strconv.Atoi(last)
-		if err1 != nil || err2 != nil || lo < 0 || hi < lo || hi >= g.cpus {
+		if err1 != nil || err2 != nil || lo < 0 || hi < lo || hi >= g.cpus() {
 			return false
 		}
 	}

@@ -43,6 +43,7 @@ type System interface {
 	Timeline() []*agentv1.BootMark
 	SetClock(unixNanos int64) error
 	SetHostname(name string) error
+	OnlineCPUs(ctx context.Context, count int) error
 	SetSysctls(values map[string]string) error
 	PowerOff()
 }

@@ -70,6 +70,8 @@ type fakeSystem struct {
 	sysctls  map[string]string
 }
 
+func (f *fakeSystem) OnlineCPUs(context.Context, int) error { return nil }
+
 func (f *fakeSystem) Timeline() []*agentv1.BootMark {
 	return []*agentv1.BootMark{{Name: "init", Micros: 5}}
 }

@@ -222,6 +222,16 @@ func (s *service) SandboxStats(context.Context, *agentv1.SandboxStatsRequest) (*
 	return out, nil
 }
 
+func (s *service) OnlineCPUs(ctx context.Context, r *agentv1.OnlineCPUsRequest) (*agentv1.OnlineCPUsResponse, error) {
+	if r.GetCount() > wire.MaxCPUs {
+		return nil, fmt.Errorf("%d CPUs, the limit is %d: %w", r.GetCount(), wire.MaxCPUs, errdefs.ErrInvalidArgument)
+	}
+	if err := s.cfg.System.OnlineCPUs(ctx, int(r.GetCount())); err != nil {
+		return nil, err
+	}
+	return &agentv1.OnlineCPUsResponse{}, nil
+}
+
 func (s *service) UpdateNetwork(ctx context.Context, r *agentv1.UpdateNetworkRequest) (*agentv1.UpdateNetworkResponse, error) {
 	if r.GetNetwork() == nil {
 		return nil, fmt.Errorf("the request has no network: %w", errdefs.ErrInvalidArgument)

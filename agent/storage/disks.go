@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cloister-project/cloister/agent/uevent"
 )
 
 // validSerial is hypervisor.Disk.Serial's rule, 1 to 20 of [A-Za-z0-9_-]; virtio-blk carries no more.
@@ -36,24 +38,24 @@ type diskFinder interface {
 // sysfsDisks finds disks in sysfs.
 type sysfsDisks struct {
 	block, dev string
-	events     *uevents
+	events     *uevent.Listener
 	// names of disks by serial, from the last look.
 	names map[string]string
 }
 
 func newSysfsDisks(block, dev string) (*sysfsDisks, error) {
-	events, err := openUevents()
+	events, err := uevent.Listen()
 	if err != nil {
 		return nil, err
 	}
 	return &sysfsDisks{block: block, dev: dev, events: events}, nil
 }
 
-func (d *sysfsDisks) close() { d.events.close() }
+func (d *sysfsDisks) close() { d.events.Close() }
 
 func (d *sysfsDisks) find(ctx context.Context, serial string) (*os.File, error) {
 	var file *os.File
-	err := d.events.await(ctx, "block", func() (bool, error) {
+	err := d.events.Await(ctx, "block", func() (bool, error) {
 		for _, rescan := range []bool{false, true} {
 			if rescan {
 				if err := d.scan(); err != nil {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -36,15 +35,6 @@ func TestSerialPage(t *testing.T) {
 		require.Equal(t, tc.ok, err == nil, "%q", tc.page)
 		require.Equal(t, tc.want, got)
 	}
-}
-
-func TestUevent(t *testing.T) {
-	msg := "add@/devices/pci0000:00/block/sda\x00ACTION=add\x00DEVPATH=/devices/x\x00SUBSYSTEM=block\x00SEQNUM=1\x00"
-	require.True(t, parseUevent([]byte(msg), "block"))
-	require.False(t, parseUevent([]byte(msg), "net"))
-	require.False(t, parseUevent([]byte(strings.Replace(msg, "add@", "remove@", 1)), "block"))
-	require.False(t, parseUevent([]byte("add@/x"), "block"))
-	require.False(t, parseUevent(nil, "block"))
 }
 
 // sysTree makes a sysfs of disks. The devices are /dev/null and /dev/zero, since their numbers must be right.
@@ -108,9 +98,4 @@ func FuzzSerialPage(f *testing.F) {
 	f.Add(serialPage("layer-1"))
 	f.Add([]byte{0, 0x80, 0xff, 0xff})
 	f.Fuzz(func(t *testing.T, page []byte) { _, _ = parseSerialPage(page) })
-}
-
-func FuzzUevent(f *testing.F) {
-	f.Add([]byte("add@/x\x00SUBSYSTEM=block\x00"))
-	f.Fuzz(func(t *testing.T, msg []byte) { _ = parseUevent(msg, "block") })
 }

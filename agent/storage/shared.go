@@ -15,6 +15,7 @@ import (
 
 	agentv1 "github.com/cloister-project/cloister/agent-protocol/v1"
 	"github.com/cloister-project/cloister/agent-protocol/wire"
+	"github.com/cloister-project/cloister/agent/uevent"
 )
 
 // maxTag is the room for a tag in a virtio-fs device's configuration, bytes.
@@ -141,12 +142,12 @@ func (s *Store) refuseShared() error {
 }
 
 func (s *Store) mountShare(ctx context.Context, tag, path string) error {
-	events, err := openUevents()
+	events, err := uevent.Listen()
 	if err != nil {
 		return err
 	}
-	defer events.close()
-	err = events.await(ctx, "virtiofs", func() (bool, error) {
+	defer events.Close()
+	err = events.Await(ctx, "virtiofs", func() (bool, error) {
 		tags, err := filepath.Glob(filepath.Join(s.virtiofs, "*", "tag"))
 		if err != nil {
 			return false, err

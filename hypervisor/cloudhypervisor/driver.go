@@ -89,6 +89,9 @@ func (*Driver) VsockKinds() []hypervisor.VsockKind {
 // DefaultCPU implements hypervisor.Driver: there are no models.
 func (*Driver) DefaultCPU(hypervisor.Accelerator) string { return "" }
 
+// Grows implements hypervisor.Driver.
+func (*Driver) Grows() bool { return false }
+
 // KernelParameters implements hypervisor.Driver.
 func (*Driver) KernelParameters(hypervisor.Accelerator) []string {
 	return []string{

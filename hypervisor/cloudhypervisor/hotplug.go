@@ -108,6 +108,9 @@ func (v *vm) forget(id string) {
 	}
 }
 
+// Grow implements hypervisor.VM: there is no room in any document.
+func (v *vm) Grow(_ context.Context, memoryBytes uint64) error { return v.doc.CheckGrowth(memoryBytes) }
+
 // RemoveDisk implements hypervisor.VM. After an error it can be repeated.
 func (v *vm) RemoveDisk(ctx context.Context, id string) error {
 	e, err := v.disks.Take(id)

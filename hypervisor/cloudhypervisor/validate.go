@@ -27,6 +27,9 @@ func (*Driver) Validate(doc hypervisor.Document) error {
 	if doc.CPU.Count > maxCPUs {
 		f.Add("cpu.count %d is more than %d", doc.CPU.Count, maxCPUs)
 	}
+	if doc.Memory.MaxBytes != 0 {
+		f.Add("memory.max_bytes: VMs of Cloud Hypervisor do not grow here; choose hypervisor.kind \"qemu\"")
+	}
 	if doc.Boot.Firmware != "" && snpOf(doc) == nil {
 		f.Add("boot.firmware: Cloud Hypervisor boots the kernel directly; leave it empty")
 	}

@@ -34,6 +34,7 @@ const (
 	slotVsock       = 0x3
 	slotNIC         = 0x4  // and up, maxNICs of them
 	slotDirectories = 0x10 // and up, pciFunctions root ports in each
+	slotMemory      = 0x1d
 	slotBalloon     = 0x1e
 	pciFuncs        = 8
 )
@@ -81,6 +82,9 @@ func build(b builder, f Features, drivers map[string]string) (commandLine, error
 	}
 	if doc.Memory.Reporting {
 		b.virtio("virtio-balloon", "balloon0", slotBalloon, "free-page-reporting=on")
+	}
+	if doc.Memory.MaxBytes > doc.Memory.Bytes {
+		b.room(doc.Memory)
 	}
 	for i := range doc.SharedDirectories {
 		b.rootPort(i)
@@ -150,6 +154,9 @@ func (f Features) lacks(doc hypervisor.Document, detached bool) error {
 	}
 	if doc.Memory.Reporting {
 		need("virtio-balloon" + bus)
+	}
+	if doc.Memory.MaxBytes > doc.Memory.Bytes {
+		need("virtio-mem" + bus)
 	}
 	if doc.SharedDirectories > 0 {
 		need("pcie-root-port", "vhost-user-fs-pci")

@@ -28,7 +28,8 @@ func debianFeatures() Features {
 		},
 		Types: []string{
 			"kvm-accel", "tcg-accel", "memory-backend-memfd", "pcie-root-port", "scsi-hd", "vhost-user-fs-pci",
-			"vhost-user-vsock-pci", "vhost-vsock-pci", "virtio-balloon-pci", "virtio-net-pci", "virtio-scsi-pci", "sev-snp-guest",
+			"vhost-user-vsock-pci", "vhost-vsock-pci", "virtio-balloon-pci", "virtio-mem-pci",
+			"virtio-net-pci", "virtio-scsi-pci", "sev-snp-guest",
 		},
 		Objects: map[string][]string{typeSNP: {
 			"author-key-enabled", "cbitpos", "guest-visible-workarounds", "host-data", "id-auth", "id-block", "kernel-hashes",

@@ -55,6 +55,8 @@ func (v *vm) onEvent(e qmp.Event) {
 			delete(v.deleted, d.Device)
 		}
 		v.mu.Unlock()
+	case "MEMORY_DEVICE_SIZE_CHANGE":
+		v.onSizeChange(e.Data)
 	case "STOP":
 		v.onStop()
 	case "BLOCK_IO_ERROR":

@@ -43,6 +43,7 @@ func fakeQEMU(mode string) {
 	fmt.Fprintln(conn, `{"QMP": {"version": {}, "capabilities": []}}`)
 	lines := bufio.NewScanner(conn)
 	deleted := map[string]int{}
+	var requested, size int // of the memory device
 	for lines.Scan() {
 		var c struct {
 			Execute   string
@@ -90,6 +91,26 @@ func fakeQEMU(mode string) {
 			select {}
 		case "exits/cont":
 			os.Exit(7)
+		case "grows/qom-set", "grows-half/qom-set", "grows-not/qom-set":
+			asked := int(c.Arguments["value"].(float64))
+			switch mode {
+			case "grows":
+				requested = asked
+				event("MEMORY_DEVICE_SIZE_CHANGE", `{"id": "other", "size": 1}`)
+				size = requested / 2
+				event("MEMORY_DEVICE_SIZE_CHANGE", fmt.Sprintf(`{"id": "memory0", "size": %d}`, size))
+				size = requested
+				event("MEMORY_DEVICE_SIZE_CHANGE", fmt.Sprintf(`{"id": "memory0", "size": %d}`, size))
+			case "grows-half":
+				requested = asked
+				size = max(size, requested/2)
+				event("MEMORY_DEVICE_SIZE_CHANGE", fmt.Sprintf(`{"id": "memory0", "size": %d}`, size))
+			default:
+				result = `"error": {"class": "GenericError", "desc": "no room"}`
+			}
+		case "grows/qom-get", "grows-half/qom-get", "grows-not/qom-get":
+			value := map[any]int{"requested-size": requested, "size": size}[c.Arguments["property"]]
+			result = fmt.Sprintf(`"return": %d`, value)
 		case "silent/device_add":
 			continue
 		case "refuses/device_add":
@@ -306,4 +327,34 @@ func TestConsoleIsBounded(t *testing.T) {
 		size += int64(len(b))
 	}
 	require.LessOrEqual(t, size, int64(supervise.MaxLogFile))
+}
+
+func TestGrow(t *testing.T) {
+	start := func(mode string) *vm {
+		d, doc := fakeDriver(t, mode)
+		doc.Memory.MaxBytes = doc.Memory.Bytes + 256<<20
+		return startGuest(t, d, doc)
+	}
+	v := start("grows")
+	has := v.doc.Memory.Bytes
+	require.NoError(t, v.Grow(t.Context(), has), "there is nothing to do")
+	require.NoError(t, v.Grow(t.Context(), has+128<<20))
+	require.NoError(t, v.Grow(t.Context(), has+64<<20), "it has more")
+	require.NoError(t, v.Grow(t.Context(), has+256<<20))
+	require.ErrorIs(t, v.Grow(t.Context(), has+258<<20), errdefs.ErrOutOfRange)
+	awaitLog(t, v, "command qom-set", 2)
+
+	v = start("grows-half")
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	err := v.Grow(ctx, v.doc.Memory.Bytes+128<<20)
+	require.ErrorIs(t, err, errdefs.ErrOutOfRange)
+	require.ErrorContains(t, err, "the guest took 64 MiB of 128 MiB")
+	awaitLog(t, v, "command qom-set", 2) // the rest is taken back
+	require.NoError(t, v.Grow(t.Context(), v.doc.Memory.Bytes+64<<20), "what it took stays")
+
+	v = start("grows-not")
+	for range 2 { // nothing is kept of the first
+		require.ErrorContains(t, v.Grow(t.Context(), v.doc.Memory.Bytes+128<<20), "no room")
+	}
 }

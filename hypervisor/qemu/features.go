@@ -52,7 +52,7 @@ func (f Features) has(t string) bool { return slices.Contains(f.Types, t) }
 // wantedTypes are the QOM types that command lines use, and accelerators.
 var wantedTypes = [...]string{
 	"kvm-accel", "tcg-accel", "memory-backend-memfd", "pcie-root-port", "scsi-hd", "vhost-user-fs-pci",
-	"vhost-user-vsock-pci", "vhost-vsock-pci", "virtio-balloon-pci", "virtio-net-pci", "virtio-scsi-pci",
+	"vhost-user-vsock-pci", "vhost-vsock-pci", "virtio-balloon-pci", "virtio-mem-pci", "virtio-net-pci", "virtio-scsi-pci",
 	"sclpconsole", "vhost-vsock-ccw", "virtio-balloon-ccw", "virtio-net-ccw", "virtio-scsi-ccw", "zpci",
 	typeMonitor, typeSNP, typeTDX, typeSE,
 }

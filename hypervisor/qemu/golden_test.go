@@ -125,6 +125,7 @@ func goldenCases() map[string]goldenCase {
 	}
 
 	add("tcg-vhost-user", goldenDocument(), debianFeatures(), func(d *hypervisor.Document) { d.Memory.Reporting = true })
+	add("room", goldenDocument(), debianFeatures(), func(d *hypervisor.Document) { d.Memory.MaxBytes = d.Memory.Bytes + 4<<30 })
 	add("kvm-vhost", goldenDocument(), debianFeatures(), func(d *hypervisor.Document) {
 		d.Accelerator, d.CPU.Model = hypervisor.AccelKVM, "host"
 		d.Memory.Shared, d.SharedDirectories = false, 0

@@ -42,7 +42,7 @@ func (b *builder) machine(f Features) error {
 	if f.ExitWithParent && !b.detached {
 		b.add("-run-with", "exit-with-parent=on")
 	}
-	mib := strconv.FormatUint(doc.Memory.Bytes>>20, 10) + "M"
+	mib := megabytes(doc.Memory.Bytes)
 	machine := f.Machine
 	for _, off := range machineOff {
 		if slices.Contains(f.MachineOptions, off) {
@@ -74,6 +74,19 @@ func (b *builder) machine(f Features) error {
 		accel += ",kernel-irqchip=split" // the guest's interrupt controllers, but the local ones, are emulated by QEMU
 	}
 	b.add("-accel", accel, "-cpu", doc.CPU.Model)
-	b.add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", doc.CPU.Count, doc.CPU.Count), "-m", "size="+mib)
+	memory := "size=" + mib
+	if doc.Memory.MaxBytes > doc.Memory.Bytes {
+		memory += ",maxmem=" + megabytes(doc.Memory.MaxBytes)
+	}
+	b.add("-smp", fmt.Sprintf("cpus=%d,sockets=1,cores=%d,threads=1", doc.CPU.Count, doc.CPU.Count), "-m", memory)
 	return nil
+}
+
+func megabytes(bytes uint64) string { return strconv.FormatUint(bytes>>20, 10) + "M" }
+
+// room adds a device by which the guest gets more memory later. Its memory is mapped by vhost-user devices from the start, and
+// takes none of the host's before the guest uses it.
+func (b *builder) room(m hypervisor.Memory) {
+	b.add("-object", "memory-backend-memfd,id=mem1,size="+megabytes(m.MaxBytes-m.Bytes)+",share=on,reserve=off")
+	b.virtio("virtio-mem", memoryDevice, slotMemory, "memdev=mem1", "requested-size=0")
 }

@@ -32,6 +32,9 @@ func (*Driver) Validate(doc hypervisor.Document) error {
 	if doc.CPU.Count > maxCPUs {
 		f.Add("cpu.count %d is more than %d", doc.CPU.Count, maxCPUs)
 	}
+	if doc.Memory.MaxBytes != 0 && doc.Arch() != hypervisor.ArchAMD64 {
+		f.Add("memory.max_bytes is for %s, not for %s", hypervisor.ArchAMD64, doc.Arch())
+	}
 	if len(doc.Disks) > maxDisks {
 		f.Add("%d disks are more than %d", len(doc.Disks), maxDisks)
 	}

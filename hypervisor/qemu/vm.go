@@ -34,6 +34,10 @@ type vm struct {
 	end     endEvents
 	deleted map[string]chan struct{} // device ids whose DEVICE_DELETED is awaited
 	ioFault int
+	// memoryChanged is closed, and removed, at the next change of the memory device's size; nil where nobody waits.
+	memoryChanged chan struct{}
+
+	growing chan struct{} // holds one element during Grow
 }
 
 var _ hypervisor.VM = (*vm)(nil)
@@ -49,6 +53,7 @@ func newVM(doc hypervisor.Document, stateDir string) (*vm, error) {
 		disks:   hotplug.NewDisks(doc.Disks, maxDisks),
 		shares:  hotplug.NewDirectories(doc.SharedDirectories),
 		deleted: make(map[string]chan struct{}),
+		growing: make(chan struct{}, 1),
 	}, nil
 }
 

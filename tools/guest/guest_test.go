@@ -163,7 +163,7 @@ func TestImage(t *testing.T) {
 		"early vmw_vsock_virtio_transport.ko",
 		"later c_c.ko", "later a.ko", "later b.ko", "later virtio_net.ko",
 		"later virtio_scsi.ko", "later sd_mod.ko", "later erofs.ko", "later overlay.ko", "later ext4.ko", "later quota_v2.ko",
-		"later tun.ko", "none virtio_balloon.ko", "later pvpanic_pci.ko",
+		"later tun.ko", "none virtio_balloon.ko", "later pvpanic_pci.ko", "none virtio_mem.ko",
 		"confidential dm_mod.ko", "confidential dm_integrity.ko", "confidential dm_crypt.ko",
 		"confidential brd.ko rd_nr=1 rd_size=16777216", "confidential xts.ko", "confidential aesni_intel.ko", "confidential sha256_ssse3.ko",
 		// Either platform's guest loads what it needs, of which the other's has some too.
@@ -181,7 +181,7 @@ func TestImage(t *testing.T) {
 	require.Equal(t, digest(archive), read.Initrd.SHA256)
 	require.Equal(t, len(archive), read.Initrd.Size)
 	require.Equal(t, "amd64", read.Architecture)
-	require.Len(t, read.Modules, 25)
+	require.Len(t, read.Modules, 26)
 	kernel, err := os.ReadFile(filepath.Join(in.Out, "vmlinuz"))
 	require.NoError(t, err)
 	require.Equal(t, digest(kernel), read.Kernel.SHA256)

@@ -85,6 +85,8 @@ var architectures = map[string]architecture{
 	"amd64": {elf.EM_X86_64, bzImageRelease, nil, slices.Concat([]want{
 		// Tells the VMM of a panic.
 		{phaseLater, "pvpanic_pci"},
+		// Takes memory that comes while the VM runs.
+		{phaseNone, "virtio_mem"},
 	}, confidential, []want{
 		{phaseConfidential, "aesni_intel"},
 		{phaseConfidential, "sha256_ssse3"},

@@ -32,6 +32,12 @@ func (c *Client) ConfigureSandbox(ctx context.Context, req *agentv1.ConfigureSan
 	return err
 }
 
+// OnlineCPUs has the guest bring so many CPUs online, in all.
+func (c *Client) OnlineCPUs(ctx context.Context, count int) error {
+	_, err := call(ctx, c, agentv1.AgentService.OnlineCPUs, &agentv1.OnlineCPUsRequest{Count: uint32(count)})
+	return err
+}
+
 // Shutdown ends all containers and powers the guest off. It takes as long as ctx lets it.
 func (c *Client) Shutdown(ctx context.Context) error {
 	_, err := callLong(ctx, c, agentv1.AgentService.Shutdown, &agentv1.ShutdownRequest{})

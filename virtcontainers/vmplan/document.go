@@ -34,6 +34,9 @@ func (p *Plan) Document(nics []hypervisor.NIC, host Host) *hypervisor.Document {
 		Vsock:     hypervisor.Vsock{Kind: host.Vsock, CID: host.CID},
 		Sandboxed: p.cfg.Hypervisor.Sandbox,
 	}
+	if !p.Name().Confidential() {
+		p.leaveRoom(doc, size)
+	}
 	if image := p.platform.SealedImage(); image != "" {
 		doc.Boot = hypervisor.Boot{Kernel: image, Sealed: true}
 	}

@@ -128,6 +128,37 @@ func TestDocumentWithScratch(t *testing.T) {
 	}
 }
 
+// Room to grow is an ordinary VM's: nothing of a confidential one's launch changes by it.
+func TestDocumentWithRoom(t *testing.T) {
+	for _, name := range []tee.Name{tee.None, tee.Sample, tee.SNP, tee.TDX} {
+		document := func(s configs.Sizing) *hypervisor.Document {
+			s.DefaultVCPUs, s.DefaultMemoryMiB = 2, 512
+			p := testPlan(t, Pod{ID: "p", Namespace: "n", Config: &configs.Config{
+				Hypervisor: configs.Hypervisor{Arch: configs.ArchAMD64}, TEE: configs.TEE{Platform: string(name)},
+				State: configs.State{Dir: "/run/cloister"}, Sizing: s,
+			}})
+			require.Equal(t, Size{2, 512 << 20}, p.Size())
+			return p.Document(nil, Host{Accelerator: hypervisor.AccelKVM})
+		}
+		without := document(configs.Sizing{})
+		require.Equal(t, 2, without.CPU.Count)
+		with := document(configs.Sizing{GrowVCPUs: 6, GrowMemoryMiB: 1024})
+		bounded := document(configs.Sizing{GrowVCPUs: 6, GrowMemoryMiB: 1024, MaxVCPUs: 3, MaxMemoryMiB: 513})
+		full := document(configs.Sizing{GrowVCPUs: 6, GrowMemoryMiB: 1024, MaxVCPUs: 2, MaxMemoryMiB: 512})
+		require.Equal(t, without, full, "the maximum is what it has")
+		if name.Confidential() {
+			require.Equal(t, without, with)
+			continue
+		}
+		require.Equal(t, 8, with.CPU.Count)
+		require.Equal(t, append(slices.Clone(without.Boot.Parameters), "maxcpus=2"), with.Boot.Parameters)
+		require.EqualValues(t, 512<<20, with.Memory.Bytes)
+		require.EqualValues(t, 1536<<20, with.Memory.MaxBytes)
+		require.Equal(t, 3, bounded.CPU.Count)
+		require.Zero(t, bounded.Memory.MaxBytes, "less than a step more")
+	}
+}
+
 func TestVsockOfAPlatform(t *testing.T) {
 	both := []hypervisor.VsockKind{hypervisor.VsockVhostUser, hypervisor.VsockVhost}
 	plan := func(name tee.Name, setting string) *Plan {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package storage
+package uevent
 
 import (
 	"bytes"
@@ -13,13 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// uevents tells when the kernel adds or changes devices.
-type uevents struct{ file *os.File }
+// Listener tells when the kernel adds or changes devices.
+type Listener struct{ file *os.File }
 
-// ueventSize is more than the kernel puts into one message (UEVENT_BUFFER_SIZE, 2 KiB, and the head).
-const ueventSize = 8 << 10
+// messageSize is more than the kernel puts into one message (UEVENT_BUFFER_SIZE, 2 KiB, and the head).
+const messageSize = 8 << 10
 
-func openUevents() (*uevents, error) {
+// Listen begins to listen.
+func Listen() (*Listener, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
 	if err != nil {
 		return nil, fmt.Errorf("open a socket for the kernel's device events: %w", err)
@@ -29,15 +30,16 @@ func openUevents() (*uevents, error) {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("listen to the kernel's device events: %w", err)
 	}
-	return &uevents{file: os.NewFile(uintptr(fd), "uevents")}, nil
+	return &Listener{file: os.NewFile(uintptr(fd), "uevents")}, nil
 }
 
-func (u *uevents) close() { _ = u.file.Close() }
+// Close ends it.
+func (u *Listener) Close() { _ = u.file.Close() }
 
-// await calls ready until it says yes: at once, and again after each event of the subsystem. Events that come in
+// Await calls ready until it says yes: at once, and again after each event of the subsystem. Events that come in
 // between are kept by the kernel, so that none is missed. Not for two goroutines at one time.
-func (u *uevents) await(ctx context.Context, subsystem string, ready func() (bool, error)) error {
-	// A deadline in the past wakes the read; it is taken away again for the next await.
+func (u *Listener) Await(ctx context.Context, subsystem string, ready func() (bool, error)) error {
+	// A deadline in the past wakes the read; it is taken away again for the next Await.
 	woken := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		_ = u.file.SetReadDeadline(time.Unix(1, 0))
@@ -53,14 +55,14 @@ func (u *uevents) await(ctx context.Context, subsystem string, ready func() (boo
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, ueventSize)
+	buf := make([]byte, messageSize)
 	for {
 		ok, err := ready()
 		if err != nil || ok {
 			return err
 		}
 		for relevant := false; !relevant; {
-			relevant, err = receiveUevent(conn, buf, subsystem)
+			relevant, err = receive(conn, buf, subsystem)
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
@@ -71,8 +73,8 @@ func (u *uevents) await(ctx context.Context, subsystem string, ready func() (boo
 	}
 }
 
-// receiveUevent waits for a message and reports whether it may be of interest.
-func receiveUevent(conn interface {
+// receive waits for a message and reports whether it may be of interest.
+func receive(conn interface {
 	Read(func(fd uintptr) bool) error
 }, buf []byte, subsystem string) (relevant bool, err error) {
 	readErr := conn.Read(func(fd uintptr) bool {
@@ -89,16 +91,16 @@ func receiveUevent(conn interface {
 			err, relevant = nil, true
 		case err == nil:
 			kernel, ok := from.(*unix.SockaddrNetlink)
-			relevant = ok && kernel.Pid == 0 && parseUevent(buf[:n], subsystem)
+			relevant = ok && kernel.Pid == 0 && parse(buf[:n], subsystem)
 		}
 		return true
 	})
 	return relevant, errors.Join(readErr, err)
 }
 
-// parseUevent reports whether a message tells of a new or changed device of the subsystem. The message is the kernel's:
+// parse reports whether a message tells of a new or changed device of the subsystem. The message is the kernel's:
 // "ACTION@DEVPATH" and then KEY=value texts, each ended by NUL.
-func parseUevent(msg []byte, subsystem string) bool {
+func parse(msg []byte, subsystem string) bool {
 	head, rest, found := bytes.Cut(msg, []byte{0})
 	if !found || bytes.HasPrefix(head, []byte("remove@")) {
 		return false
